@@ -1,0 +1,195 @@
+"""The real folding: C, U and R of a stack as real matrices, so that no DFT is left at run time.
+
+Along the slices every factor is multiplied by one real matrix, the *slice transform*:
+
+``dft``       the DFT of real slices in real coordinates. Frequency 0, then the real and the imaginary part of
+              1, 2, ..., then for even S frequency S/2: S blocks in all. A pair of parts is coupled by the phase.
+``dct``       the orthonormal DCT-II; S blocks that do not couple.
+``identity``  none: every slice has its own core (CURLoRA). Layers call the operator with S = 1.
+
+Shapes: C (S, out, c) -> ``col`` (out, c*S);  R (S, r, in) -> ``row`` (r*S, in);  U (S, c, r) -> ``core_fourier``
+(S, c, r). For the DFT, ``row`` stacks [Re R_k; Im R_k] and ``col`` [Re C_k, -Im C_k], both unnormalised, while
+``core_fourier`` is the orthonormal transform of U, so that a step on it is as long as the same step on U.
+With h = x row^T, the middle product m = h B_l^T then gives x dW_l^T = m col^T. B_l is block-diagonal:
+``w [[a, -b], [b, a]]`` with a + ib = exp(2 pi i k l / S) (u_re + i u_im) and w = sqrt(2/S) for a pair,
+w = 1/sqrt(S) for a self-conjugate frequency (the 1/S of the inverse DFT, the factor 2 of the conjugate half and the
+sqrt(S) of the orthonormal core in one number).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .tproduct import tprod
+
+TRANSFORMS = ("dft", "dct", "identity")
+
+
+@lru_cache(maxsize=64)
+def _transform_matrix(slices: int, transform: str) -> Tensor:
+    """The orthonormal slice transform (S, S), float64 on the CPU."""
+    slot = torch.arange(slices, dtype=torch.float64)
+    if transform == "identity":
+        return torch.eye(slices, dtype=torch.float64)
+    if transform == "dct":
+        matrix = torch.cos(math.pi / slices * slot[:, None] * (slot[None, :] + 0.5)) * math.sqrt(2 / slices)
+        matrix[0] /= math.sqrt(2)
+        return matrix
+    if transform != "dft":
+        raise ValueError(f"transform {transform!r} is unknown, expected one of {', '.join(TRANSFORMS)}")
+    matrix = torch.empty(slices, slices, dtype=torch.float64)
+    matrix[0] = 1 / math.sqrt(slices)
+    for k in range(1, (slices + 1) // 2):
+        angle = 2 * math.pi / slices * ((k * slot) % slices)
+        matrix[2 * k - 1] = math.sqrt(2 / slices) * torch.cos(angle)
+        matrix[2 * k] = -math.sqrt(2 / slices) * torch.sin(angle)
+    if slices % 2 == 0:
+        matrix[-1] = (1 - 2 * (slot % 2)) / math.sqrt(slices)
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def _spectrum_norms(slices: int, transform: str) -> Tensor:
+    """What turns the orthonormal blocks into those of ``row`` and ``col`` (unnormalised for the DFT): (S,)."""
+    norms = torch.ones(slices, dtype=torch.float64)
+    if transform == "dft":
+        norms.fill_(math.sqrt(slices / 2))
+        norms[0] = math.sqrt(slices)
+        if slices % 2 == 0:
+            norms[-1] = math.sqrt(slices)
+    return norms
+
+
+def _along_slices(matrix: Tensor, tensor: Tensor) -> Tensor:
+    return torch.tensordot(matrix.to(tensor), tensor, dims=1)
+
+
+def fold_core(core: Tensor, transform: str = "dft") -> Tensor:
+    """U (S, c, r) -> its orthonormal slice transform (S, c, r), same dtype."""
+    return _along_slices(_transform_matrix(core.shape[0], transform), core)
+
+
+def unfold_core(core_fourier: Tensor, transform: str = "dft") -> Tensor:
+    """The inverse of :func:`fold_core`."""
+    return _along_slices(_transform_matrix(core_fourier.shape[0], transform).T, core_fourier)
+
+
+def _fold(tensor: Tensor, transform: str) -> Tensor:
+    slices = tensor.shape[0]
+    return _along_slices(_spectrum_norms(slices, transform)[:, None] * _transform_matrix(slices, transform), tensor)
+
+
+def _unfold(blocks: Tensor, transform: str) -> Tensor:
+    slices = blocks.shape[0]
+    return _along_slices(_transform_matrix(slices, transform).T / _spectrum_norms(slices, transform), blocks)
+
+
+def _column_signs(slices: int, transform: str, like: Tensor) -> Tensor:
+    """-1 for the imaginary parts in ``col``, which enter the real part of a product with that sign: (S, 1, 1)."""
+    signs = torch.ones(slices, 1, 1, dtype=like.dtype, device=like.device)
+    if transform == "dft":
+        signs[2 : 2 * ((slices + 1) // 2) - 1 : 2] = -1
+    return signs
+
+
+def fold_rows(R: Tensor, transform: str = "dft") -> Tensor:
+    """R (S, r, in) -> ``row`` (r*S, in), block f holding part f of the spectrum."""
+    return _fold(R, transform).flatten(0, 1)
+
+
+def unfold_rows(row: Tensor, slices: int, transform: str = "dft") -> Tensor:
+    """The inverse of :func:`fold_rows`: (r*S, in) -> (S, r, in)."""
+    return _unfold(row.unflatten(0, (slices, -1)), transform)
+
+
+def fold_columns(C: Tensor, transform: str = "dft") -> Tensor:
+    """C (S, out, c) -> ``col`` (out, c*S), block f holding part f of the spectrum, imaginary parts negated."""
+    blocks = _fold(C, transform) * _column_signs(C.shape[0], transform, C)
+    return blocks.transpose(0, 1).flatten(1)
+
+
+def unfold_columns(col: Tensor, slices: int, transform: str = "dft") -> Tensor:
+    """The inverse of :func:`fold_columns`: (out, c*S) -> (S, out, c)."""
+    blocks = col.unflatten(1, (slices, -1)).transpose(0, 1)
+    return _unfold(blocks * _column_signs(slices, transform, blocks), transform)
+
+
+def slice_product(a: Tensor, b: Tensor, transform: str = "dft") -> Tensor:
+    """The product of slice tensors under a transform: the t-product, its DCT twin, or slice by slice."""
+    if transform == "dft":
+        return tprod(a, b)
+    return unfold_core(fold_core(a, transform) @ fold_core(b, transform), transform)
+
+
+@lru_cache(maxsize=256)
+def _phases(slices: int, first_slice: int, num_slices: int, transform: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Constants of B_l for the layers first_slice..+num_slices, float64 on the CPU.
+
+    Returns ``single`` (num_slices, blocks that stand alone), ``cos`` and ``sin`` (num_slices, pairs), w included.
+    """
+    layer = torch.arange(first_slice, first_slice + num_slices)
+    if transform == "dct":
+        empty = torch.empty(num_slices, 0, dtype=torch.float64)
+        return _transform_matrix(slices, "dct")[:, layer].T.contiguous(), empty, empty
+    if transform != "dft":
+        raise ValueError(f"transform {transform!r} has no middle product, expected 'dft' or 'dct'")
+    alone = [torch.full((num_slices,), 1 / math.sqrt(slices), dtype=torch.float64)]
+    if slices % 2 == 0:
+        alone.append((1 - 2 * (layer % 2)).double() / math.sqrt(slices))
+    k = torch.arange(1, (slices + 1) // 2)
+    # k*l mod S in integers: the angle stays exact for any S and l.
+    angle = ((layer[:, None] * k) % slices).double() * (2 * math.pi / slices)
+    weight = math.sqrt(2 / slices)
+    return torch.stack(alone, 1), weight * angle.cos(), weight * angle.sin()
+
+
+def pair_blocks(slices: int, transform: str) -> slice:
+    """Where the coupled blocks (real part, imaginary part) lie among the S blocks."""
+    return slice(1, 2 * ((slices + 1) // 2) - 1) if transform == "dft" else slice(0, 0)
+
+
+def single_blocks(slices: int, transform: str) -> list[int]:
+    """The blocks that stand alone: self-conjugate frequencies of the DFT, every block of the DCT."""
+    if transform == "dct":
+        return list(range(slices))
+    return [0, slices - 1] if slices % 2 == 0 else [0]
+
+
+class MiddleBlocks:
+    """B_l for some layers of a stack, block by block: what stands between h and m.
+
+    ``single`` (num_slices, blocks, c, r) and ``pair`` (num_slices, pairs, 2c, 2r), in the dtype of ``core_fourier``.
+    """
+
+    def __init__(self, core_fourier: Tensor, first_slice: int, num_slices: int, transform: str = "dft") -> None:
+        slices = core_fourier.shape[0]
+        self.core_shape = core_fourier.shape
+        self.transform = transform
+        self.num_slices = num_slices
+        self.single_at = single_blocks(slices, transform)
+        self.pair_at = pair_blocks(slices, transform)
+        constants = _phases(slices, first_slice, num_slices, transform)
+        self._single, self._cos, self._sin = (
+            t.to(device=core_fourier.device, dtype=core_fourier.dtype)[..., None, None] for t in constants
+        )
+        self.single = self._single * core_fourier[self.single_at]
+        real, imaginary = core_fourier[self.pair_at].unflatten(0, (-1, 2)).unbind(1)
+        a = self._cos * real - self._sin * imaginary
+        b = self._sin * real + self._cos * imaginary
+        self.pair = torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)
+
+    def core_gradient(self, single: Tensor, pair: Tensor) -> Tensor:
+        """The gradient of the core (S, c, r) from those of ``single`` and ``pair``: the phases taken back."""
+        slices, c, r = self.core_shape
+        gradient = single.new_empty(self.core_shape)
+        gradient[self.single_at] = (self._single * single).sum(0)
+        a = pair[..., :c, :r] + pair[..., c:, r:]
+        b = pair[..., c:, :r] - pair[..., :c, r:]
+        real = (self._cos * a + self._sin * b).sum(0)
+        imaginary = (self._cos * b - self._sin * a).sum(0)
+        gradient[self.pair_at] = torch.stack([real, imaginary], 1).flatten(0, 1)
+        return gradient

@@ -1,0 +1,50 @@
+"""The definition, written as it stands in the paper and nothing else: slow, dense and easy to believe.
+
+Every fast form of this package is tested against these functions in float64. ``C`` is (S, out, c), ``core`` (the
+paper's U) (S, c, r), ``R`` (S, r, in). Source: tCURLoRA, arXiv 2501.02227v3, Eq. 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .tproduct import tpinv
+
+
+def circular_convolution(a: Tensor, b: Tensor) -> Tensor:
+    """``(a * b)_l = sum_{i + j = l mod S} a_i b_j`` term by term: (S, m, p), (S, p, n) -> (S, m, n)."""
+    slices = a.shape[0]
+    return torch.stack(
+        [torch.stack([a[i] @ b[(slot - i) % slices] for i in range(slices)]).sum(0) for slot in range(slices)]
+    )
+
+
+def delta_weights(C: Tensor, core: Tensor, R: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale * C * U * R`` for every slice: (S, out, in)."""
+    return scale * circular_convolution(circular_convolution(C, core), R)
+
+
+def tcur_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    C: Tensor,
+    core: Tensor,
+    R: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+) -> Tensor:
+    """``x (W + dW)^T + bias`` with dW materialised for the slices that ``weight`` (num_slices * out, in) stacks by rows.
+
+    x (..., in) -> (..., num_slices * out).
+    """
+    delta = delta_weights(C, core, R, scale)[first_slice : first_slice + num_slices]
+    return torch.nn.functional.linear(x, weight + delta.reshape(weight.shape), bias)
+
+
+def cur_reconstruction(weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The t-CUR decomposition ``C * pinv(W[:, rows, columns]) * R`` of weights (S, out, in), of the same shape."""
+    C, R = weights[:, :, columns], weights[:, rows, :]
+    return circular_convolution(circular_convolution(C, tpinv(C[:, rows, :])), R)

@@ -1,0 +1,181 @@
+"""Which columns (input features) and rows (output features) of a weight tensor become C and R.
+
+Weights are (S, out, in), slices first; scores are float64. ``S_k`` below is the k-th slice of the DFT along the
+slices, all S frequencies counted. Rules:
+
+``norm``           the paper's: columns by ``sum_k |S_k[:, j]|``, the c largest; then rows by ``sum_k |S_k[i, columns]|``
+                   on the chosen columns only, the r largest. tCURLoRA, arXiv 2501.02227.
+``norm-sampled``   drawn without replacement, probability proportional to the squared norm over the whole tube.
+                   Drineas, Kannan, Mahoney 2006; Tarzanagh and Michailidis 2018 for tensors.
+``inverse-norm``   drawn with the inverse of that probability, as CURLoRA does (arXiv 2408.14572).
+``leverage``       largest statistical leverage: squared rows of the leading c (r) singular vectors, summed over k.
+``deim``           discrete empirical interpolation on the leading singular vectors of the two unfoldings.
+                   Sorensen and Embree 2016.
+``uniform``        drawn at random, all alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tproduct import self_conjugate_frequencies
+
+CHUNK = 64  # columns whose spectrum is held at a time: 64 of a (48, 768, 768) tensor are 38 MB of complex128
+
+
+class Selection(NamedTuple):
+    """Chosen indices, best first (int64), and their scores under the rule (float64)."""
+
+    rows: Tensor
+    columns: Tensor
+    row_scores: Tensor
+    column_scores: Tensor
+
+
+class _Draw(NamedTuple):
+    weights: Tensor
+    c: int
+    r: int
+    generator: torch.Generator
+
+
+def select(weights: Tensor, c: int, r: int, rule: str = "norm", seed: int = 0) -> Selection:
+    """Choose c columns and r rows of weights (S, out, in) by a rule of this module.
+
+    ``seed`` feeds the drawing rules; the draw is made on the CPU, so that it is the same for every device. Raises
+    ValueError for an unknown rule, for c > in or r > out.
+    """
+    if rule not in RULES:
+        raise ValueError(f"selection rule {rule!r} is unknown, expected one of {', '.join(RULES)}")
+    slices, out_features, in_features = weights.shape
+    if not (0 < c <= in_features and 0 < r <= out_features):
+        raise ValueError(f"cannot choose {c} of {in_features} columns and {r} of {out_features} rows")
+    draw = _Draw(weights.detach(), c, r, torch.Generator().manual_seed(seed))
+    return RULES[rule](draw)
+
+
+def _frequency_weights(slices: int, like: Tensor) -> Tensor:
+    """How often each of the frequencies 0..S//2 stands in the full spectrum: (S//2 + 1,)."""
+    weights = torch.full((slices // 2 + 1,), 2.0, dtype=torch.float64, device=like.device)
+    weights[self_conjugate_frequencies(slices)] = 1.0
+    return weights
+
+
+def column_scores(weights: Tensor) -> Tensor:
+    """``sum_k |S_k[:, j]|_2`` for every column j: (S, out, in) -> (in,) float64."""
+    per_frequency = [
+        torch.fft.rfft(chunk.double(), dim=0).norm(dim=1) for chunk in weights.split(CHUNK, dim=2)
+    ]
+    return _frequency_weights(weights.shape[0], weights) @ torch.cat(per_frequency, dim=1)
+
+
+def row_scores(weights: Tensor, columns: Tensor) -> Tensor:
+    """``sum_k |S_k[i, columns]|_2`` for every row i: (S, out, in) -> (out,) float64."""
+    return column_scores(weights[:, :, columns].transpose(1, 2))
+
+
+def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    # A stable sort takes the first of equal scores, on every device.
+    order = torch.sort(scores, descending=True, stable=True).indices[:count]
+    return order, scores[order]
+
+
+def _norm(draw: _Draw) -> Selection:
+    columns, of_columns = _top(column_scores(draw.weights), draw.c)
+    rows, of_rows = _top(row_scores(draw.weights, columns), draw.r)
+    return Selection(rows, columns, of_rows, of_columns)
+
+
+def _sampled(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``count`` different indices, the probability of each draw proportional to the scores (Gumbel top-k)."""
+    noise = torch.rand(scores.shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    keys = scores.cpu().log() - (-noise.log()).log()
+    order = torch.sort(keys, descending=True, stable=True).indices[:count].to(scores.device)
+    return order, scores[order]
+
+
+def _tube_energy(weights: Tensor, dim: int) -> Tensor:
+    """Squared norm over the slices and the other side: of rows (dim=1) or columns (dim=2), float64."""
+    other = 3 - dim
+    return torch.linalg.vector_norm(weights, dim=(0, other), dtype=torch.float64).square()
+
+
+def _norm_sampled(draw: _Draw) -> Selection:
+    columns, of_columns = _sampled(_tube_energy(draw.weights, 2), draw.c, draw.generator)
+    rows, of_rows = _sampled(_tube_energy(draw.weights, 1), draw.r, draw.generator)
+    return Selection(rows, columns, of_rows, of_columns)
+
+
+def _inverse_norm(draw: _Draw) -> Selection:
+    def inverse(energy: Tensor) -> Tensor:
+        # A feature of norm zero has no inverse; it also carries nothing, so it is never preferred to the others.
+        return torch.where(energy > 0, 1.0 / energy, torch.zeros_like(energy))
+
+    columns, of_columns = _sampled(inverse(_tube_energy(draw.weights, 2)), draw.c, draw.generator)
+    rows, of_rows = _sampled(inverse(_tube_energy(draw.weights, 1)), draw.r, draw.generator)
+    return Selection(rows, columns, of_rows, of_columns)
+
+
+def _uniform(draw: _Draw) -> Selection:
+    _, out_features, in_features = draw.weights.shape
+    ones = torch.ones(max(out_features, in_features), dtype=torch.float64, device=draw.weights.device)
+    columns, of_columns = _sampled(ones[:in_features], draw.c, draw.generator)
+    rows, of_rows = _sampled(ones[:out_features], draw.r, draw.generator)
+    return Selection(rows, columns, of_rows, of_columns)
+
+
+def _leverage(draw: _Draw) -> Selection:
+    slices, out_features, in_features = draw.weights.shape
+    spectrum = torch.fft.rfft(draw.weights.double(), dim=0)
+    of_row = torch.zeros(out_features, dtype=torch.float64, device=draw.weights.device)
+    of_column = torch.zeros(in_features, dtype=torch.float64, device=draw.weights.device)
+    for weight, matrix in zip(_frequency_weights(slices, draw.weights), spectrum, strict=True):
+        left, _, right_h = torch.linalg.svd(matrix, full_matrices=False)
+        of_row += weight * left[:, : draw.r].abs().square().sum(1)
+        of_column += weight * right_h[: draw.c].abs().square().sum(0)
+    columns, of_columns = _top(of_column, draw.c)
+    rows, of_rows = _top(of_row, draw.r)
+    return Selection(rows, columns, of_rows, of_columns)
+
+
+def _leading_vectors(weights: Tensor, count: int) -> Tensor:
+    """Leading right singular vectors of the slices stacked by rows: (S, m, n) -> (n, count) float64."""
+    gram = torch.zeros(weights.shape[2], weights.shape[2], dtype=torch.float64, device=weights.device)
+    for matrix in weights:
+        gram.addmm_(matrix.double().mT, matrix.double())
+    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+
+
+def _interpolation_points(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """DEIM: one index a vector, where the vector is worst explained by those before it; the score is that error."""
+    points: list[int] = []
+    errors: list[Tensor] = []
+    for j in range(vectors.shape[1]):
+        residual = vectors[:, j]
+        if points:
+            known = vectors[:, :j]
+            residual = residual - known @ torch.linalg.solve(known[points], residual[points])
+        error, point = residual.abs().max(0)
+        points.append(int(point))
+        errors.append(error)
+    return torch.tensor(points, device=vectors.device), torch.stack(errors)
+
+
+def _deim(draw: _Draw) -> Selection:
+    columns, of_columns = _interpolation_points(_leading_vectors(draw.weights, draw.c))
+    rows, of_rows = _interpolation_points(_leading_vectors(draw.weights.transpose(1, 2), draw.r))
+    return Selection(rows, columns, of_rows, of_columns)
+
+
+RULES: dict[str, Callable[[_Draw], Selection]] = {
+    "norm": _norm,
+    "norm-sampled": _norm_sampled,
+    "leverage": _leverage,
+    "deim": _deim,
+    "uniform": _uniform,
+    "inverse-norm": _inverse_norm,
+}

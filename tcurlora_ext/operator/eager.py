@@ -1,0 +1,189 @@
+"""The folded form in PyTorch operations: forward and backward of a TCUR layer without an (out x in) tensor.
+
+Shapes: x (..., in); weight (n*out, in), n slices stacked by rows; col (out, c*S); core (S, c, r) in the slice
+transform's coordinates; row (r*S, in). T is the number of rows of x. Notation and derivation: docs/maths.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tcurlora_ext.maths.packing import MiddleBlocks
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Tensor, row: Tensor, n: int) -> None:
+    """Raise ValueError where shapes, dtypes or devices do not fit together; nothing is computed."""
+    if weight.dim() != 2 or col.dim() != 2 or row.dim() != 2 or core.dim() != 3:
+        raise ValueError(
+            f"weight {tuple(weight.shape)}, col {tuple(col.shape)}, row {tuple(row.shape)} and core "
+            f"{tuple(core.shape)}: expected two dimensions each and three for the core"
+        )
+    slices, c, r = core.shape
+    out_features, in_features = col.shape[0], row.shape[1]
+    expected = {
+        "x": (x, (*x.shape[:-1], in_features)),
+        "weight": (weight, (n * out_features, in_features)),
+        "bias": (bias, (n * out_features,)),
+        "col": (col, (out_features, c * slices)),
+        "row": (row, (r * slices, in_features)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {shape} for core {tuple(core.shape)}, "
+                f"{n} slice(s) of {out_features} x {in_features}"
+            )
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, expected {x.dtype} as x")
+    for name, (tensor, _) in (expected | {"core": (core, ())}).items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {x.device} as x")
+
+
+def check_slices(slices: int, first_slice: int, num_slices: int) -> None:
+    """Raise ValueError unless the layer's slices lie in the stack's."""
+    if num_slices < 1 or first_slice < 0 or first_slice + num_slices > slices:
+        raise ValueError(
+            f"slices {first_slice}..{first_slice + num_slices - 1} asked for, the core has 0..{slices - 1}"
+        )
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+class _Middle:
+    """The middle product of one call: its blocks in the dtype of the data, with the scale folded in."""
+
+    def __init__(
+        self, core: Tensor, first_slice: int, num_slices: int, scale: float, transform: str, dtype: torch.dtype
+    ) -> None:
+        self.slices, self.c, self.r = core.shape
+        self.n = num_slices
+        self.scale = scale
+        self.blocks = MiddleBlocks(core, first_slice, num_slices, transform)
+        # Matrices of one batched product: (blocks, n*c, r) and (pairs, n*2c, 2r).
+        self.single = (scale * self.blocks.single).transpose(0, 1).flatten(1, 2).to(dtype)
+        self.pair = (scale * self.blocks.pair).transpose(0, 1).flatten(1, 2).to(dtype)
+
+    def _split(self, tensor: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """(T, ..., S*width) -> single blocks (blocks, T, ..., width) and pairs (pairs, T, ..., 2*width)."""
+        parts = tensor.unflatten(-1, (self.slices, width))
+        single = parts[..., self.blocks.single_at, :].movedim(-2, 0)
+        pairs = parts[..., self.blocks.pair_at, :].flatten(-2).unflatten(-1, (-1, 2 * width)).movedim(-2, 0)
+        return single, pairs
+
+    def _join(self, single: Tensor, pair: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
+        """The inverse of :meth:`_split`, into a new tensor (*shape, S*width)."""
+        out = single.new_empty(*shape, self.slices, width)
+        out[..., self.blocks.single_at, :] = single.movedim(0, -2)
+        out[..., self.blocks.pair_at, :] = pair.movedim(0, -2).flatten(-2).unflatten(-1, (-1, width))
+        return out.flatten(-2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """m = scale * h B^T: (T, r*S) -> (T, n, c*S)."""
+        single, pair = self._split(h, self.r)
+        single = torch.bmm(single, self.single.mT).unflatten(-1, (self.n, self.c))
+        pair = torch.bmm(pair, self.pair.mT).unflatten(-1, (self.n, 2 * self.c))
+        return self._join(single, pair, (h.shape[0], self.n), self.c)
+
+    def backward(self, p: Tensor) -> Tensor:
+        """dh = scale * p B: (T, n, c*S) -> (T, r*S)."""
+        single, pair = self._split(p, self.c)
+        single = torch.bmm(single.flatten(2), self.single)
+        pair = torch.bmm(pair.flatten(2), self.pair)
+        return self._join(single, pair, (p.shape[0],), self.r)
+
+    def core_gradient(self, p: Tensor, h: Tensor) -> Tensor:
+        """The core's gradient (S, c, r) from p (T, n, c*S) and h (T, r*S), summed in at least float32."""
+        wide = torch.promote_types(p.dtype, torch.float32)
+        p_single, p_pair = self._split(p.to(wide), self.c)
+        h_single, h_pair = self._split(h.to(wide), self.r)
+        single = torch.bmm(p_single.flatten(2).mT, h_single).unflatten(1, (self.n, self.c)).transpose(0, 1)
+        pair = torch.bmm(p_pair.flatten(2).mT, h_pair).unflatten(1, (self.n, 2 * self.c)).transpose(0, 1)
+        return self.scale * self.blocks.core_gradient(single, pair)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    col: Tensor,
+    core: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    transform: str,
+) -> tuple[Tensor, Tensor]:
+    """y (..., n*out) and h (T, r*S)."""
+    x2 = _rows_of(x)
+    h = x2 @ row.T
+    m = _Middle(core, first_slice, num_slices, scale, transform, x.dtype).forward(h)
+    # The base as nn.Linear computes it, then the adapter accumulated onto it: a zero core gives the base bit for bit.
+    y = torch.nn.functional.linear(x2, weight, bias)
+    y.view(-1, col.shape[0]).addmm_(m.flatten(0, 1), col.T)
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    col: Tensor,
+    core: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    transform: str,
+    needs: list[bool],
+) -> Gradients:
+    """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no.
+
+    Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
+    """
+    needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
+    gradients = [g.new_empty(0)] * 6
+    g2 = _rows_of(g)
+    x2 = None if x is None else _rows_of(x)
+    if needs_weight:
+        gradients[1] = g2.T @ _required(x2, "x")
+    if needs_bias:
+        gradients[2] = g2.sum(0)
+    if not (needs_x or needs_col or needs_core or needs_row):
+        return _six(gradients)
+
+    middle = _Middle(core, first_slice, num_slices, scale, transform, g.dtype)
+    g_slices = g2.reshape(-1, col.shape[0])
+    p = (g_slices @ col).view(-1, num_slices, col.shape[1])
+    if needs_col or needs_core:
+        h = _required(x2, "x or h") @ row.T if h is None else h
+        if needs_core:
+            gradients[4] = middle.core_gradient(p, h).to(core.dtype)
+        if needs_col:
+            gradients[3] = g_slices.T @ middle.forward(h).flatten(0, 1)
+    if needs_x or needs_row:
+        dh = middle.backward(p)
+        if needs_x:
+            gradients[0] = (g2 @ weight).addmm_(dh, row).view(*g.shape[:-1], row.shape[1])
+        if needs_row:
+            gradients[5] = dh.T @ _required(x2, "x")
+    return _six(gradients)
+
+
+def _six(gradients: list[Tensor]) -> Gradients:
+    dx, dweight, dbias, dcol, dcore, drow = gradients
+    return dx, dweight, dbias, dcol, dcore, drow
+
+
+def _required(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"{name} was not saved for this gradient")
+    return tensor

@@ -1,0 +1,1 @@
+"""A segmentation recipe on MONAI: data, networks, methods that adapt them, training, evaluation and the report."""

@@ -1,0 +1,259 @@
+"""Segmentation networks by name: how to build each, and which of its parameters are head, decoder and blocks.
+
+`unetr` and `swinunetr` are MONAI's. `vit` is a plain ViT segmenter without skips: its decoder sees nothing but the
+last tokens, so it cannot go around its transformer as the other two can (a small UNETR lost 1.5 Dice with random
+blocks, this one nearly all of it). A comparison of adapters *inside* the transformer needs such a network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.segmentation.artifacts import read_checkpoint, read_json, require_package, write_json, write_with
+
+Sizes = Mapping[str, Any]
+
+# Linear layers an adapter goes into: attention and MLP projections under MONAI's names.
+TARGET = re.compile(r".*\.(attn\.(qkv|out_proj|proj|to_[qkv])|mlp\.linear[12])$")
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One architecture. `head`, `decoder` and `blocks` are prefixes of parameter names; `multiple` divides the ROI."""
+
+    name: str
+    description: str
+    construct: Callable[[int, int, tuple[int, ...], Sizes], nn.Module]
+    sizes: Sizes
+    head: tuple[str, ...]
+    decoder: tuple[str, ...]
+    blocks: str
+    also_train: str
+    multiple: int
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """All that is needed to build a network again; `network.json` beside the weights holds it.
+
+    `roi` is the window in voxels, `spacing` the voxel size in mm that volumes are resampled to (None: as they are).
+    """
+
+    network: str
+    in_channels: int
+    out_channels: int
+    roi: tuple[int, int, int]
+    spacing: tuple[float, float, float] | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as JSON."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> NetworkConfig:
+        """Read `network.json`; ValueError names the file and the keys that are missing or unknown."""
+        content = read_json(path)
+        expected = set(cls.__dataclass_fields__)
+        found = set(content) if isinstance(content, dict) else set()
+        if found != expected:
+            raise ValueError(f"{path}: found the keys {sorted(found)}, expected {sorted(expected)}")
+        spacing = content["spacing"]
+        return cls(**{**content, "roi": tuple(content["roi"]), "spacing": tuple(spacing) if spacing else None})
+
+
+class ViTSegmenter(nn.Module):
+    """MONAI's ViT, its last tokens upsampled by transposed convolutions, a 1x1x1 head; no skip connections.
+
+    Input (N, in_channels, *roi), output logits (N, out_channels, *roi). The patch size is a power of two; one step of
+    ConvTranspose3d(2, stride 2), InstanceNorm3d and GELU doubles the resolution until it is the input's again.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, roi: Sequence[int], sizes: Sizes) -> None:
+        super().__init__()
+        from monai.networks.nets import ViT
+
+        patch, hidden, features = int(sizes["patch_size"]), int(sizes["hidden_size"]), int(sizes["features"])
+        self.grid = tuple(length // patch for length in roi)
+        self.vit = ViT(
+            in_channels=in_channels, img_size=tuple(roi), patch_size=(patch,) * 3, hidden_size=hidden,
+            mlp_dim=int(sizes["mlp_dim"]), num_layers=int(sizes["num_layers"]), num_heads=int(sizes["num_heads"]),
+            dropout_rate=float(sizes["dropout_rate"]), classification=False, spatial_dims=3,
+        )  # fmt: skip
+        steps = patch.bit_length() - 1
+        widths = [hidden] + [features * 2 ** (steps - 1 - step) for step in range(steps)]
+        layers: list[nn.Module] = []
+        for narrow, wide in zip(widths[1:], widths[:-1], strict=True):
+            layers += [nn.ConvTranspose3d(wide, narrow, 2, stride=2), nn.InstanceNorm3d(narrow), nn.GELU()]
+        self.decoder = nn.Sequential(*layers)
+        self.out = nn.Conv3d(widths[-1], out_channels, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (N, out_channels, *roi) of an image (N, in_channels, *roi)."""
+        tokens, _ = self.vit(image)  # (N, number of patches, hidden)
+        volume = tokens.transpose(1, 2).unflatten(2, self.grid)
+        logits: Tensor = self.out(self.decoder(volume))
+        return logits
+
+
+def _unetr(in_channels: int, out_channels: int, roi: tuple[int, ...], sizes: Sizes) -> nn.Module:
+    from monai.networks.nets import UNETR
+
+    net: nn.Module = UNETR(in_channels, out_channels, img_size=roi, **sizes)
+    return net
+
+
+def _swinunetr(in_channels: int, out_channels: int, roi: tuple[int, ...], sizes: Sizes) -> nn.Module:
+    from monai.networks.nets import SwinUNETR
+
+    del roi  # Swin windows are relative: one network serves every size that is a multiple of 32
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    net: nn.Module = SwinUNETR(in_channels, out_channels, **options)
+    return net
+
+
+NETWORKS: dict[str, NetworkSpec] = {
+    spec.name: spec
+    for spec in (
+        NetworkSpec(
+            "vit", "plain ViT segmenter without skips", ViTSegmenter,
+            {"patch_size": 4, "hidden_size": 128, "mlp_dim": 512, "num_layers": 6, "num_heads": 4, "features": 16,
+             "dropout_rate": 0.0},
+            head=("out.",), decoder=("decoder.", "out."), blocks="vit.blocks.", also_train="head", multiple=4,
+        ),
+        NetworkSpec(
+            "unetr", "MONAI's UNETR", _unetr,
+            {"feature_size": 16, "hidden_size": 768, "mlp_dim": 3072, "num_heads": 12, "dropout_rate": 0.0},
+            head=("out.",), decoder=("decoder2.", "decoder3.", "decoder4.", "decoder5.", "out."),
+            blocks="vit.blocks.", also_train="decoder", multiple=16,
+        ),
+        NetworkSpec(
+            "swinunetr", "MONAI's SwinUNETR", _swinunetr,
+            {"feature_size": 24, "depths": [2, 2, 2, 2], "num_heads": [3, 6, 12, 24], "use_v2": False},
+            head=("out.",), decoder=("decoder1.", "decoder2.", "decoder3.", "decoder4.", "decoder5.", "out."),
+            blocks="swinViT.layers", also_train="decoder", multiple=32,
+        ),
+    )
+}  # fmt: skip
+
+
+def get_spec(name: str) -> NetworkSpec:
+    """The architecture called `name`; ValueError lists the known ones."""
+    if name not in NETWORKS:
+        raise ValueError(f"network: found '{name}', expected one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def complete_sizes(spec: NetworkSpec, sizes: Sizes) -> dict[str, Any]:
+    """The default sizes with `sizes` over them; ValueError for a size the network does not have."""
+    unknown = sorted(set(sizes) - set(spec.sizes))
+    if unknown:
+        raise ValueError(f"sizes of {spec.name}: found {', '.join(unknown)}, expected among {', '.join(spec.sizes)}")
+    return {**spec.sizes, **sizes}
+
+
+def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
+    """A network with random weights drawn from `seed`; the caller's random state is left alone.
+
+    ValueError where the ROI is no multiple of what the architecture divides it by.
+    """
+    require_package("monai")
+    require_package("einops")
+    spec = get_spec(config.network)
+    sizes = complete_sizes(spec, config.sizes)
+    multiple = int(sizes.get("patch_size", spec.multiple))
+    if multiple & (multiple - 1) or any(length <= 0 or length % multiple for length in config.roi):
+        raise ValueError(
+            f"roi of {spec.name}: found {'x'.join(map(str, config.roi))}, "
+            f"expected positive multiples of {multiple}, itself a power of two"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spec.construct(config.in_channels, config.out_channels, config.roi, sizes)
+
+
+def target_linears(model: nn.Module) -> list[str]:
+    """Names of the attention and MLP projections, in the order of registration."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and TARGET.match(name)]
+
+
+def has_prefix(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether the parameter `name` belongs to one of the prefixes."""
+    return name.startswith(tuple(prefixes))
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, config: NetworkConfig, prefixes: Sequence[str], seed: int) -> None:
+    """Put a fresh network's parameters in place of those under `prefixes`, as if never trained."""
+    fresh = dict(build_network(config, seed).named_parameters())
+    for name, parameter in model.named_parameters():
+        if has_prefix(name, prefixes):
+            parameter.copy_(fresh[name])
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write all parameters and buffers as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_with(path, lambda temporary: save_file(state, temporary))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file or of a torch checkpoint (never unpickled; "state_dict" and "module." undone)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected pretrained weights (.safetensors, .pt, .pth)")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    content = read_checkpoint(path)
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(content)[:5]))})")
+    return tensors
+
+
+def _some(lines: list[str]) -> str:
+    return "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], spec: NetworkSpec, source: Path) -> bool:
+    """Load `tensors` into `model`; True where the head had another class count and keeps its random weights.
+
+    Everything but such a head has to match by name and shape: otherwise ValueError lists what did not, and the model
+    is left as it was.
+    """
+    state = model.state_dict()
+    # MONAI up to 1.3 built cross-attention it never used; its own loader drops those tensors too
+    tensors = {name: value for name, value in tensors.items() if name in state or ".cross_attn." not in name}
+    head = [name for name in state if has_prefix(name, spec.head)]
+    pairs = [(tensors[name].shape, state[name].shape) for name in head if name in tensors]
+    replaced = any(len(a) != 0 and a[0] != b[0] for a, b in pairs) and all(a[1:] == b[1:] for a, b in pairs)
+    kept = set(state) - set(head if replaced else ())
+    missing = [f"{name} missing" for name in state if name in kept and name not in tensors]
+    extra = [f"{name} unknown" for name in tensors if name not in state]
+    other = [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(state[name].shape)}"
+        for name in state
+        if name in kept and name in tensors and tensors[name].shape != state[name].shape
+    ]
+    if missing or extra or other:
+        raise ValueError(f"{source}: weights do not fit the network {spec.name}: {_some(other + missing + extra)}")
+    model.load_state_dict({name: tensors[name] if name in kept else state[name] for name in state})
+    return replaced

@@ -1,0 +1,164 @@
+"""The embedded data: subjects made from the MNI152 T1 template and its grey and white matter maps in nilearn's wheel.
+
+Real anatomy, synthetic subjects. Tissue maps p_c on a 2 mm grid (grey, white, and what is left inside the brain, mostly
+CSF) are deformed smoothly and at random, the balance between tissues is moved by smooth fields (thinner or thicker
+cortex, larger ventricles), and an image is made from them:
+
+    image = bias · (Σ_c p_c · mean_c + texture · residual) + noise,        labels = argmax_c p_c
+
+`residual` is what the T1 template has beyond its own tissue means, so structure inside a tissue stays. The source domain
+has T1's order of means (white > grey > CSF); the target domain has the order reversed, as in T2, with a stronger bias
+field and more noise. The files are in the Medical Decathlon layout, so one reader serves these data and the user's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tcurlora_ext.segmentation.artifacts import require_package, write_json, write_with
+
+Array = NDArray[np.float32]
+
+LABELS = {0: "background", 1: "grey matter", 2: "white matter", 3: "CSF and other"}
+FINE = 2.0  # mm, grid on which the template is read
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A contrast: mean intensity of (background, grey, white, CSF) and the sizes of its artefacts, all on a 0-1 scale."""
+
+    means: tuple[float, float, float, float]
+    mean_sd: float
+    texture: float
+    bias_sd: float
+    noise_sd: float
+
+
+DOMAINS = {
+    "source": Domain((0.0, 0.55, 0.85, 0.22), mean_sd=0.03, texture=1.0, bias_sd=0.06, noise_sd=0.02),
+    "target": Domain((0.0, 0.60, 0.38, 0.90), mean_sd=0.04, texture=-0.5, bias_sd=0.15, noise_sd=0.05),
+}
+
+
+@lru_cache(maxsize=1)
+def template() -> tuple[Array, Array]:
+    """Tissue maps (4, X, Y, Z) that sum to 1 and the T1 residual (X, Y, Z), both at 2 mm, cropped to the brain.
+
+    Read from nilearn's installed files: nothing is downloaded.
+    """
+    require_package("nilearn")
+    from nilearn import datasets
+
+    t1, grey, white = (
+        np.asarray(load(resolution=int(FINE)).get_fdata(), dtype=np.float32)
+        for load in (
+            datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template,
+        )
+    )  # fmt: skip
+    brain = (t1 > 0.05).astype(np.float32)  # skull-stripped; interpolation leaves values near 0 outside
+    grey, white = grey.clip(0, 1) * brain, white.clip(0, 1) * brain
+    total = np.maximum(grey + white, 1.0)
+    grey, white = grey / total, white / total
+    maps = np.stack([1 - brain, grey, white, brain - grey - white]).clip(0, 1)
+    means = [(t1 * p).sum() / p.sum() for p in maps]
+    residual = (t1 - sum(mean * p for mean, p in zip(means, maps, strict=True))) * brain
+    where = np.argwhere(brain > 0)
+    low, high = where.min(0), where.max(0) + 1
+    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    return maps[(slice(None), *box)].astype(np.float32), residual[box].astype(np.float32)
+
+
+def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> Array:
+    """A Gaussian random field of mean 0 and standard deviation 1, smoothed over `sigma` voxels."""
+    from scipy.ndimage import gaussian_filter
+
+    field = gaussian_filter(rng.standard_normal(shape), sigma, mode="wrap")
+    return np.asarray((field - field.mean()) / field.std(), dtype=np.float32)
+
+
+def _coordinates(rng: np.random.Generator, shape: tuple[int, ...], spacing: float, fine: tuple[int, ...]) -> Array:
+    """Where each output voxel reads the template, in fine voxels, (3, X, Y, Z): affine plus two scales of deformation.
+
+    Scales up to 8 %, rotation up to 7 degrees, shifts up to 6 mm; smooth shifts of 4 mm (over 32 mm) and 1.5 mm
+    (over 10 mm), standard deviations: the size of the differences between adult brains after a linear alignment.
+    """
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")).astype(np.float32)
+    centred = (grid - (np.array(shape).reshape(3, 1, 1, 1) - 1) / 2) * spacing  # mm from the centre
+    angles = np.deg2rad(rng.uniform(-7, 7, 3))
+    rotation = np.eye(3)
+    for axis, angle in enumerate(angles):
+        a, b = [i for i in range(3) if i != axis]
+        turn = np.eye(3)
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+        rotation = rotation @ turn
+    matrix = rotation @ np.diag(rng.uniform(0.92, 1.08, 3))
+    moved = np.einsum("ij,jxyz->ixyz", matrix, centred) + rng.uniform(-6, 6, 3).reshape(3, 1, 1, 1)
+    for amplitude, width in ((4.0, 32.0), (1.5, 10.0)):
+        moved += amplitude * np.stack([_smooth_field(rng, shape, width / 2 / spacing) for _ in range(3)])
+    return np.asarray(moved / FINE + (np.array(fine).reshape(3, 1, 1, 1) - 1) / 2, dtype=np.float32)
+
+
+def make_subject(domain: str, seed: int, index: int, spacing: float = 4.0) -> tuple[Array, NDArray[np.uint8]]:
+    """One subject: image (X, Y, Z) float32 and labels of the same shape, the same for the same arguments.
+
+    `spacing` is the voxel size in mm; 4 mm gives 44 x 52 x 44 voxels or so with a margin for the deformation.
+    """
+    from scipy.ndimage import gaussian_filter, map_coordinates
+
+    settings = DOMAINS[domain]
+    rng = np.random.default_rng([seed, list(DOMAINS).index(domain), index])
+    maps, residual = template()
+    margin = 6.0  # mm each side
+    shape = tuple(int(np.ceil((n * FINE + 2 * margin) / spacing)) for n in maps.shape[1:])
+    where = _coordinates(rng, shape, spacing, maps.shape[1:])
+    blur = 0.4 * spacing / FINE  # the larger voxel's own blur, so that sampling does not alias
+    outside = (1.0, 0.0, 0.0, 0.0)
+    warped = np.stack([
+        map_coordinates(gaussian_filter(p, blur, mode="nearest"), where, order=1, cval=value)
+        for p, value in zip(maps, outside, strict=True)
+    ])  # fmt: skip
+    detail = map_coordinates(gaussian_filter(residual, blur), where, order=1, cval=0.0)
+    for tissue in (1, 2, 3):  # log-odds move by 0.4: cortex, white matter and CSF grow and shrink over 30 mm
+        warped[tissue] *= np.exp(0.4 * _smooth_field(rng, shape, 15.0 / spacing))
+    warped /= warped.sum(0).clip(1e-6)
+    means = np.array(settings.means) + rng.normal(0, settings.mean_sd, 4) * (np.arange(4) > 0)
+    image = np.einsum("c,cxyz->xyz", means, warped) + settings.texture * detail
+    image *= np.exp(settings.bias_sd * _smooth_field(rng, shape, 40.0 / spacing))
+    image += rng.normal(0, settings.noise_sd, shape)
+    return image.astype(np.float32), warped.argmax(0).astype(np.uint8)
+
+
+def write_domain(
+    folder: Path, domain: str, train: int, val: int, seed: int = 0, spacing: float = 4.0
+) -> Path:  # fmt: skip
+    """Write `train` + `val` subjects of a domain in the Decathlon layout; `splits.json` last, so its presence means done.
+
+    Called again after an interruption it writes the same files over.
+    """
+    import nibabel as nib
+
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    names = [f"brain_{index:03d}" for index in range(train + val)]
+    for index, name in enumerate(names):
+        image, labels = make_subject(domain, seed, index, spacing)
+        for part, volume in (("imagesTr", image), ("labelsTr", labels)):
+            nifti = nib.Nifti1Image(volume, affine)
+            write_with(folder / part / f"{name}.nii.gz", lambda path, nifti=nifti: nib.save(nifti, path))
+    write_json(folder / "dataset.json", {
+        "name": f"MNI152 {domain}",
+        "description": "subjects made from the MNI152 template by random deformation, contrast, bias field and noise",
+        "modality": {"0": "T1-like" if domain == "source" else "T2-like"},
+        "labels": {str(value): name for value, name in LABELS.items()},
+        "numTraining": len(names),
+        "training": [
+            {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names
+        ],
+    })  # fmt: skip
+    write_json(folder / "splits.json", {"train": names[:train], "val": names[train:]})
+    return folder
