@@ -125,6 +125,23 @@ def slice_product(a: Tensor, b: Tensor, transform: str = "dft") -> Tensor:
     return unfold_core(fold_core(a, transform) @ fold_core(b, transform), transform)
 
 
+def slice_product_at(a: Tensor, b: Tensor, layers: range, transform: str = "dft") -> Tensor:
+    """Only the slices ``layers`` of :func:`slice_product`: (S, m, p), (S, p, n) -> (len(layers), m, n).
+
+    One product (m, p*S)(p*S, n) a slice, so that one layer of a large stack needs no memory for the others.
+    """
+    slices = a.shape[0]
+    if transform == "identity":
+        return a[layers.start : layers.stop] @ b[layers.start : layers.stop]
+    if transform == "dct":
+        a, b = fold_core(a, transform), fold_core(b, transform)
+        matrix = _transform_matrix(slices, transform).to(a)
+        lefts = [matrix[:, layer, None, None] * a for layer in layers]
+    else:
+        lefts = [a[(layer - torch.arange(slices)) % slices] for layer in layers]
+    return torch.stack([left.transpose(0, 1).flatten(1) @ b.flatten(0, 1) for left in lefts])
+
+
 @lru_cache(maxsize=256)
 def _phases(slices: int, first_slice: int, num_slices: int, transform: str) -> tuple[Tensor, Tensor, Tensor]:
     """Constants of B_l for the layers first_slice..+num_slices, float64 on the CPU.

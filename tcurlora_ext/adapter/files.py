@@ -1,0 +1,158 @@
+"""Adapter files: one safetensors file, whose header holds the description as JSON. Loading runs no code from it.
+
+Tensors:  ``core.<stack>`` (S, c, r) in its core_domain, ``rows.<stack>``, ``columns.<stack>`` int64, ``trained.<name>``
+for every parameter of the model that trains beside the cores, ``state.<name>`` for the buffers of modules that own
+such a parameter; with ``include_factors`` also ``col.<stack>`` and ``row.<stack>``.
+Header:   ``tcurlora`` -> format version, configuration, and for each stack the names of its slices, scale, dtype and
+fingerprint of the base weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .config import TCURConfig
+from .fingerprint import fingerprint
+from .inject import CONTAINER, adapted_layers, require_container, stacks
+from .stack import TCURStack
+
+FORMAT = 1
+HEADER = "tcurlora"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file says: its description and its tensors by name."""
+
+    path: Path
+    config: TCURConfig
+    stacks: dict[str, dict[str, Any]]
+    tensors: dict[str, Tensor]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of one kind ("core", "trained", ...), without the prefix."""
+        return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors: bool = False) -> Path:
+    """Write the adapter of ``model`` to ``path`` (a file; in a folder: ``adapter.safetensors``) and return the path.
+
+    Holds r*c*S numbers a stack, the chosen indices, what else trains (a decoder, a head), and a fingerprint of the base
+    weights. ``include_factors`` adds C and R, so that the file loads onto other base weights too; where C and R are
+    trained they are always there. The file appears whole or not at all: an older one stays until the new one is
+    written. Raises ValueError where the model is not adapted.
+    """
+    path = Path(path)
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    container = require_container(model)
+    tensors: dict[str, Tensor] = {}
+    description: dict[str, dict[str, Any]] = {}
+    for name, stack in stacks(model).items():
+        tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("core", "rows", "columns")}
+        if include_factors or stack.trainable == "all":
+            tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("col", "row")}
+        base = _base_weights(model, stack)
+        description[name] = {
+            "names": stack.names,
+            "scale": stack.scale,
+            "normalised": stack.normalised,
+            "row_scores": stack.row_scores,
+            "column_scores": stack.column_scores,
+            "base_dtype": str(base.dtype).removeprefix("torch."),
+            "fingerprint": fingerprint(base).tolist(),
+        }
+    tensors |= {f"trained.{name}": p for name, p in _trained_beside(model)}
+    tensors |= {f"state.{name}": b for name, b in _buffers_beside(model)}
+    header = {"format": FORMAT, "config": container.config.to_json(), "stacks": description}
+    # A tensor that two names share (tied weights) is written under both: safetensors refuses shared memory.
+    content = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_atomically(path, safetensors.torch.save(content, {HEADER: json.dumps(header)}))
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader or a kill at any moment finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _trained_beside(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((n, p) for n, p in model.named_parameters() if p.requires_grad and CONTAINER not in n.split("."))
+
+
+def _buffers_beside(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers (running statistics) of the modules that own a trained parameter: training changes them too."""
+    owners = {name.rpartition(".")[0] for name, _ in _trained_beside(model)}
+    persistent = model.state_dict().keys()
+    return ((n, b) for n, b in model.named_buffers() if n.rpartition(".")[0] in owners and n in persistent)
+
+
+def _base_weights(model: nn.Module, stack: TCURStack) -> Tensor:
+    """The base weights (S, out, in) of a stack, also where its layers are merged."""
+    layers = {layer.first_slice: layer for _, layer in adapted_layers(model) if layer.stack is stack}
+    return torch.cat([layers[first].weight_slices() for first in sorted(layers)])
+
+
+def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+    """Read an adapter file. Raises FileNotFoundError, or ValueError for a truncated, foreign or inconsistent one."""
+    path = Path(path)
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such adapter file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: found no whole safetensors file, expected an adapter saved by save_adapter ({error})") from None
+    if HEADER not in metadata:
+        raise ValueError(f"{path}: found a safetensors file without a {HEADER!r} header, expected one by save_adapter")
+    try:
+        header = json.loads(metadata[HEADER])
+        version, config, described = header["format"], header["config"], header["stacks"]
+        if version == FORMAT:
+            file_ = AdapterFile(path, TCURConfig.from_json(config), dict(described), tensors)
+            for name, stack in file_.stacks.items():
+                _check_stack(name, stack, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the adapter's description is damaged: {error!r}") from None
+    if version != FORMAT:
+        raise ValueError(f"{path}: found adapter format {version!r}, expected {FORMAT}")
+    return file_
+
+
+def _check_stack(name: str, stack: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    core, rows, columns = (tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
+    expected = (len(stack["names"]), columns.numel(), rows.numel())
+    if tuple(core.shape) != expected:
+        raise ValueError(f"core.{name} has shape {tuple(core.shape)}, expected {expected}")
+    if not bool(torch.isfinite(core).all()):
+        raise ValueError(f"core.{name} has NaN or infinite values")
+    float(stack["scale"]), torch.tensor(stack["fingerprint"]), stack["base_dtype"], stack["normalised"]

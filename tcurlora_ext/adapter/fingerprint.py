@@ -1,0 +1,51 @@
+"""A fingerprint of base weights, so that an adapter is not put on other weights than it was trained on.
+
+For every slice W_l (out, in): its Frobenius norm and a few sums ``u^T W_l v`` with fixed signs u and v, all float64.
+A change of any entry by d changes each sum by d, and sums of the same numbers agree to rounding, so a comparison is as
+exact as a hash within one dtype. Unlike a hash it also says how far weights are from each other, which lets an adapter
+trained on float32 weights be put on the same weights in bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PROBES = 4
+
+
+def fingerprint(weights: Tensor) -> Tensor:
+    """(S, out, in) -> (S, 1 + PROBES) float64 on the CPU: norm, then sums divided by the norm."""
+    _, out_features, in_features = weights.shape
+    left, right = _signs(out_features, 0).to(weights.device), _signs(in_features, 1).to(weights.device)
+    result = []
+    for weight in weights:
+        matrix = weight.double()
+        norm = matrix.norm()
+        sums = ((left.T @ matrix) * right.T).sum(1)
+        result.append(torch.cat([norm[None], sums / norm.clamp_min(1e-300)]))
+    return torch.stack(result).cpu()
+
+
+def _signs(length: int, salt: int) -> Tensor:
+    """(length, PROBES) of +-1, the same everywhere: bits of a 64-bit integer hash, free of any random generator."""
+    mask = (1 << 64) - 1
+    values = []
+    for i in range(length * PROBES):
+        z = ((i + 1) * 0x9E3779B97F4A7C15 + salt * 0xD1B54A32D192ED03) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        values.append(1.0 if (z ^ (z >> 31)) & 1 else -1.0)
+    return torch.tensor(values, dtype=torch.float64).view(length, PROBES)
+
+
+def mismatch(saved: Tensor, found: Tensor, saved_dtype: str, found_dtype: torch.dtype) -> list[int]:
+    """The slices whose weights differ by more than their dtypes explain."""
+    dtypes = {saved_dtype, str(found_dtype).removeprefix("torch.")}
+    if len(dtypes) == 1:
+        tolerance = 1e-9
+    else:
+        # Rounding errors are independent: a sum over the matrix moves by about eps/sqrt(12) norms, less than eps here.
+        tolerance = 2 * max(torch.finfo(getattr(torch, name)).eps for name in dtypes)
+    close = torch.isclose(saved, found, rtol=tolerance, atol=tolerance)
+    return torch.nonzero(~close.all(1)).flatten().tolist()

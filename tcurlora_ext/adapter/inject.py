@@ -1,0 +1,172 @@
+"""Adapt a whole model in place, and undo it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .config import TCURConfig
+from .linear import TCURLayer
+from .stack import TCURStack
+from .targets import Target, adapted_type, find_targets, group, plain_type
+
+CONTAINER = "tcur_stacks"
+
+
+class TCURStacks(nn.ModuleDict):
+    """The stacks of a model, registered once at its root under ``tcur_stacks``, and its configuration.
+
+    Called, it returns its input: an ``nn.Sequential`` that holds it computes what it did.
+    """
+
+    def __init__(self, stacks: dict[str, TCURStack], config: TCURConfig) -> None:
+        super().__init__(stacks)
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
+    """Adapt ``model`` in place and return it: every parameter of it is frozen, one core a stack is trained.
+
+    The output is that of the plain model, bit for bit, until a core is trained. Raises ValueError, before anything is
+    changed, where nothing matches, a layer is adapted already, shapes, devices or dtypes in a stack differ, the rank
+    is larger than a side, or weights are not finite; the message names the module.
+    """
+    config = config or TCURConfig()
+    container = find_container(model)
+    adapted = next((name for name, module in model.named_modules() if isinstance(module, TCURLayer)), None)
+    if container is not None or adapted is not None or hasattr(model, CONTAINER):
+        raise ValueError(
+            f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first"
+        )
+    groups = group(find_targets(model, config), config)
+    stacks = {name: _stack(name, members, config) for name, members in groups.items()}
+    return attach(model, groups, stacks, config)
+
+
+def attach(
+    model: nn.Module, groups: dict[str, list[Target]], stacks: dict[str, TCURStack], config: TCURConfig
+) -> nn.Module:
+    """Replace the targets by layers that use the stacks, whose slices are in the order of the targets."""
+    layers: dict[int, TCURLayer] = {}
+    for name, members in groups.items():
+        first = 0
+        for target in members:
+            kind = adapted_type(target.module)
+            assert kind is not None
+            layer = kind.adopt(target.module)
+            layer.attach(stacks[name], first, target.slices, owned=False)
+            layers[id(target.module)] = layer
+            first += target.slices
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in layers:
+                parent._modules[child_name] = layers[id(child)]
+    model.add_module(CONTAINER, TCURStacks(stacks, config))
+    return model
+
+
+def slice_names(members: list[Target]) -> list[str]:
+    """The module of every slice: a fused projection's name with the number of the block."""
+    return [
+        t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)
+    ]
+
+
+def stacked_weights(name: str, members: list[Target]) -> Tensor:
+    """The weights (S, out, in) of a stack's members. Raises ValueError where devices or dtypes differ."""
+    first = members[0].weight
+    for target in members:
+        if (target.weight.device, target.weight.dtype) != (first.device, first.dtype):
+            raise ValueError(
+                f"stack {name}: {target.name} is {target.weight.dtype} on {target.weight.device}, expected "
+                f"{first.dtype} on {first.device} as {members[0].name}"
+            )
+    return torch.cat([target.weight for target in members])
+
+
+def _stack(name: str, members: list[Target], config: TCURConfig) -> TCURStack:
+    try:
+        return TCURStack.from_weights(
+            stacked_weights(name, members),
+            config.rank,
+            config.selection,
+            config.scale,
+            alpha=config.alpha,
+            seed=config.seed,
+            transform=config.transform,
+            core_domain=config.core_domain,
+            trainable=config.trainable,
+            backend=config.backend,
+            names=slice_names(members),
+        )
+    except ValueError as error:
+        raise ValueError(f"stack {name} ({members[0].name}, ...): {error}") from None
+
+
+def find_container(model: nn.Module) -> TCURStacks | None:
+    """The container of an adapted model's stacks, wherever the adapted model sits in ``model``."""
+    return next((module for module in model.modules() if isinstance(module, TCURStacks)), None)
+
+
+def require_container(model: nn.Module) -> TCURStacks:
+    """As :func:`find_container`; raises ValueError where the model is not adapted."""
+    container = find_container(model)
+    if container is None:
+        raise ValueError(f"{type(model).__name__} is not adapted; call inject(model) first")
+    return container
+
+
+def stacks(model: nn.Module) -> dict[str, TCURStack]:
+    """The model's stacks by name; empty where it is not adapted."""
+    container = find_container(model)
+    if container is None:
+        return {}
+    return {name: stack for name, stack in container.items() if isinstance(stack, TCURStack)}
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, TCURLayer]]:
+    """Names and layers of all adapted layers, in registration order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, TCURLayer))
+
+
+def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
+    """Train more than the cores: parameters whose name starts with a pattern (a prefix or regex). Returns the model.
+
+    ``["decoder", "out"]`` trains UNETR's decoder5..decoder2 and its output head. Raises ValueError, before anything is
+    changed, for a pattern that matches no parameter.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    parameters = [(name, p) for name, p in model.named_parameters() if f"{CONTAINER}." not in name]
+    chosen = []
+    for pattern in patterns:
+        matching = [p for name, p in parameters if re.match(pattern, name)]
+        if not matching:
+            roots = sorted({name.split(".")[0] for name, _ in parameters})
+            raise ValueError(f"unfreeze pattern {pattern!r} matches no parameter; names begin with {', '.join(roots)}")
+        chosen += matching
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Put plain layers back, in place, and return the model; its parameters stay frozen or not as they are.
+
+    The weights stay as they are: those of a merged model hold the adapter, others are the base's.
+    """
+    require_container(model)
+    plain = {id(layer): layer.restore(plain_type(layer)) for _, layer in adapted_layers(model)}
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in plain:
+                parent._modules[child_name] = plain[id(child)]
+            elif isinstance(child, TCURStacks):
+                del parent._modules[child_name]
+    return model

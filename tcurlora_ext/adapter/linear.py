@@ -1,0 +1,185 @@
+"""Layers that hold a frozen weight and use a stack: drop-in forms of ``nn.Linear`` and of transformers' ``Conv1D``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .config import Rank
+from .stack import TCURStack
+
+
+class TCURLayer(nn.Module):
+    """What every adapted layer has. Subclasses say how their weight lies in memory.
+
+    stack           the :class:`TCURStack` it uses: a child module where the layer owns it (``from_linear``), a plain
+                    reference where layers share it (``inject``), so that a shared core is registered once
+    first_slice, num_slices   which slices of the stack are this layer's weight, stacked by rows
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    stack: TCURStack
+    first_slice: int
+    num_slices: int
+    base: Tensor | None  # the weight as it was before merge(); None where the layer is not merged
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """A weight as the layer stores it -> (num_slices*out, in), and the other way round; shares memory."""
+        return stored
+
+    def weight_slices(self) -> Tensor:
+        """The base weight, also where merged, as slices (num_slices, out, in), sharing memory."""
+        base = self.weight.detach() if self.base is None else self.base
+        return self.as_matrix(base).unflatten(0, (self.num_slices, -1))
+
+    @classmethod
+    def adopt(cls, plain: nn.Module) -> Self:
+        """This class's layer with the parameters, hooks and attributes of a plain one, which is left as it is."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in plain.__dict__.items()})
+        layer.register_buffer("base", None, persistent=False)
+        return layer
+
+    def restore(self, plain_type: type[nn.Module]) -> nn.Module:
+        """The inverse of :meth:`adopt`: a plain layer with the weight as it is now."""
+        plain = plain_type.__new__(plain_type)
+        own = ("stack", "first_slice", "num_slices")
+        plain.__dict__.update(
+            {k: copy.copy(v) if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in own}
+        )
+        plain._modules.pop("stack", None)
+        plain._buffers.pop("base", None)
+        plain._non_persistent_buffers_set = plain._non_persistent_buffers_set - {"base"}
+        return plain
+
+    def attach(self, stack: TCURStack, first_slice: int, num_slices: int, owned: bool) -> None:
+        """Use these slices of the stack; the base weight and bias are frozen."""
+        if owned:
+            self.stack = stack
+        else:
+            object.__setattr__(self, "stack", stack)
+        self.first_slice, self.num_slices = first_slice, num_slices
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds W + dW."""
+        return self.base is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.as_matrix(self.weight)
+        if self.base is not None:
+            return nn.functional.linear(x, weight, self.bias)
+        return self.stack.adapt(x, weight, self.bias, self.first_slice, self.num_slices)
+
+    def delta_weight(self) -> Tensor:
+        """This layer's part of the stack's dense change, scale included: (num_slices*out, in), differentiable."""
+        return self.stack.delta_weights(self.own_slices).flatten(0, 1)
+
+    @property
+    def own_slices(self) -> range:
+        """The indices of this layer's slices in its stack."""
+        return range(self.first_slice, self.first_slice + self.num_slices)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + dW, summed in float64 and rounded once to the weight's dtype: (num_slices*out, in), a new tensor.
+
+        Raises ValueError if it is not finite.
+        """
+        delta = self.stack.delta_weights(self.own_slices, torch.float64).flatten(0, 1)
+        total = self.weight_slices().flatten(0, 1).double().add_(delta).to(self.weight.dtype)
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError("the merged weight has NaN or infinite values; nothing was merged")
+        return total
+
+    def merge(self) -> None:
+        """Put W + dW in the place of W and keep W for :meth:`unmerge`. Without effect where merged."""
+        if not self.merged:
+            self.put_merged(self.merged_weight())
+
+    @torch.no_grad()
+    def put_merged(self, total: Tensor) -> None:
+        """Make ``total``, from :meth:`merged_weight`, the weight."""
+        self.base = self.weight.data
+        self.weight.data = self.as_matrix(total).contiguous()
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit. Without effect where not merged."""
+        if self.base is not None:
+            self.weight.data = self.base
+            self.base = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base is not None:
+            # W and the core say all; W + dW and the core would count the change twice when loaded.
+            destination[prefix + "weight"] = self.base
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.merged and prefix + "weight" in state_dict:
+            raise RuntimeError(f"{prefix}weight: this layer is merged; call unmerge() before loading a state")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "weight" in state_dict:
+            self.stack.reloaded[self.first_slice] = self
+
+
+class TCURLinear(TCURLayer, nn.Linear):
+    """``nn.Linear`` with a t-CUR adapter: ``y = x (W + dW)^T + b``, W and b frozen, the stack's core trained.
+
+    As a layer of its own it has a stack of ``slices`` slices: 1, or the number of row blocks of a fused projection. Its
+    keys are those of ``nn.Linear`` and ``stack.*``; a plain Linear's state_dict loads into it, and rows and columns
+    are then chosen from those weights. ``scale=None`` is the default rule of :class:`TCURConfig`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        rank: Rank = 8,
+        slices: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self.register_buffer("base", None, persistent=False)
+        self._own_stack(rank, slices, scale, options)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, rank: Rank = 8, slices: int = 1, *, scale: float | None = None, **options: Any
+    ) -> TCURLinear:
+        """An adapted layer that shares ``linear``'s parameters and freezes them; the options of TCURStack.from_weights.
+
+        Raises ValueError where the rank or ``slices`` does not fit the weight, or the weight is not finite.
+        """
+        layer = cls.adopt(linear)
+        layer._own_stack(rank, slices, scale, options)
+        return layer
+
+    def _own_stack(self, rank: Rank, slices: int, scale: float | None, options: dict[str, Any]) -> None:
+        if slices < 1 or self.out_features % slices:
+            raise ValueError(f"slices is {slices}, expected a divisor of the {self.out_features} output features")
+        weights = self.weight.detach().unflatten(0, (slices, -1))
+        stack = TCURStack.from_weights(weights, rank, scale=scale, **options)
+        self.attach(stack, 0, slices, owned=True)
+
+
+class TCURConv1D(TCURLayer):
+    """transformers' ``Conv1D`` (GPT-2) with a t-CUR adapter: a linear layer whose weight is stored as (in, out)."""
+
+    nx: int
+    nf: int
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        return stored.T

@@ -1,0 +1,155 @@
+"""Put an adapter file onto a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.maths.selection import Selection
+
+from .files import AdapterFile, read_adapter
+from .fingerprint import fingerprint, mismatch
+from .inject import adapted_layers, attach, find_container, stacked_weights, stacks
+from .linear import TCURLayer
+from .stack import TCURStack
+from .targets import Target, adapted_type
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Put an adapter file onto ``model``, in place, and return it.
+
+    A plain model is adapted as the file says; an adapted one of the same stacks takes over the file's values. Raises
+    FileNotFoundError or ValueError, before anything is changed, where the file is not whole, a module or parameter is
+    missing or of another shape, or the base weights are not those of the file (unless it holds the factors).
+    """
+    file = read_adapter(path)
+    merged = next((name for name, layer in adapted_layers(model) if layer.merged), None)
+    if merged is not None:
+        raise ValueError(f"{merged} is merged: call unmerge(model) before loading {file.path}")
+    groups = {name: _members(model, name, stack["names"], file.path) for name, stack in file.stacks.items()}
+    others = _others(model, file)
+    built = {name: _build(name, members, file) for name, members in groups.items()}
+    if find_container(model) is None:
+        attach(model, groups, built, file.config)
+    else:
+        _take_over(model, built, file)
+    with torch.no_grad():
+        for destination, value in others:
+            destination.copy_(value)
+            if isinstance(destination, nn.Parameter):
+                destination.requires_grad_(True)
+    return model
+
+
+def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list[Target]:
+    """The modules of a stack's slices: consecutive ``name[0]``, ``name[1]``, ... are one fused module."""
+    members: list[Target] = []
+    for slice_name in names:
+        name = slice_name.partition("[")[0]
+        if members and members[-1].name == name:
+            members[-1] = Target(name, members[-1].module, members[-1].slices + 1)
+            continue
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have") from None
+        if not isinstance(module, TCURLayer) and adapted_type(module) is None:
+            raise ValueError(f"{path}: {name} is a {type(module).__name__}, expected a linear layer")
+        members.append(Target(name, module))
+    return members
+
+
+def _others(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
+    """What else the file sets: (parameter or buffer of the model, value)."""
+    found = []
+    for kind, here in (("trained", dict(model.named_parameters())), ("state", dict(model.named_buffers()))):
+        for name, value in file.under(kind).items():
+            if name not in here:
+                raise ValueError(f"{file.path}: {name} is in the file, but not in {type(model).__name__}")
+            if here[name].shape != value.shape:
+                raise ValueError(
+                    f"{file.path}: {name} has shape {tuple(value.shape)} in the file, {tuple(here[name].shape)} in the model"
+                )
+            found.append((here[name], value))
+    return found
+
+
+def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
+    """The file's stack over the model's base weights."""
+    described, config = file.stacks[name], file.config
+    core, rows, columns = (file.tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
+    weights = stacked_weights(name, members)
+    _, out_features, in_features = weights.shape
+    if int(rows.max()) >= out_features or int(columns.max()) >= in_features:
+        raise ValueError(
+            f"{file.path}: stack {name} uses output feature {int(rows.max())} and input feature {int(columns.max())}, "
+            f"but {members[0].name} is {out_features} x {in_features}"
+        )
+    factors = {kind: file.tensors[f"{kind}.{name}"] for kind in ("col", "row") if f"{kind}.{name}" in file.tensors}
+    if not factors:
+        _check_base(name, described, weights, file.path)
+    chosen = Selection(
+        rows.to(weights.device),
+        columns.to(weights.device),
+        torch.tensor(described["row_scores"]),
+        torch.tensor(described["column_scores"]),
+    )
+    stack = TCURStack(
+        weights,
+        chosen,
+        scale=None if described["normalised"] else described["scale"],
+        alpha=config.alpha,
+        rule=config.selection,
+        seed=config.seed,
+        transform=config.transform,
+        core_domain=config.core_domain,
+        trainable=config.trainable,
+        backend=config.backend,
+        names=described["names"],
+    )
+    stack.scale = described["scale"]
+    with torch.no_grad():
+        stack.core.copy_(core)
+        for kind, value in factors.items():
+            getattr(stack, kind).copy_(value)
+    return stack
+
+
+def _check_base(name: str, described: Mapping[str, Any], weights: Tensor, path: Path) -> None:
+    saved, found = torch.tensor(described["fingerprint"], dtype=torch.float64), fingerprint(weights)
+    other = mismatch(saved, found, described["base_dtype"], weights.dtype)
+    if other:
+        at = other[0]
+        raise ValueError(
+            f"{path}: trained on other base weights: {len(other)} of {len(saved)} slices of stack {name} differ, first "
+            f"{described['names'][at]} (norm {found[at, 0]:.6g} here, {saved[at, 0]:.6g} expected). Load it onto the "
+            "weights it was trained on, or save it with include_factors=True"
+        )
+
+
+def _take_over(model: nn.Module, built: dict[str, TCURStack], file: AdapterFile) -> None:
+    """Copy the values of the file's stacks into those of a model that is adapted in the same way."""
+    here = stacks(model)
+    for name, stack in built.items():
+        if here.keys() != built.keys() or _layout(here[name]) != _layout(stack):
+            raise ValueError(
+                f"{file.path}: its stacks ({_outline(built)}) are not those the model is adapted with ({_outline(here)}); "
+                "call remove(model) first"
+            )
+    for name, stack in built.items():
+        here[name].load_state_dict(stack.state_dict())
+        here[name].normalised = stack.normalised
+        here[name].row_scores, here[name].column_scores = stack.row_scores, stack.column_scores
+
+
+def _layout(stack: TCURStack) -> tuple[object, ...]:
+    return stack.names, stack.core.shape, stack.transform, stack.core_domain, stack.trainable
+
+
+def _outline(stacks_: Mapping[str, TCURStack]) -> str:
+    return ", ".join(f"{n}: {s.slices} slices, rank {s.rank}, {s.transform}" for n, s in stacks_.items())

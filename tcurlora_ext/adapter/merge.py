@@ -1,0 +1,59 @@
+"""Merge the adapter of a whole model into its weights, and take it out again."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from .inject import adapted_layers, require_container
+from .linear import TCURLayer
+
+ROUNDING_WARNING = 0.1
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Put W + dW in the place of every adapted W, in place; returns the model. Merged layers stay as they are.
+
+    W is kept for :func:`unmerge`: memory for the adapted weights doubles until ``remove``. Raises ValueError, before
+    anything is changed, where a merged weight would not be finite. Warns where rounding to the weights' dtype changes
+    a dW by more than a tenth of its norm, as bfloat16 does to a small one.
+    """
+    require_container(model)
+    merged: list[tuple[TCURLayer, Tensor]] = []
+    worst = 0.0
+    for name, layer in adapted_layers(model):
+        if layer.merged:
+            continue
+        try:
+            merged.append((layer, layer.merged_weight()))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        worst = max(worst, rounding_loss(*merged[-1]))
+    for layer, weight in merged:
+        layer.put_merged(weight)
+    if worst > ROUNDING_WARNING:
+        dtype = str(merged[0][1].dtype).removeprefix("torch.")
+        warnings.warn(
+            f"rounding to {dtype} changed a merged dW by up to {worst:.0%} of its norm; merge in float32 to keep it",
+            stacklevel=2,
+        )
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put every W back, bit for bit, in place; returns the model."""
+    require_container(model)
+    for _, layer in adapted_layers(model):
+        layer.unmerge()
+    return model
+
+
+@torch.no_grad()
+def rounding_loss(layer: TCURLayer, merged: Tensor) -> float:
+    """``|(merged - W) - dW| / |dW|``, Frobenius norms: how much of a layer's dW rounding took away or added."""
+    delta = layer.delta_weight().double()
+    norm = delta.norm()
+    error = (merged.double() - layer.weight_slices().flatten(0, 1) - delta).norm()
+    return float(error / norm) if norm > 0 else 0.0

@@ -1,0 +1,313 @@
+"""A stack: same-shaped frozen weights as slices of one tensor, and the one core they share."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.maths import packing, scale as scaling
+from tcurlora_ext.maths.selection import Selection, select
+from tcurlora_ext.operator.functional import tcur_linear
+
+from .config import Rank, pair_of
+
+
+class _Reloaded(weakref.WeakValueDictionary[int, Any]):
+    """Layers (by first slice) whose base weights were loaded since their stack was; forgotten by copies and pickles."""
+
+    def weights(self, slices: int) -> Tensor | None:
+        """The base weights (S, out, in) of all layers in order, None unless all slices were loaded."""
+        layers = [layer for _, layer in sorted(self.items())]
+        complete = sum(layer.num_slices for layer in layers) == slices
+        return torch.cat([layer.weight_slices() for layer in layers]) if complete else None
+
+    def __reduce__(self) -> tuple[type[_Reloaded], tuple[()]]:
+        return _Reloaded, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reloaded:
+        return _Reloaded()
+
+
+class TCURStack(nn.Module):
+    """``W' = W + scale * C * U * R`` for S weights of one shape; what its layers share.
+
+    core      nn.Parameter (S, c, r), real, at least float32, zero at the start, in ``core_domain``
+    col, row  folded factors (out, c*S) and (r*S, in) in the weights' dtype: frozen buffers, or parameters where
+              ``trainable="all"``; see :mod:`tcurlora_ext.maths.packing`
+    rows, columns   chosen output and input features (int64);  row_scores, column_scores: why (lists of float)
+    scale, names    one number; the module name of each slice, in the order of the slices
+    normalised      whether columns of C and rows of R have unit norm over the stack
+    """
+
+    core: nn.Parameter
+    col: Tensor
+    row: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(
+        self,
+        weights: Tensor,
+        selection: Selection,
+        *,
+        scale: float | None,
+        alpha: float = 1.0,
+        rule: str = "norm",
+        seed: int = 0,
+        transform: str = "dft",
+        core_domain: str = "fourier",
+        trainable: str = "core",
+        backend: str = "auto",
+        names: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.normalised = scale is None
+        self.scale = 1.0 if scale is None else float(scale)
+        self.alpha, self.rule, self.seed = alpha, rule, seed
+        self.transform, self.core_domain, self.trainable, self.backend = transform, core_domain, trainable, backend
+        self.names = list(names)
+        self.reloaded = _Reloaded()
+        self.register_buffer("rows", selection.rows)
+        self.register_buffer("columns", selection.columns)
+        C, R = self._take_factors(weights, selection)
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        shape = (weights.shape[0], C.shape[2], R.shape[1])
+        self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
+        for name, folded in self._folded(C, R, weights.dtype).items():
+            if trainable == "all":
+                setattr(self, name, nn.Parameter(folded.to(wide)))
+            else:
+                self.register_buffer(name, folded)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Tensor,
+        rank: Rank = 8,
+        selection: str | Selection = "norm",
+        scale: float | None = 1.0,
+        *,
+        alpha: float = 1.0,
+        seed: int = 0,
+        transform: str = "dft",
+        core_domain: str = "fourier",
+        trainable: str = "core",
+        backend: str = "auto",
+        names: Sequence[str] = (),
+    ) -> TCURStack:
+        """The stack of weights (S, out, in), any floating dtype and device.
+
+        ``selection`` is a rule's name or a :class:`Selection` made before; ``scale`` a number for raw factors, None for
+        unit-norm factors and the default rule. Raises ValueError for another shape, a rank larger than the matrix, and
+        weights that are not finite.
+        """
+        if weights.dim() != 3 or 0 in weights.shape:
+            raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (slices, out, in), none of them 0")
+        if not weights.is_floating_point():
+            raise ValueError(f"weights are {weights.dtype}, expected a floating dtype")
+        if weights.is_meta:
+            raise ValueError("weights are on the meta device: rows and columns are chosen from real values")
+        _, out_features, in_features = weights.shape
+        c, r = pair_of(rank)
+        if c > in_features or r > out_features:
+            raise ValueError(
+                f"rank (c, r) = ({c}, {r}) does not fit {out_features} x {in_features} weights: "
+                f"expected c <= {in_features} and r <= {out_features}"
+            )
+        for index, weight in enumerate(weights):
+            if not bool(torch.isfinite(weight).all()):
+                name = names[index] if names else f"slice {index}"
+                bad = int((~torch.isfinite(weight)).sum())
+                raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")
+        rule = selection if isinstance(selection, str) else "norm"
+        chosen = select(weights, c, r, rule, seed) if isinstance(selection, str) else selection
+        return cls(
+            weights.detach(),
+            chosen,
+            scale=scale,
+            alpha=alpha,
+            rule=rule,
+            seed=seed,
+            transform=transform,
+            core_domain=core_domain,
+            trainable=trainable,
+            backend=backend,
+            names=names,
+        )
+
+    # -- factors ------------------------------------------------------------------------------------------------------
+
+    def _take_factors(self, weights: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        """C (S, out, c) and R (S, r, in), float64, normalised if this stack is; sets ``scale`` by the rule then."""
+        self.row_scores, self.column_scores = selection.row_scores.tolist(), selection.column_scores.tolist()
+        C = weights[:, :, selection.columns].double()
+        R = weights[:, selection.rows, :].double()
+        if self.normalised:
+            C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
+            self.scale = scaling.default_scale(C, R, self.alpha, self.transform)
+        return C, R
+
+    def _folded(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        col, row = packing.fold_columns(C, self.transform), packing.fold_rows(R, self.transform)
+        return {"col": col.to(dtype).contiguous(), "row": row.to(dtype).contiguous()}
+
+    @property
+    def slices(self) -> int:
+        """S, the number of weights in the stack."""
+        return self.core.shape[0]
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """(c, r)."""
+        return self.core.shape[1], self.core.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of one slice."""
+        return self.col.shape[0], self.row.shape[1]
+
+    @property
+    def C(self) -> Tensor:
+        """The column factor (S, out, c), unfolded."""
+        return packing.unfold_columns(self.col, self.slices, self.transform)
+
+    @property
+    def R(self) -> Tensor:
+        """The row factor (S, r, in), unfolded."""
+        return packing.unfold_rows(self.row, self.slices, self.transform)
+
+    # -- the core -----------------------------------------------------------------------------------------------------
+
+    def core_slices(self) -> Tensor:
+        """The paper's U (S, c, r), whatever the domain; differentiable."""
+        return self.core if self.core_domain == "slice" else packing.unfold_core(self.core, self.transform)
+
+    def core_fourier(self) -> Tensor:
+        """The orthonormal slice transform of U (S, c, r): what the operator takes; differentiable."""
+        return self.core if self.core_domain == "fourier" else packing.fold_core(self.core, self.transform)
+
+    @torch.no_grad()
+    def set_core_slices(self, core: Tensor) -> None:
+        """Set U (S, c, r). Raises ValueError for another shape or values that are not finite."""
+        if core.shape != self.core.shape:
+            raise ValueError(f"core has shape {tuple(core.shape)}, expected {tuple(self.core.shape)}")
+        if not bool(torch.isfinite(core).all()):
+            raise ValueError("core has NaN or infinite values, expected finite ones")
+        core = core.to(self.core)
+        self.core.copy_(core if self.core_domain == "slice" else packing.fold_core(core, self.transform))
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None, first_slice: int, num_slices: int) -> Tensor:
+        """``x W^T + bias`` plus the adapter, for slices whose weights stand in ``weight`` (num_slices*out, in)."""
+        core, col, row = self.core_fourier(), self.col.to(weight.dtype), self.row.to(weight.dtype)
+        if self.transform != "identity":
+            return tcur_linear(
+                x, weight, bias, col, core, row, first_slice, num_slices, self.scale, self.backend, self.transform
+            )
+        c, r = self.rank
+        biases = [None] * num_slices if bias is None else list(bias.chunk(num_slices))
+        outputs = [
+            tcur_linear(
+                x, part, biases[j], col[:, l * c : (l + 1) * c], core[l : l + 1], row[l * r : (l + 1) * r], 0, 1,
+                self.scale, self.backend,
+            )
+            for j, (l, part) in enumerate(
+                zip(range(first_slice, first_slice + num_slices), weight.chunk(num_slices), strict=True)
+            )
+        ]  # fmt: skip
+        return outputs[0] if num_slices == 1 else torch.cat(outputs, -1)
+
+    def delta_weights(self, layers: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """``scale * C * U * R``, dense: (S, out, in), or only the slices of ``layers``; differentiable.
+
+        The definition: for inspection, merging and tests, not the path of training. ``dtype`` is that of the
+        computation and of the result (default: the core's).
+        """
+        dtype = dtype or self.core.dtype
+        left = packing.slice_product(self.C.to(dtype), self.core_slices().to(dtype), self.transform)
+        right = self.R.to(dtype)
+        if layers is None:
+            return self.scale * packing.slice_product(left, right, self.transform)
+        return self.scale * packing.slice_product_at(left, right, layers, self.transform)
+
+    # -- module machinery ---------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCURStack:
+        """As nn.Module's, but what is trained stays in at least float32 under ``.half()`` and ``.bfloat16()``."""
+        trained = {id(p) for p in self.parameters()} | {id(p.grad) for p in self.parameters() if p.grad is not None}
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in trained and moved.is_floating_point() and moved.element_size() < 4:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(wide, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        reloaded, self.reloaded = self.reloaded, _Reloaded()
+        if not any(key.startswith(prefix) for key in state_dict):
+            # The state of a model that is not adapted: the layers, which come before their stack, have it by now.
+            weights = reloaded.weights(self.slices)
+            if weights is not None:
+                self.follow_base(weights)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "scale" in state_dict:
+            self.scale = float(state_dict[prefix + "scale"])
+            if prefix + "scale" in unexpected_keys:
+                unexpected_keys.remove(prefix + "scale")
+        else:
+            missing_keys.append(prefix + "scale")
+
+    @torch.no_grad()
+    def follow_base(self, weights: Tensor) -> None:
+        """Choose and take rows and columns anew from weights (S, out, in), where these changed and U is still zero.
+
+        A core that is not zero belongs to the weights it was trained on: then a warning, and the factors stay.
+        """
+        kept = Selection(self.rows, self.columns, torch.tensor(self.row_scores), torch.tensor(self.column_scores))
+        scale, scores = self.scale, (self.row_scores, self.column_scores)
+        folded = self._folded(*self._take_factors(weights, kept), weights.dtype)
+        if all(torch.equal(folded[name], getattr(self, name)) for name in folded):
+            return
+        self.scale, (self.row_scores, self.column_scores) = scale, scores
+        if bool(self.core.any()):
+            warnings.warn(
+                f"base weights of {', '.join(self.names[:3])}... changed under a trained core; its factors are still "
+                "those of the weights it was trained on",
+                stacklevel=2,
+            )
+            return
+        chosen = select(weights, *self.rank, self.rule, self.seed)
+        folded = self._folded(*self._take_factors(weights, chosen), weights.dtype)
+        for name, value in folded.items():
+            getattr(self, name).copy_(value)
+        self.rows.copy_(chosen.rows)
+        self.columns.copy_(chosen.columns)
+
+    def extra_repr(self) -> str:
+        (out_features, in_features), (c, r) = self.shape, self.rank
+        return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"

@@ -1,0 +1,81 @@
+"""What an adapted model trains and holds, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .inject import CONTAINER, require_container, stacks
+
+
+@dataclass(frozen=True)
+class StackSummary:
+    """One stack. ``q`` is the width of h, ``trained`` counts numbers, ``bytes`` what core and factors take."""
+
+    name: str
+    slices: int
+    shape: tuple[int, int]
+    rank: tuple[int, int]
+    q: int
+    scale: float
+    trained: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The stacks of a model and its numbers; ``str()`` makes a table of it.
+
+    ``trained_beside`` counts what trains beside the stacks (a head, a decoder), ``frozen`` what does not train.
+    """
+
+    stacks: tuple[StackSummary, ...]
+    trained_beside: int
+    frozen: int
+
+    @property
+    def trained(self) -> int:
+        """All trained numbers."""
+        return sum(stack.trained for stack in self.stacks) + self.trained_beside
+
+    def __str__(self) -> str:
+        rows = [("stack", "slices", "out x in", "(c, r)", "q", "scale", "trained", "KiB")]
+        rows += [
+            (s.name, str(s.slices), f"{s.shape[0]} x {s.shape[1]}", str(s.rank), str(s.q), f"{s.scale:.4g}",
+             f"{s.trained:,}", f"{s.bytes / 1024:,.1f}")
+            for s in self.stacks
+        ]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+        share = self.trained / max(1, self.trained + self.frozen)
+        lines.append(
+            f"trained: {self.trained:,} of {self.trained + self.frozen:,} numbers ({share:.3%}), "
+            f"{self.trained - self.trained_beside:,} in cores, {self.trained_beside:,} beside them"
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Stacks, slices, q, trained numbers and bytes of an adapted model. Raises ValueError where it is not adapted."""
+    require_container(model)
+    described = []
+    for name, stack in stacks(model).items():
+        trained = sum(p.numel() for p in stack.parameters() if p.requires_grad)
+        q = stack.row.shape[0] if stack.transform != "identity" else stack.rank[1]
+        described.append(
+            StackSummary(
+                name, stack.slices, stack.shape, stack.rank, q, stack.scale, trained,
+                sum(map(_bytes, (stack.core, stack.col, stack.row))),
+            )
+        )  # fmt: skip
+    beside = [p for name, p in model.named_parameters() if CONTAINER not in name.split(".")]
+    return Summary(
+        tuple(described),
+        trained_beside=sum(p.numel() for p in beside if p.requires_grad),
+        frozen=sum(p.numel() for p in beside if not p.requires_grad),
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
