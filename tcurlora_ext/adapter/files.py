@@ -84,16 +84,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader or a kill at any moment finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -131,7 +132,9 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: found no whole safetensors file, expected an adapter saved by save_adapter ({error})") from None
+        raise ValueError(
+            f"{path}: found no whole safetensors file, expected an adapter saved by save_adapter ({error})"
+        ) from None
     if HEADER not in metadata:
         raise ValueError(f"{path}: found a safetensors file without a {HEADER!r} header, expected one by save_adapter")
     try:

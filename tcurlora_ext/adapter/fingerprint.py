@@ -42,10 +42,8 @@ def _signs(length: int, salt: int) -> Tensor:
 def mismatch(saved: Tensor, found: Tensor, saved_dtype: str, found_dtype: torch.dtype) -> list[int]:
     """The slices whose weights differ by more than their dtypes explain."""
     dtypes = {saved_dtype, str(found_dtype).removeprefix("torch.")}
-    if len(dtypes) == 1:
-        tolerance = 1e-9
-    else:
-        # Rounding errors are independent: a sum over the matrix moves by about eps/sqrt(12) norms, less than eps here.
-        tolerance = 2 * max(torch.finfo(getattr(torch, name)).eps for name in dtypes)
+    # Between dtypes rounding errors are independent: a sum over the matrix moves by about eps/sqrt(12) norms.
+    eps = max(torch.finfo(getattr(torch, name)).eps for name in dtypes)
+    tolerance = 1e-9 if len(dtypes) == 1 else 2 * eps
     close = torch.isclose(saved, found, rtol=tolerance, atol=tolerance)
     return torch.nonzero(~close.all(1)).flatten().tolist()

@@ -74,9 +74,7 @@ def attach(
 
 def slice_names(members: list[Target]) -> list[str]:
     """The module of every slice: a fused projection's name with the number of the block."""
-    return [
-        t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)
-    ]
+    return [t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)]
 
 
 def stacked_weights(name: str, members: list[Target]) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from .config import Rank
 from .stack import TCURStack
@@ -20,8 +21,8 @@ class TCURLayer(nn.Module):
     first_slice, num_slices   which slices of the stack are this layer's weight, stacked by rows
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # nn.Parameter
+    bias: Any  # nn.Parameter or None
     stack: TCURStack
     first_slice: int
     num_slices: int

@@ -57,7 +57,9 @@ def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list
         try:
             module = model.get_submodule(name)
         except AttributeError:
-            raise ValueError(f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have") from None
+            raise ValueError(
+                f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have"
+            ) from None
         if not isinstance(module, TCURLayer) and adapted_type(module) is None:
             raise ValueError(f"{path}: {name} is a {type(module).__name__}, expected a linear layer")
         members.append(Target(name, module))
@@ -73,7 +75,8 @@ def _others(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
                 raise ValueError(f"{file.path}: {name} is in the file, but not in {type(model).__name__}")
             if here[name].shape != value.shape:
                 raise ValueError(
-                    f"{file.path}: {name} has shape {tuple(value.shape)} in the file, {tuple(here[name].shape)} in the model"
+                    f"{file.path}: {name} has shape {tuple(value.shape)} in the file, "
+                    f"{tuple(here[name].shape)} in the model"
                 )
             found.append((here[name], value))
     return found
@@ -138,8 +141,8 @@ def _take_over(model: nn.Module, built: dict[str, TCURStack], file: AdapterFile)
     for name, stack in built.items():
         if here.keys() != built.keys() or _layout(here[name]) != _layout(stack):
             raise ValueError(
-                f"{file.path}: its stacks ({_outline(built)}) are not those the model is adapted with ({_outline(here)}); "
-                "call remove(model) first"
+                f"{file.path}: its stacks ({_outline(built)}) are not those the model is adapted with "
+                f"({_outline(here)}); call remove(model) first"
             )
     for name, stack in built.items():
         here[name].load_state_dict(stack.state_dict())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.maths import packing, scale as scaling
+from tcurlora_ext.maths import packing
+from tcurlora_ext.maths import scale as scaling
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import tcur_linear
 
@@ -210,18 +211,26 @@ class TCURStack(nn.Module):
             return tcur_linear(
                 x, weight, bias, col, core, row, first_slice, num_slices, self.scale, self.backend, self.transform
             )
-        c, r = self.rank
-        biases = [None] * num_slices if bias is None else list(bias.chunk(num_slices))
+        parts = zip(weight.chunk(num_slices), _chunks(bias, num_slices), strict=True)
         outputs = [
             tcur_linear(
-                x, part, biases[j], col[:, l * c : (l + 1) * c], core[l : l + 1], row[l * r : (l + 1) * r], 0, 1,
-                self.scale, self.backend,
+                x,
+                part,
+                part_bias,
+                *self._slice_factors(col, core, row, first_slice + j),
+                0,
+                1,
+                self.scale,
+                self.backend,
             )
-            for j, (l, part) in enumerate(
-                zip(range(first_slice, first_slice + num_slices), weight.chunk(num_slices), strict=True)
-            )
-        ]  # fmt: skip
+            for j, (part, part_bias) in enumerate(parts)
+        ]
         return outputs[0] if num_slices == 1 else torch.cat(outputs, -1)
+
+    def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors of one slice without a transform: a stack of its own of one slice."""
+        c, r = self.rank
+        return col[:, at * c : (at + 1) * c], core[at : at + 1], row[at * r : (at + 1) * r]
 
     def delta_weights(self, layers: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """``scale * C * U * R``, dense: (S, out, in), or only the slices of ``layers``; differentiable.
@@ -311,3 +320,7 @@ class TCURStack(nn.Module):
     def extra_repr(self) -> str:
         (out_features, in_features), (c, r) = self.shape, self.rank
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
+
+
+def _chunks(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    return [None] * count if bias is None else bias.chunk(count)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .inject import CONTAINER, require_container, stacks
+from .table import text_table
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,18 @@ class Summary:
         return sum(stack.trained for stack in self.stacks) + self.trained_beside
 
     def __str__(self) -> str:
-        rows = [("stack", "slices", "out x in", "(c, r)", "q", "scale", "trained", "KiB")]
-        rows += [
+        header = ("stack", "slices", "out x in", "(c, r)", "q", "scale", "trained", "KiB")
+        rows = [
             (s.name, str(s.slices), f"{s.shape[0]} x {s.shape[1]}", str(s.rank), str(s.q), f"{s.scale:.4g}",
              f"{s.trained:,}", f"{s.bytes / 1024:,.1f}")
             for s in self.stacks
         ]  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
         share = self.trained / max(1, self.trained + self.frozen)
-        lines.append(
+        return (
+            f"{text_table(header, rows)}\n"
             f"trained: {self.trained:,} of {self.trained + self.frozen:,} numbers ({share:.3%}), "
             f"{self.trained - self.trained_beside:,} in cores, {self.trained_beside:,} beside them"
         )
-        return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:

@@ -126,7 +126,7 @@ def _target(name: str, module: nn.Module, config: TCURConfig) -> Target:
     if "forward" in vars(module):
         raise ValueError(f"{name}: its forward was replaced on the instance, an adapter in it would not be called")
     slices = config.split_fused.get(name.rsplit(".", 1)[-1], 1)
-    _, out_features, in_features = Target(name, module).weight.shape
+    out_features, _ = Target(name, module).shape
     if out_features % slices:
         raise ValueError(f"{name}: {out_features} output features do not split into {slices} equal slices")
     return Target(name, module, slices)
@@ -163,7 +163,7 @@ def _names(groups: dict[object, list[Target]]) -> list[str]:
     if len(set(short)) == len(short):
         return short
     long = []
-    for key, members, shape in zip(groups, groups.values(), short, strict=True):
+    for key, shape in zip(groups, short, strict=True):
         parts = key[:-1] if isinstance(key, tuple) else (key,)
         label = "_".join(str(part) for part in parts if part != "")
         long.append(re.sub(r"\W+", "_", f"{label}_{shape}").strip("_"))

@@ -201,7 +201,7 @@ class MiddleBlocks:
 
     def core_gradient(self, single: Tensor, pair: Tensor) -> Tensor:
         """The gradient of the core (S, c, r) from those of ``single`` and ``pair``: the phases taken back."""
-        slices, c, r = self.core_shape
+        _, c, r = self.core_shape
         gradient = single.new_empty(self.core_shape)
         gradient[self.single_at] = (self._single * single).sum(0)
         a = pair[..., :c, :r] + pair[..., c:, r:]

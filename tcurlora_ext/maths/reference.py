@@ -36,9 +36,9 @@ def tcur_linear(
     num_slices: int,
     scale: float,
 ) -> Tensor:
-    """``x (W + dW)^T + bias`` with dW materialised for the slices that ``weight`` (num_slices * out, in) stacks by rows.
+    """``x (W + dW)^T + bias`` with dW materialised: x (..., in) -> (..., num_slices * out).
 
-    x (..., in) -> (..., num_slices * out).
+    ``weight`` (num_slices * out, in) stacks the slices first_slice, first_slice + 1, ... by rows.
     """
     delta = delta_weights(C, core, R, scale)[first_slice : first_slice + num_slices]
     return torch.nn.functional.linear(x, weight + delta.reshape(weight.shape), bias)

@@ -1,8 +1,8 @@
 """The scale of an adapter, so that one learning rate serves networks of any width and depth.
 
-A random-sign step of size lr on U changes a slice of W by lr * rho in root mean square over the slices (Frobenius norm),
-``rho = sqrt((1/S) sum_k |C_k|_F^2 |R_k|_F^2)`` over the S frequencies. For raw columns and rows rho is about
-``S r s^2 sqrt(out in)`` with s the weights' standard deviation, so it differs by orders of magnitude between networks.
+A random-sign step of size lr on U changes a slice of W by lr * rho in root mean square over the slices (Frobenius
+norm), ``rho = sqrt((1/S) sum_k |C_k|_F^2 |R_k|_F^2)`` over the S frequencies. For raw columns and rows rho is about
+``S r s^2 sqrt(out in)`` with s the weights' standard deviation: it differs by orders of magnitude between networks.
 LoRA of rank r0 (B = 0, A Kaiming-uniform, alpha = r0) moves a layer by ``lr * sqrt(out r0 / 3)``. The default rule
 divides the columns of C and the rows of R by their norm over the whole tube and sets
 ``scale = alpha * sqrt(out r0 / 3) / rho`` with r0 = 8: one number a stack.

@@ -3,8 +3,8 @@
 Weights are (S, out, in), slices first; scores are float64. ``S_k`` below is the k-th slice of the DFT along the
 slices, all S frequencies counted. Rules:
 
-``norm``           the paper's: columns by ``sum_k |S_k[:, j]|``, the c largest; then rows by ``sum_k |S_k[i, columns]|``
-                   on the chosen columns only, the r largest. tCURLoRA, arXiv 2501.02227.
+``norm``           the paper's: the c columns of largest ``sum_k |S_k[:, j]|``, then the r rows of largest
+                   ``sum_k |S_k[i, columns]|`` on those columns. tCURLoRA, arXiv 2501.02227.
 ``norm-sampled``   drawn without replacement, probability proportional to the squared norm over the whole tube.
                    Drineas, Kannan, Mahoney 2006; Tarzanagh and Michailidis 2018 for tensors.
 ``inverse-norm``   drawn with the inverse of that probability, as CURLoRA does (arXiv 2408.14572).
@@ -51,7 +51,7 @@ def select(weights: Tensor, c: int, r: int, rule: str = "norm", seed: int = 0) -
     """
     if rule not in RULES:
         raise ValueError(f"selection rule {rule!r} is unknown, expected one of {', '.join(RULES)}")
-    slices, out_features, in_features = weights.shape
+    _, out_features, in_features = weights.shape
     if not (0 < c <= in_features and 0 < r <= out_features):
         raise ValueError(f"cannot choose {c} of {in_features} columns and {r} of {out_features} rows")
     draw = _Draw(weights.detach(), c, r, torch.Generator().manual_seed(seed))
@@ -67,9 +67,7 @@ def _frequency_weights(slices: int, like: Tensor) -> Tensor:
 
 def column_scores(weights: Tensor) -> Tensor:
     """``sum_k |S_k[:, j]|_2`` for every column j: (S, out, in) -> (in,) float64."""
-    per_frequency = [
-        torch.fft.rfft(chunk.double(), dim=0).norm(dim=1) for chunk in weights.split(CHUNK, dim=2)
-    ]
+    per_frequency = [torch.fft.rfft(chunk.double(), dim=0).norm(dim=1) for chunk in weights.split(CHUNK, dim=2)]
     return _frequency_weights(weights.shape[0], weights) @ torch.cat(per_frequency, dim=1)
 
 

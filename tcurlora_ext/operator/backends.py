@@ -24,9 +24,7 @@ def backends() -> dict[str, BackendStatus]:
     """The status of every backend. ``"auto"`` takes the first that works of triton, native, eager."""
     return {
         "eager": BackendStatus("eager", True, "PyTorch operations; works on every device and is the choice of 'auto'"),
-        "native": _extension_status(
-            "native", "tcurlora_ext._C", "the C++ extension is not part of this installation"
-        ),
+        "native": _extension_status("native", "tcurlora_ext._C", "the C++ extension is not part of this installation"),
         "triton": _extension_status(
             "triton", "tcurlora_ext.kernels", "the Triton kernels are not part of this installation"
         ),

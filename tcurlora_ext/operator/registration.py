@@ -86,9 +86,7 @@ def _backward(
     needs: list[bool],
 ) -> eager.Gradients:
     resolve(backend)
-    return eager.backward(
-        g, x, h, weight, col, core, row, first_slice, num_slices, scale, transform, needs
-    )
+    return eager.backward(g, x, h, weight, col, core, row, first_slice, num_slices, scale, transform, needs)
 
 
 def _backward_fake(
