@@ -1,0 +1,32 @@
+# Two commands for a newcomer, `make demo` and `make test`; both make their own environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN ?= runs/demo
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+# Adapts a network to the embedded data and writes $(RUN)/report.html; called again, it goes on where it stopped.
+demo: $(INSTALLED)
+	$(BIN)/tcurlora finetune --output $(RUN) --resume
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Removed and made anew when the dependencies change, so that nothing of an older set is left.
+$(INSTALLED): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
