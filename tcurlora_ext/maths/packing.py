@@ -19,7 +19,9 @@ sqrt(S) of the orthonormal core in one number).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,27 @@ from .tproduct import tprod
 TRANSFORMS = ("dft", "dct", "identity")
 
 
-@lru_cache(maxsize=64)
+def _constant(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what ``build`` made, as ordinary CPU tensors whoever asks first.
+
+    A first call under ``torch.inference_mode`` or a default device would otherwise leave inference or meta tensors for
+    every later one. To torch.compile it is a constant.
+    """
+
+    @lru_cache(maxsize=256)
+    def kept(*arguments: Any) -> Any:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return build(*arguments)
+
+    @torch.compiler.assume_constant_result
+    @wraps(build)
+    def constant(*arguments: Any) -> Any:
+        return kept(*arguments)
+
+    return constant
+
+
+@_constant
 def _transform_matrix(slices: int, transform: str) -> Tensor:
     """The orthonormal slice transform (S, S), float64 on the CPU."""
     slot = torch.arange(slices, dtype=torch.float64)
@@ -52,7 +74,7 @@ def _transform_matrix(slices: int, transform: str) -> Tensor:
     return matrix
 
 
-@lru_cache(maxsize=64)
+@_constant
 def _spectrum_norms(slices: int, transform: str) -> Tensor:
     """What turns the orthonormal blocks into those of ``row`` and ``col`` (unnormalised for the DFT): (S,)."""
     norms = torch.ones(slices, dtype=torch.float64)
@@ -142,7 +164,7 @@ def slice_product_at(a: Tensor, b: Tensor, layers: range, transform: str = "dft"
     return torch.stack([left.transpose(0, 1).flatten(1) @ b.flatten(0, 1) for left in lefts])
 
 
-@lru_cache(maxsize=256)
+@_constant
 def _phases(slices: int, first_slice: int, num_slices: int, transform: str) -> tuple[Tensor, Tensor, Tensor]:
     """Constants of B_l for the layers first_slice..+num_slices, float64 on the CPU.
 
