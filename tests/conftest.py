@@ -1,0 +1,52 @@
+"""Shared by all tests: reproducible random numbers, golden vectors, hypothesis settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+# No deadline: the first call of an operator is slow, and a shared machine is slower. Derandomised: a failure on one
+# machine is the same failure on the next.
+settings.register_profile(
+    "tcurlora", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tcurlora")
+
+# The tensors of these tests are small: threads would wait for each other more than they work.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
+
+GOLDEN = sorted((Path(__file__).parent / "data").glob("*.npz"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> dict[str, Tensor]:
+    """One file of golden vectors: float64 tensors made from the definition, independently of this package.
+
+    W (S, out, in), rows, columns, C, R, U0, U, delta, cur_reconstruction; per slice x (S, T, in), g, and y (the
+    adapter's part alone), dx, dU.
+    """
+    with numpy.load(request.param) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Tensor, Tensor], None]:
+    """Equality bit for bit, dtype and shape included."""
+
+    def check(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+    return check
