@@ -1,7 +1,7 @@
 """Files of a run, written so that a kill at any moment leaves the last good one.
 
 Every writer fills a temporary file in the target's own folder, flushes it to disk and renames it over the target:
-`os.replace` is atomic within one file system, so a reader sees the old file or the new one, never half of one.
+the rename is atomic within one file system, so a reader sees the old file or the new one, never half of one.
 Nothing here unpickles: checkpoints are read with `torch.load(weights_only=True)`.
 """
 
@@ -31,9 +31,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{name[0]}.partial" + (f".{name[1]}" if len(name) > 1 else ""))
     try:
         yield temporary
-        with open(temporary, "rb") as handle:
+        with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -75,7 +75,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, all values as text."""
-    with open(path, newline="", encoding="utf-8") as handle:
+    with path.open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 

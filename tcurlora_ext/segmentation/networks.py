@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.artifacts import read_checkpoint, read_json, require_package, write_json, write_with
+from tcurlora_ext.segmentation.artifacts import (
+    read_checkpoint,
+    read_json,
+    require_package,
+    write_json,
+    write_with,
+)
 
 Sizes = Mapping[str, Any]
 
@@ -159,13 +165,8 @@ def complete_sizes(spec: NetworkSpec, sizes: Sizes) -> dict[str, Any]:
     return {**spec.sizes, **sizes}
 
 
-def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
-    """A network with random weights drawn from `seed`; the caller's random state is left alone.
-
-    ValueError where the ROI is no multiple of what the architecture divides it by.
-    """
-    require_package("monai")
-    require_package("einops")
+def check_network(config: NetworkConfig) -> dict[str, Any]:
+    """The complete sizes of a configuration; ValueError for an unknown network or size or an ROI that does not fit."""
     spec = get_spec(config.network)
     sizes = complete_sizes(spec, config.sizes)
     multiple = int(sizes.get("patch_size", spec.multiple))
@@ -174,9 +175,20 @@ def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
             f"roi of {spec.name}: found {'x'.join(map(str, config.roi))}, "
             f"expected positive multiples of {multiple}, itself a power of two"
         )
+    return sizes
+
+
+def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
+    """A network with random weights drawn from `seed`; the caller's random state is left alone.
+
+    ValueError where the ROI is no multiple of what the architecture divides it by.
+    """
+    require_package("monai")
+    require_package("einops")
+    sizes = check_network(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return spec.construct(config.in_channels, config.out_channels, config.roi, sizes)
+        return get_spec(config.network).construct(config.in_channels, config.out_channels, config.roi, sizes)
 
 
 def target_linears(model: nn.Module) -> list[str]:

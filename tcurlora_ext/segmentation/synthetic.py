@@ -1,20 +1,23 @@
 """The embedded data: subjects made from the MNI152 T1 template and its grey and white matter maps in nilearn's wheel.
 
-Real anatomy, synthetic subjects. Tissue maps p_c on a 2 mm grid (grey, white, and what is left inside the brain, mostly
-CSF) are deformed smoothly and at random, the balance between tissues is moved by smooth fields (thinner or thicker
-cortex, larger ventricles), and an image is made from them:
+Real anatomy, synthetic subjects. Tissue maps p_c on a 2 mm grid (grey, white, and what is left inside the brain,
+mostly CSF) are deformed smoothly and at random, the balance between tissues is moved by smooth fields (thinner or
+thicker cortex, larger ventricles), and an image is made from them:
 
     image = bias · (Σ_c p_c · mean_c + texture · residual) + noise,        labels = argmax_c p_c
 
-`residual` is what the T1 template has beyond its own tissue means, so structure inside a tissue stays. The source domain
-has T1's order of means (white > grey > CSF); the target domain has the order reversed, as in T2, with a stronger bias
+The labels are grey and white matter, for which the wheel has maps; the remainder has an intensity of its own but counts
+as background, because at the brain's edge it is partial volume rather than a tissue.
+
+`residual` is what the T1 template has beyond its own tissue means, so structure inside a tissue stays. The source
+domain has T1's order of means (white > grey > CSF); the target domain has it reversed, as in T2, with a stronger bias
 field and more noise. The files are in the Medical Decathlon layout, so one reader serves these data and the user's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +27,13 @@ from tcurlora_ext.segmentation.artifacts import require_package, write_json, wri
 
 Array = NDArray[np.float32]
 
-LABELS = {0: "background", 1: "grey matter", 2: "white matter", 3: "CSF and other"}
+LABELS = {0: "background and CSF", 1: "grey matter", 2: "white matter"}
 FINE = 2.0  # mm, grid on which the template is read
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A contrast: mean intensity of (background, grey, white, CSF) and the sizes of its artefacts, all on a 0-1 scale."""
+    """A contrast: mean intensity of (background, grey, white, CSF) and sizes of its artefacts, on a 0-1 scale."""
 
     means: tuple[float, float, float, float]
     mean_sd: float
@@ -84,12 +87,12 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], sigma: float
 def _coordinates(rng: np.random.Generator, shape: tuple[int, ...], spacing: float, fine: tuple[int, ...]) -> Array:
     """Where each output voxel reads the template, in fine voxels, (3, X, Y, Z): affine plus two scales of deformation.
 
-    Scales up to 8 %, rotation up to 7 degrees, shifts up to 6 mm; smooth shifts of 4 mm (over 32 mm) and 1.5 mm
+    Scales up to 8 %, rotation up to 6 degrees, shifts up to 6 mm; smooth shifts of 3 mm (over 32 mm) and 1.5 mm
     (over 10 mm), standard deviations: the size of the differences between adult brains after a linear alignment.
     """
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")).astype(np.float32)
     centred = (grid - (np.array(shape).reshape(3, 1, 1, 1) - 1) / 2) * spacing  # mm from the centre
-    angles = np.deg2rad(rng.uniform(-7, 7, 3))
+    angles = np.deg2rad(rng.uniform(-6, 6, 3))
     rotation = np.eye(3)
     for axis, angle in enumerate(angles):
         a, b = [i for i in range(3) if i != axis]
@@ -99,7 +102,7 @@ def _coordinates(rng: np.random.Generator, shape: tuple[int, ...], spacing: floa
         rotation = rotation @ turn
     matrix = rotation @ np.diag(rng.uniform(0.92, 1.08, 3))
     moved = np.einsum("ij,jxyz->ixyz", matrix, centred) + rng.uniform(-6, 6, 3).reshape(3, 1, 1, 1)
-    for amplitude, width in ((4.0, 32.0), (1.5, 10.0)):
+    for amplitude, width in ((3.0, 32.0), (1.5, 10.0)):
         moved += amplitude * np.stack([_smooth_field(rng, shape, width / 2 / spacing) for _ in range(3)])
     return np.asarray(moved / FINE + (np.array(fine).reshape(3, 1, 1, 1) - 1) / 2, dtype=np.float32)
 
@@ -107,14 +110,14 @@ def _coordinates(rng: np.random.Generator, shape: tuple[int, ...], spacing: floa
 def make_subject(domain: str, seed: int, index: int, spacing: float = 4.0) -> tuple[Array, NDArray[np.uint8]]:
     """One subject: image (X, Y, Z) float32 and labels of the same shape, the same for the same arguments.
 
-    `spacing` is the voxel size in mm; 4 mm gives 44 x 52 x 44 voxels or so with a margin for the deformation.
+    `spacing` is the voxel size in mm; 4 mm gives 42 x 50 x 44 voxels with a margin for the deformation.
     """
     from scipy.ndimage import gaussian_filter, map_coordinates
 
     settings = DOMAINS[domain]
     rng = np.random.default_rng([seed, list(DOMAINS).index(domain), index])
     maps, residual = template()
-    margin = 6.0  # mm each side
+    margin = 10.0  # mm each side
     shape = tuple(int(np.ceil((n * FINE + 2 * margin) / spacing)) for n in maps.shape[1:])
     where = _coordinates(rng, shape, spacing, maps.shape[1:])
     blur = 0.4 * spacing / FINE  # the larger voxel's own blur, so that sampling does not alias
@@ -131,15 +134,17 @@ def make_subject(domain: str, seed: int, index: int, spacing: float = 4.0) -> tu
     image = np.einsum("c,cxyz->xyz", means, warped) + settings.texture * detail
     image *= np.exp(settings.bias_sd * _smooth_field(rng, shape, 40.0 / spacing))
     image += rng.normal(0, settings.noise_sd, shape)
-    return image.astype(np.float32), warped.argmax(0).astype(np.uint8)
+    labels = warped.argmax(0)
+    labels[labels == 3] = 0
+    return image.astype(np.float32), labels.astype(np.uint8)
 
 
 def write_domain(
     folder: Path, domain: str, train: int, val: int, seed: int = 0, spacing: float = 4.0
 ) -> Path:  # fmt: skip
-    """Write `train` + `val` subjects of a domain in the Decathlon layout; `splits.json` last, so its presence means done.
+    """Write `train` + `val` subjects of a domain in the Decathlon layout.
 
-    Called again after an interruption it writes the same files over.
+    `splits.json` is written last, so its presence means done; called again before that, it writes the same files over.
     """
     import nibabel as nib
 
@@ -149,7 +154,7 @@ def write_domain(
         image, labels = make_subject(domain, seed, index, spacing)
         for part, volume in (("imagesTr", image), ("labelsTr", labels)):
             nifti = nib.Nifti1Image(volume, affine)
-            write_with(folder / part / f"{name}.nii.gz", lambda path, nifti=nifti: nib.save(nifti, path))
+            write_with(folder / part / f"{name}.nii.gz", partial(nib.save, nifti))
     write_json(folder / "dataset.json", {
         "name": f"MNI152 {domain}",
         "description": "subjects made from the MNI152 template by random deformation, contrast, bias field and noise",

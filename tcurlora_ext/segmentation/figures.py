@@ -1,0 +1,125 @@
+"""Pictures of a run: learning curves, and overlays of prediction and truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tcurlora_ext.segmentation.artifacts import read_csv, require_package, write_with
+from tcurlora_ext.segmentation.dataset import Volume
+
+# Okabe and Ito's colours, told apart by readers with any colour vision; one method keeps its colour in every picture
+METHOD_COLOURS = {
+    "head": "#7f7f7f",
+    "decoder": "#009e73",
+    "full": "#0072b2",
+    "lora": "#e69f00",
+    "tcur": "#d55e00",
+}
+CLASS_COLOURS = ("#56b4e9", "#e69f00", "#cc79a7", "#009e73", "#f0e442", "#0072b2", "#d55e00")
+
+
+def _pyplot() -> Any:
+    """pyplot on the Agg canvas: no display is needed, and none is opened."""
+    require_package("matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_curves(out: Path, methods: Sequence[str]) -> None:
+    """curves.png: training loss (mean of 10 steps) and validation Dice by step, a line a seed."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    for method in methods:
+        colour = METHOD_COLOURS.get(method, "#000000")
+        for index, path in enumerate(sorted((out / method).glob("seed*/metrics.csv"))):
+            rows = read_csv(path)
+            steps = np.array([int(row["step"]) for row in rows])
+            loss = np.array([float(row["loss"]) for row in rows])
+            width = min(10, len(loss))
+            smooth = np.convolve(loss, np.ones(width) / width, "valid")
+            left.plot(steps[width - 1 :], smooth, color=colour, lw=1.4, label=None if index else method)
+            points = [(int(row["step"]), 100 * float(row["val_dice"])) for row in rows if row["val_dice"]]
+            right.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                lw=1.4,
+                marker="o",
+                ms=4,
+                label=None if index else method,
+            )
+    left.set(xlabel="step", ylabel="Dice + cross-entropy", title="Training loss, mean of 10 steps")
+    right.set(xlabel="step", ylabel="Dice, %", title="Validation Dice (up to 8 cases)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, lw=0.6)
+    right.legend(frameon=False, loc="lower right")
+    write_with(out / "curves.png", lambda path: figure.savefig(path, dpi=130))
+    plt.close(figure)
+
+
+def _slice(volume: NDArray[Any], index: int) -> NDArray[Any]:
+    """The axial slice of an RAS volume, turned so that front is up and the subject's left is on the viewer's right."""
+    return np.asarray(volume[::-1, :, index].T)
+
+
+def _blend(grey: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
+    """RGB of a slice with each class's colour over 55 % of its voxels' intensity."""
+    from matplotlib.colors import to_rgb
+
+    rgb = np.repeat(grey[..., None], 3, axis=2)
+    for value in range(1, int(labels.max()) + 1):
+        colour = np.array(to_rgb(CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]))
+        where = labels == value
+        rgb[where] = 0.45 * rgb[where] + 0.55 * colour
+    return rgb
+
+
+def _grey(volume: Volume) -> NDArray[Any]:
+    """The first channel on the truth's grid, 0..1 between the 1st and 99th percentile."""
+    from monai.transforms.spatial.array import ResampleToMatch
+
+    image: Any = volume.image[:1]
+    if image.shape[1:] != volume.truth.shape[1:]:
+        image = ResampleToMatch(mode="bilinear", padding_mode="border")(image, volume.truth)
+    values = np.asarray(image)[0]
+    low, high = np.percentile(values, (1, 99))
+    return np.asarray(((values - low) / max(high - low, 1e-6)).clip(0, 1))
+
+
+def draw_overlays(out: Path, volumes: Sequence[Volume], predictions: Mapping[str, Sequence[Tensor]],
+                  classes: Sequence[str]) -> None:  # fmt: skip
+    """overlays.png: a row a case; image, truth and every prediction on the slice with most foreground."""
+    plt = _pyplot()
+    from matplotlib.patches import Patch
+
+    rows = len(next(iter(predictions.values())))
+    columns = ["image", "truth", *predictions]
+    figure, grid = plt.subplots(
+        rows, len(columns), figsize=(1.75 * len(columns), 1.95 * rows + 0.5), squeeze=False, layout="constrained"
+    )  # fmt: skip
+    for row, volume in enumerate(volumes[:rows]):
+        truth, grey = np.asarray(volume.truth)[0].astype(int), _grey(volume)
+        index = int((truth > 0).sum((0, 1)).argmax())
+        panels = [np.zeros_like(truth), truth, *(np.asarray(found[row]) for found in predictions.values())]
+        for axes, title, labels in zip(grid[row], columns, panels, strict=True):
+            axes.imshow(_blend(_slice(grey, index), _slice(labels, index)), origin="lower", interpolation="nearest")
+            axes.set_xticks([]), axes.set_yticks([])
+            for side in axes.spines.values():
+                side.set_visible(False)
+            if row == 0:
+                axes.set_title(title, fontsize=10)
+        grid[row, 0].set_ylabel(volume.name, fontsize=8)
+    patches = [Patch(color=CLASS_COLOURS[i % len(CLASS_COLOURS)], label=name) for i, name in enumerate(classes)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(classes), frameon=False, fontsize=9)
+    write_with(out / "overlays.png", lambda path: figure.savefig(path, dpi=130))
+    plt.close(figure)

@@ -1,0 +1,168 @@
+"""Ways to adapt a pretrained network, by name. Each says what trains, and saves and loads just that.
+
+A further method is one more entry of `METHODS`: a function that prepares a model in place, and, where its file is not
+simply the trained tensors, functions that save and load it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tcurlora_ext.segmentation.artifacts import require_package, write_with
+from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_linears
+from tcurlora_ext.segmentation.training import trainable
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options of all methods. `also_train`: "head" or "decoder", trained beside an adapter (the decoder has the head).
+
+    `rank` and `alpha` are tCUR's (alpha of its scale rule), `lora_rank` LoRA's (lora_alpha = rank, so a factor of 1).
+    """
+
+    also_train: str = "head"
+    rank: int = 8
+    alpha: float = 4.0
+    lora_rank: int = 8
+    seed: int = 0
+
+
+Prepare = Callable[[nn.Module, NetworkSpec, MethodOptions], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt: `prepare` freezes what does not train and adds what does, in place."""
+
+    name: str
+    description: str
+    prepare: Prepare
+    lr: float
+    save: Callable[[nn.Module, Path, MethodOptions], None]
+    load: Callable[[nn.Module, Path, NetworkSpec, Prepare], None]
+
+
+def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
+    """Make the parameters under `prefixes` train and no others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(has_prefix(name, prefixes))
+
+
+def _beside(spec: NetworkSpec, options: MethodOptions) -> tuple[str, ...]:
+    parts = {"head": spec.head, "decoder": spec.decoder}
+    if options.also_train not in parts:
+        raise ValueError(f"also-train: found '{options.also_train}', expected one of {', '.join(parts)}")
+    return parts[options.also_train]
+
+
+def _prepare_head(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
+    train_only(model, spec.head)
+
+
+def _prepare_decoder(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
+    train_only(model, spec.decoder)
+
+
+def _prepare_full(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
+    model.requires_grad_(True)
+
+
+def _prepare_lora(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
+    """PEFT's LoRA in every attention and MLP projection."""
+    require_package("peft")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    beside = _beside(spec, options)
+    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules=target_linears(model))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or has_prefix(name, beside))
+
+
+def _prepare_tcur(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
+    """tCURLoRA in the same projections, one core a stack of equal shape, q, k and v as slices of their own."""
+    import tcurlora_ext as tcur
+
+    beside = _beside(spec, options)
+    config = tcur.TCURConfig(
+        rank=options.rank, target_modules=target_linears(model), alpha=options.alpha, seed=options.seed
+    )
+    tcur.inject(model, config)
+    tcur.unfreeze(model, [re.escape(prefix) for prefix in beside])
+
+
+def _save_trained(model: nn.Module, path: Path, options: MethodOptions) -> None:
+    """The trained tensors as safetensors, the options in its header."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in trainable(model).items()}
+    metadata = {"options": json.dumps(asdict(options))}
+    write_with(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+@torch.no_grad()
+def _load_trained(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected an adapter written by this command")
+    try:
+        with safe_open(path, framework="pt") as file:
+            options = MethodOptions(**json.loads((file.metadata() or {})["options"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an adapter written by this command ({error})") from error
+    prepare(model, spec, options)
+    parameters: Mapping[str, nn.Parameter] = trainable(model)
+    other = [
+        name
+        for name in sorted(set(tensors) | set(parameters))
+        if name not in tensors or name not in parameters or tensors[name].shape != parameters[name].shape
+    ]
+    if other:
+        raise ValueError(f"{path}: does not fit the network: {', '.join(other[:4])} differ")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def _save_tcur(model: nn.Module, path: Path, options: MethodOptions) -> None:
+    import tcurlora_ext as tcur
+
+    tcur.save_adapter(model, path)  # writes atomically by itself
+
+
+def _load_tcur(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> None:
+    import tcurlora_ext as tcur
+
+    tcur.load_adapter(model, path)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("head", "output head alone", _prepare_head, 1e-3, _save_trained, _load_trained),
+        Method("decoder", "decoder and head", _prepare_decoder, 1e-3, _save_trained, _load_trained),
+        Method("full", "all parameters", _prepare_full, 1e-3, _save_trained, _load_trained),
+        Method("lora", "LoRA (PEFT) in the transformer", _prepare_lora, 1e-3, _save_trained, _load_trained),
+        Method("tcur", "tCURLoRA in the transformer", _prepare_tcur, 1e-3, _save_tcur, _load_tcur),
+    )
+}
+
+
+def get_methods(names: str | Sequence[str]) -> list[Method]:
+    """Methods from a comma separated list (or "all"), each once; ValueError lists the known ones."""
+    wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    wanted = list(METHODS) if wanted == ["all"] else wanted
+    unknown = [name for name in wanted if name not in METHODS]
+    if unknown or not wanted or len(set(wanted)) < len(wanted):
+        raise ValueError(f"method: found '{','.join(wanted)}', expected each once of {', '.join(METHODS)} (or 'all')")
+    return [METHODS[name] for name in wanted]

@@ -1,0 +1,161 @@
+"""Training a network from nothing on a source data set: the base that adapters start from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tcurlora_ext.segmentation import evaluation, synthetic, training
+from tcurlora_ext.segmentation.artifacts import write_json
+from tcurlora_ext.segmentation.dataset import SegmentationDataset, load_volumes, read_dataset
+from tcurlora_ext.segmentation.networks import (
+    NetworkConfig,
+    build_network,
+    check_network,
+    complete_sizes,
+    get_spec,
+    save_weights,
+)
+from tcurlora_ext.segmentation.runfolder import open_folder, record, versions
+from tcurlora_ext.segmentation.terminal import Display
+
+EMBEDDED_SUBJECTS = {"source": (24, 6), "target": (4, 8)}  # training and validation
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Options of `tcurlora pretrain`. `data` None is the embedded source domain, made from seed `data_seed`.
+
+    `roi` is the window in voxels; `spacing` in mm resamples, None leaves volumes as they are.
+    """
+
+    data: Path | None = None
+    network: str = "vit"
+    sizes: dict[str, Any] = field(default_factory=dict)
+    roi: tuple[int, int, int] = (32, 32, 32)
+    spacing: tuple[float, float, float] | None = None
+    train_list: str = "train"
+    val_list: str = "val"
+    val_fraction: float = 0.2
+    labels: tuple[str, ...] | None = None
+    steps: int = 450
+    batch: int = 2
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    seed: int = 0
+    data_seed: int = 0
+    subjects: tuple[int, int] = EMBEDDED_SUBJECTS["source"]
+    checkpoint_every: int = 50
+    device: str = "auto"
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as JSON values."""
+    values = asdict(settings)
+    for key, value in values.items():
+        values[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU where PyTorch sees one, else the CPU. ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: found '{name}', expected 'auto', 'cpu' or a device PyTorch sees ({error})"
+        ) from error
+    return torch.device(name)
+
+
+def describe_data(data: SegmentationDataset) -> dict[str, Any]:
+    """What run.json says about a data set."""
+    return {
+        "labels": {str(value): name for value, name in data.labels.items()},
+        "train": [case.name for case in data.train],
+        "val": [case.name for case in data.val],
+        "sha256": data.fingerprint,
+    }
+
+
+def embedded(folder: Path, domain: str, subjects: tuple[int, int], seed: int, display: Display) -> Path:
+    """The embedded domain under `folder`, made now unless an earlier run finished it."""
+    target = folder / domain
+    if not (target / "splits.json").is_file():
+        display.say(f"making {sum(subjects)} {domain} subjects from the MNI152 template")
+        synthetic.write_domain(target, domain, *subjects, seed=seed)
+    return target
+
+
+def check_positive(**values: float) -> None:
+    """ValueError for an option that is not above zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name.replace('_', '-')}: found {value}, expected a number above 0")
+
+
+def pretrain(
+    settings: PretrainSettings, out: Path, *, resume: bool = False, display: Display | None = None
+) -> dict[str, float]:  # fmt: skip
+    """Train a network from random weights into `out`; returns its Dice with and without its transformer's weights.
+
+    Writes run.json, checkpoint.pt, metrics.csv, network.json, base.safetensors and, last, transformer.json, whose
+    presence means done. Bad input raises before the folder is made.
+    """
+    display = display or Display()
+    check_positive(
+        steps=settings.steps, batch=settings.batch, lr=settings.lr, checkpoint_every=settings.checkpoint_every
+    )
+    spec, device = get_spec(settings.network), pick_device(settings.device)
+    check_network(NetworkConfig(settings.network, 1, 2, settings.roi, settings.spacing, settings.sizes))
+    data = _read(settings, settings.data) if settings.data is not None else None
+    open_folder(out, {
+        "command": "pretrain", "settings": plain(settings), "versions": versions(), "threads": torch.get_num_threads(),
+    }, resume)  # fmt: skip
+    if data is None:
+        data = _read(settings, embedded(out / "data", "source", settings.subjects, settings.data_seed, display))
+    record(out, "data", describe_data(data))
+    sizes = complete_sizes(spec, settings.sizes)
+    config = NetworkConfig(settings.network, data.channels, len(data.labels), settings.roi, settings.spacing, sizes)
+    model = build_network(config, settings.seed).to(device)
+    val = load_volumes(data.val, settings.spacing)
+    plan = training.Plan(
+        settings.steps, settings.batch, settings.lr, settings.seed, settings.roi, settings.weight_decay,
+        settings.checkpoint_every, max(1, settings.steps // 3),
+    )  # fmt: skip
+
+    def validate(current: nn.Module) -> float:
+        return evaluation.mean_dice(current, val[:8], config)
+
+    with display.bar(f"pretraining {spec.name}", plan.steps) as on_step:
+        training.train(
+            model, load_volumes(data.train, settings.spacing), plan, out, validate=validate, on_step=on_step
+        )  # fmt: skip
+    config.save(out / "network.json")
+    save_weights(model, out / "base.safetensors")
+    check = evaluation.transformer_check(model, val, config, settings.seed)
+    write_json(out / "transformer.json", check)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    display.say(describe_check(check))
+    return check
+
+
+def describe_check(check: dict[str, float]) -> str:
+    """One sentence on what the transformer's trained blocks are worth."""
+    return (
+        f"source validation Dice {100 * check['dice']:.1f}; with the transformer's blocks as at a random start "
+        f"{100 * check['dice_with_random_blocks']:.1f}"
+    )
+
+
+def _read(settings: PretrainSettings, folder: Path) -> SegmentationDataset:
+    return read_dataset(
+        folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
+        seed=settings.data_seed, labels=settings.labels,
+    )  # fmt: skip

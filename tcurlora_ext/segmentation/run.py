@@ -1,0 +1,306 @@
+"""Adapting a pretrained network to a data set by several methods, side by side, in one run folder.
+
+    run.json  network.json  base.safetensors  transformer.json     how it was made; the base; is the transformer used?
+    data/  pretrain/                                               only where no --data is given
+    <method>/seed<k>/{adapter.safetensors, metrics.csv, cases.csv, result.json}   and checkpoint.pt while it trains
+    metrics.csv (a row a method and seed)  summary.csv (a row a method)  curves.png  overlays.png  report.html
+
+`result.json` is written last: a (method, seed) that has one is finished and is not run again by `resume`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tcurlora_ext.segmentation import evaluation, report, training
+from tcurlora_ext.segmentation.artifacts import read_json, write_csv, write_json
+from tcurlora_ext.segmentation.dataset import SegmentationDataset, Volume, load_volumes, read_dataset
+from tcurlora_ext.segmentation.methods import METHODS, Method, MethodOptions, get_methods
+from tcurlora_ext.segmentation.networks import (
+    NetworkConfig,
+    build_network,
+    check_network,
+    get_spec,
+    load_weights,
+    randomise,
+    read_weights,
+    save_weights,
+)
+from tcurlora_ext.segmentation.pretraining import (
+    EMBEDDED_SUBJECTS,
+    PretrainSettings,
+    check_positive,
+    describe_check,
+    describe_data,
+    embedded,
+    pick_device,
+    plain,
+    pretrain,
+)
+from tcurlora_ext.segmentation.runfolder import check_folder, open_folder, record, versions
+from tcurlora_ext.segmentation.terminal import Display
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Options of `tcurlora finetune`; what is None comes from the network or the method.
+
+    `data` None: the embedded target domain, and `pretrained` None then: pretrain on the embedded source domain.
+    `seeds` runs seeds 0..seeds-1. `lr` maps a method to its peak learning rate.
+    """
+
+    data: Path | None = None
+    pretrained: Path | None = None
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: int = 1
+    also_train: str | None = None
+    rank: int = 8
+    alpha: float = 4.0
+    lora_rank: int = 8
+    steps: int = 150
+    batch: int = 2
+    lr: dict[str, float] = field(default_factory=dict)
+    network: str | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
+    roi: tuple[int, int, int] | None = None
+    spacing: tuple[float, float, float] | None = None
+    train_list: str = "train"
+    val_list: str = "val"
+    val_fraction: float = 0.2
+    labels: tuple[str, ...] | None = None
+    pretrain_steps: int = 450
+    data_seed: int = 0
+    subjects: tuple[int, int] = EMBEDDED_SUBJECTS["target"]
+    source_subjects: tuple[int, int] = EMBEDDED_SUBJECTS["source"]
+    checkpoint_every: int = 25
+    device: str = "auto"
+
+    def options(self, spec_default: str, seed: int) -> MethodOptions:
+        """What the methods need to know."""
+        return MethodOptions(self.also_train or spec_default, self.rank, self.alpha, self.lora_rank, seed)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every (method, seed) of a run shares."""
+
+    out: Path
+    settings: FinetuneSettings
+    config: NetworkConfig
+    head_is_new: bool
+    classes: tuple[str, ...]
+    train: list[Volume]
+    val: list[Volume]
+    device: torch.device
+    display: Display
+
+
+def finetune(
+    settings: FinetuneSettings, out: Path, *, resume: bool = False, display: Display | None = None
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Adapt by every method and seed into `out`, write the report; returns the rows of summary.csv.
+
+    Bad settings, data or weights raise ValueError or FileNotFoundError before the folder is made or changed.
+    """
+    display = display or Display()
+    methods = _check(settings)
+    description = {
+        "command": "finetune", "settings": plain(settings), "versions": versions(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    check_folder(out, description, resume)
+    data = None if settings.data is None else _read(settings, settings.data)
+    if settings.pretrained is not None and data is not None:
+        _load_pretrained(settings, settings.pretrained, data)  # to find what is wrong before anything is written
+    open_folder(out, description, resume)
+    if data is None:
+        folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
+        data = _read(settings, folder)
+    record(out, "data", describe_data(data))
+    pretrained = settings.pretrained or _pretrain_embedded(settings, out, display)
+    config, head_is_new = _take_base(settings, pretrained, data, out)
+    job = _Job(
+        out, settings, config, head_is_new, data.classes, load_volumes(data.train, config.spacing),
+        load_volumes(data.val, config.spacing), pick_device(settings.device), display,
+    )  # fmt: skip
+    results = []
+    for seed in range(settings.seeds):
+        for method in methods:
+            results.append(_adapt(job, method, seed))
+            write_csv(out / "metrics.csv", results)
+    summary = report.summarise_runs(results)
+    write_csv(out / "summary.csv", summary)
+    predictions = _predictions(job, methods)
+    report.write_report(out, job.val, predictions)
+    display.console.print(report.table(summary))
+    for line in report.comparisons(summary):
+        display.say(line)
+    if (out / "transformer.json").is_file():
+        display.say(describe_check(read_json(out / "transformer.json")))
+    display.say(f"report: {out / 'report.html'}")
+    return summary
+
+
+def load_base(run_dir: Path) -> nn.Module:
+    """The pretrained network of a run (of `finetune` or `pretrain`), before any adaptation, on the CPU."""
+    config = NetworkConfig.read(run_dir / "network.json")
+    model = build_network(config)
+    path = run_dir / "base.safetensors"
+    load_weights(model, read_weights(path), get_spec(config.network), path)
+    return model.eval()
+
+
+def load_adapted(run_dir: Path, method: str, seed: int = 0) -> nn.Module:
+    """The network of a run adapted by `method`, read from its adapter file, on the CPU."""
+    config = NetworkConfig.read(run_dir / "network.json")
+    (chosen,) = get_methods([method])
+    model = load_base(run_dir)
+    path = run_dir / method / f"seed{seed}" / "adapter.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the adapter of a finished run of '{method}'")
+    chosen.load(model, path, get_spec(config.network), chosen.prepare)
+    return model.eval()
+
+
+def _check(settings: FinetuneSettings) -> list[Method]:
+    check_positive(
+        steps=settings.steps, batch=settings.batch, seeds=settings.seeds, rank=settings.rank, alpha=settings.alpha,
+        lora_rank=settings.lora_rank, checkpoint_every=settings.checkpoint_every, **settings.lr,
+    )  # fmt: skip
+    methods = get_methods(settings.methods)
+    unknown = sorted(set(settings.lr) - set(METHODS))
+    if unknown:
+        raise ValueError(f"lr: found {', '.join(unknown)}, expected methods among {', '.join(METHODS)}")
+    if settings.also_train not in (None, "head", "decoder"):
+        raise ValueError(f"also-train: found '{settings.also_train}', expected 'head' or 'decoder'")
+    if settings.data is not None and settings.pretrained is None:
+        raise ValueError(
+            "pretrained: found none, expected a file of weights to adapt to --data; "
+            "`tcurlora pretrain --data DIR --output BASE` makes one, then give --pretrained BASE/base.safetensors"
+        )
+    pick_device(settings.device)
+    if settings.pretrained is None:
+        check_network(_embedded_config(settings))
+    return methods
+
+
+def _embedded_config(settings: FinetuneSettings) -> NetworkConfig:
+    return NetworkConfig(
+        settings.network or "vit", 1, 3, settings.roi or (32, 32, 32), settings.spacing, settings.sizes
+    )  # fmt: skip
+
+
+def _read(settings: FinetuneSettings, folder: Path) -> SegmentationDataset:
+    return read_dataset(
+        folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
+        seed=settings.data_seed, labels=settings.labels,
+    )  # fmt: skip
+
+
+def _pretrain_embedded(settings: FinetuneSettings, out: Path, display: Display) -> Path:
+    """Weights pretrained on the embedded source domain inside the run folder."""
+    config, folder = _embedded_config(settings), out / "pretrain"
+    if not (folder / "transformer.json").is_file():
+        pretrain(
+            PretrainSettings(
+                network=config.network, sizes=config.sizes, roi=config.roi, spacing=config.spacing,
+                steps=settings.pretrain_steps, data_seed=settings.data_seed, subjects=settings.source_subjects,
+                checkpoint_every=settings.checkpoint_every, device=settings.device,
+            ),
+            folder, resume=True, display=display,
+        )  # fmt: skip
+    return folder / "base.safetensors"
+
+
+def _load_pretrained(
+    settings: FinetuneSettings, path: Path, data: SegmentationDataset
+) -> tuple[NetworkConfig, nn.Module, bool]:
+    """Configuration, model and whether its head is new, from weights and the network.json beside them."""
+    if settings.network is None and (path.parent / "network.json").is_file():
+        config = NetworkConfig.read(path.parent / "network.json")
+    elif settings.network is not None:
+        config = NetworkConfig(settings.network, 1, 2, settings.roi or (96, 96, 96), None, settings.sizes)
+    else:
+        tensors = read_weights(path)  # a missing or damaged file comes first
+        raise ValueError(f"{path}: {len(tensors)} tensors but no network.json beside them; expected it or --network")
+    config = replace(
+        config, in_channels=data.channels, out_channels=len(data.labels), roi=settings.roi or config.roi,
+        spacing=settings.spacing or config.spacing, sizes=check_network(config),
+    )  # fmt: skip
+    model = build_network(config)
+    return config, model, load_weights(model, read_weights(path), get_spec(config.network), path)
+
+
+def _take_base(
+    settings: FinetuneSettings, pretrained: Path, data: SegmentationDataset, out: Path
+) -> tuple[NetworkConfig, bool]:  # fmt: skip
+    """Copy the base into the run, and what is known of its transformer."""
+    config, model, head_is_new = _load_pretrained(settings, pretrained, data)
+    digest = hashlib.sha256(pretrained.read_bytes()).hexdigest()
+    record(out, "base", {"sha256": digest, "head_is_new": head_is_new})
+    config.save(out / "network.json")
+    save_weights(model, out / "base.safetensors")
+    check = pretrained.parent / "transformer.json"
+    if check.is_file():
+        write_json(out / "transformer.json", read_json(check))
+    return config, head_is_new
+
+
+def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
+    """Train, save, load the file again and score it; the row of metrics.csv."""
+    folder = job.out / method.name / f"seed{seed}"
+    if (folder / "result.json").is_file():
+        result: dict[str, Any] = read_json(folder / "result.json")
+        return result
+    spec, settings = get_spec(job.config.network), job.settings
+    options = settings.options(spec.also_train, seed)
+    model = load_base(job.out)
+    if job.head_is_new:  # a head for other classes starts at random, anew for each seed
+        randomise(model, job.config, spec.head, seed)
+    method.prepare(model, spec, options)
+    model.to(job.device)
+    numbers = sum(parameter.numel() for parameter in training.trainable(model).values())
+    plan = training.Plan(
+        settings.steps, settings.batch, settings.lr.get(method.name, method.lr), seed, job.config.roi,
+        checkpoint_every=settings.checkpoint_every, eval_every=max(1, settings.steps // 3),
+    )  # fmt: skip
+    with job.display.bar(f"{method.name}, seed {seed}", plan.steps) as on_step:
+        progress = training.train(
+            model, job.train, plan, folder, on_step=on_step,
+            validate=lambda current: evaluation.mean_dice(current, job.val[:8], job.config),
+        )  # fmt: skip
+    method.save(model, folder / "adapter.safetensors", options)
+    scores = evaluation.evaluate(load_adapted(job.out, method.name, seed).to(job.device), job.val, job.config)
+    write_csv(folder / "cases.csv", [
+        {"case": case.name}
+        | {f"dice {name}": value for name, value in zip(job.classes, case.dice, strict=True)}
+        | {f"hd95_mm {name}": value for name, value in zip(job.classes, case.hd95, strict=True)}
+        for case in scores
+    ])  # fmt: skip
+    row = {
+        "method": method.name, "seed": seed, "trained_numbers": numbers, "lr": plan.lr, "steps": plan.steps,
+        **evaluation.summarise(scores, job.classes), "seconds": round(progress.seconds, 2),
+    }  # fmt: skip
+    write_json(folder / "result.json", row)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    job.display.say(
+        f"{method.name}, seed {seed}: {numbers:,} numbers trained, Dice {100 * row['dice']:.1f}, "
+        f"HD95 {row['hd95_mm']:.2f} mm"
+    )
+    return row
+
+
+def _predictions(job: _Job, methods: Sequence[Method], cases: int = 3) -> dict[str, list[torch.Tensor]]:
+    """Label values predicted for the first validation cases: by the base where its head fits, then by every method."""
+    models = {} if job.head_is_new else {"before": load_base(job.out)}
+    models |= {method.name: load_adapted(job.out, method.name) for method in methods}
+    return {
+        name: [evaluation.predict(model.to(job.device), volume, job.config.roi) for volume in job.val[:cases]]
+        for name, model in models.items()
+    }

@@ -1,0 +1,197 @@
+"""Training by steps that hold no hidden state.
+
+Everything random at step t (which cases, crops, augmentation, dropout) is drawn from (seed, t) alone, and the learning
+rate is a function of t. So a checkpoint is the trained tensors, the optimizer's state, the step and the curve, and a
+run that goes on from one gives the same bits as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.segmentation.artifacts import read_checkpoint, write_checkpoint, write_csv
+from tcurlora_ext.segmentation.dataset import Volume
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training: `steps` of `batch` windows of `roi` voxels; checkpoints and curve points every so many steps."""
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+    roi: tuple[int, int, int]
+    weight_decay: float = 0.0
+    checkpoint_every: int = 50
+    eval_every: int = 0
+
+
+@dataclass
+class Progress:
+    """What a training has done: `losses` of each step, `curve` of (step, validation Dice), `seconds` in its steps."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    curve: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that train, by name; a parameter shared by several layers is there once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def learning_rate(plan: Plan, step: int) -> float:
+    """Linear warm-up over the first 5 % of the steps, then a half cosine to zero."""
+    warmup = max(1, plan.steps // 20)
+    if step < warmup:
+        return plan.lr * (step + 1) / warmup
+    return plan.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, plan.steps - warmup)))
+
+
+class Sampler:
+    """Windows of a step: padded volumes, a crop around foreground two times in three, affine and intensity changes."""
+
+    def __init__(self, volumes: Sequence[Volume], plan: Plan) -> None:
+        from monai.transforms import (
+            Compose,
+            RandAdjustContrastd,
+            RandAffined,
+            RandCropByPosNegLabeld,
+            RandGaussianNoised,
+            RandScaleIntensityd,
+            RandShiftIntensityd,
+            SpatialPadd,
+        )
+
+        keys = ["image", "label"]
+        pad = SpatialPadd(keys, plan.roi)
+        self.plan = plan
+        self.items = [pad({"image": _plain(v.image), "label": _plain(v.label)}) for v in volumes]
+        self.augment = Compose([
+            RandCropByPosNegLabeld(keys, "label", plan.roi, pos=2, neg=1, num_samples=1),
+            RandAffined(
+                keys, prob=0.7, rotate_range=(0.2,) * 3, scale_range=(0.1,) * 3, mode=("bilinear", "nearest"),
+                padding_mode="border",
+            ),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.8, 1.25)),
+            RandScaleIntensityd("image", factors=0.2, prob=0.5),
+            RandShiftIntensityd("image", offsets=0.2, prob=0.5),
+            RandGaussianNoised("image", prob=0.3, std=0.1),
+        ])  # fmt: skip
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (batch, C, *roi) and labels (batch, 1, *roi) of a step, a function of (seed, step)."""
+        rng = np.random.default_rng([self.plan.seed, step])
+        chosen = rng.choice(len(self.items), self.plan.batch, replace=self.plan.batch > len(self.items))
+        images, labels = [], []
+        for index in chosen:
+            self.augment.set_random_state(seed=int(rng.integers(2**31)))
+            window: Any = self.augment(dict(self.items[index]))
+            window = window[0] if isinstance(window, list) else window
+            images.append(_plain(window["image"]))
+            labels.append(_plain(window["label"]))
+        return torch.stack(images), torch.stack(labels)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor without MONAI's record of transforms, which would grow by an entry a step."""
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
+
+
+def train(
+    model: nn.Module,
+    volumes: Sequence[Volume],
+    plan: Plan,
+    folder: Path,
+    *,
+    validate: Callable[[nn.Module], float] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Progress:
+    """Train the parameters that require a gradient, from `folder/checkpoint.pt` on where there is one.
+
+    Writes `checkpoint.pt` and `metrics.csv` (step, loss, learning rate, validation Dice). The caller's random state is
+    as before afterwards. ValueError where the loss is no longer finite or a checkpoint does not fit.
+    """
+    from monai.losses.dice import DiceCELoss
+
+    parameters = trainable(model)
+    device = next(iter(parameters.values())).device
+    # AdamW with no decay is Adam: one optimizer for pretraining and adaptation
+    optimizer = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=plan.weight_decay)
+    progress = _resume(folder / "checkpoint.pt", parameters, optimizer)
+    sampler, loss_of = Sampler(volumes, plan), DiceCELoss(to_onehot_y=True, softmax=True)
+    with torch.random.fork_rng():
+        for step in range(progress.step, plan.steps):
+            started = time.perf_counter()
+            torch.manual_seed(int(np.random.default_rng([plan.seed, step, 1]).integers(2**62)))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(plan, step)
+            images, labels = (tensor.to(device) for tensor in sampler(step))
+            model.train()
+            loss = loss_of(model(images), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            progress.losses.append(loss.item())
+            progress.step = step + 1
+            if not math.isfinite(progress.losses[-1]):
+                raise ValueError(
+                    f"{folder}: the loss of step {step} is {progress.losses[-1]}, expected a finite number; "
+                    f"try a learning rate below {plan.lr:g}"
+                )
+            progress.seconds += time.perf_counter() - started
+            last = progress.step == plan.steps
+            if validate is not None and (last or (plan.eval_every and progress.step % plan.eval_every == 0)):
+                progress.curve.append([float(progress.step), validate(model)])
+            if last or progress.step % plan.checkpoint_every == 0:
+                _save(folder, parameters, optimizer, progress, plan)
+            if on_step is not None:
+                on_step(progress.step, progress.losses[-1])
+    return progress
+
+
+def _save(
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    plan: Plan,
+) -> None:
+    dice = {int(step): value for step, value in progress.curve}
+    rows = [
+        {"step": step, "loss": loss, "lr": learning_rate(plan, step - 1), "val_dice": dice.get(step, "")}
+        for step, loss in enumerate(progress.losses, start=1)
+    ]
+    write_csv(folder / "metrics.csv", rows)
+    write_checkpoint(folder / "checkpoint.pt", {
+        "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(), "step": progress.step, "losses": progress.losses,
+        "curve": progress.curve, "seconds": progress.seconds,
+    })  # fmt: skip
+
+
+@torch.no_grad()
+def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint's tensors in place; a fresh Progress where there is none."""
+    if not path.is_file():
+        return Progress()
+    content = read_checkpoint(path)
+    saved = content["parameters"]
+    if set(saved) != set(parameters):
+        other = sorted(set(saved) ^ set(parameters))
+        raise ValueError(f"{path}: holds other parameters than the model trains ({', '.join(other[:4])} differ)")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+    optimizer.load_state_dict(content["optimizer"])
+    return Progress(content["step"], content["losses"], content["curve"], content["seconds"])
