@@ -35,7 +35,7 @@ def _constant(build: Callable[..., Any]) -> Callable[..., Any]:
     """Keep what ``build`` made, as ordinary CPU tensors whoever asks first.
 
     A first call under ``torch.inference_mode`` or a default device would otherwise leave inference or meta tensors for
-    every later one. To torch.compile it is a constant.
+    every later one. A compiled function builds its own: Dynamo enters neither the cache nor these contexts.
     """
 
     @lru_cache(maxsize=256)
@@ -43,10 +43,9 @@ def _constant(build: Callable[..., Any]) -> Callable[..., Any]:
         with torch.inference_mode(False), torch.device("cpu"):
             return build(*arguments)
 
-    @torch.compiler.assume_constant_result
     @wraps(build)
     def constant(*arguments: Any) -> Any:
-        return kept(*arguments)
+        return build(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
 
     return constant
 
@@ -63,15 +62,13 @@ def _transform_matrix(slices: int, transform: str) -> Tensor:
         return matrix
     if transform != "dft":
         raise ValueError(f"transform {transform!r} is unknown, expected one of {', '.join(TRANSFORMS)}")
-    matrix = torch.empty(slices, slices, dtype=torch.float64)
-    matrix[0] = 1 / math.sqrt(slices)
-    for k in range(1, (slices + 1) // 2):
-        angle = 2 * math.pi / slices * ((k * slot) % slices)
-        matrix[2 * k - 1] = math.sqrt(2 / slices) * torch.cos(angle)
-        matrix[2 * k] = -math.sqrt(2 / slices) * torch.sin(angle)
-    if slices % 2 == 0:
-        matrix[-1] = (1 - 2 * (slot % 2)) / math.sqrt(slices)
-    return matrix
+    k = torch.arange(1, (slices + 1) // 2)
+    # k*l mod S in integers: the angle stays exact for any S and l.
+    angle = ((k[:, None] * torch.arange(slices)) % slices).double() * (2 * math.pi / slices)
+    pairs = math.sqrt(2 / slices) * torch.stack([angle.cos(), -angle.sin()], 1).flatten(0, 1)
+    ends = [torch.ones_like(slot), 1 - 2 * (slot % 2)][: 2 - slices % 2]
+    ends = [end[None] / math.sqrt(slices) for end in ends]
+    return torch.cat([ends[0], pairs, *ends[1:]])
 
 
 @_constant

@@ -24,7 +24,7 @@ _library = torch.library.Library("tcurlora", "DEF")
 _library.define(f"linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_OPTIONS}) -> Tensor")
 _library.define(f"forward(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_OPTIONS}) -> (Tensor y, Tensor h)")
 _library.define(
-    f"backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, {_FACTORS}, {_OPTIONS}, bool[6] needs)"
+    f"backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, {_FACTORS}, bool[6] needs, {_OPTIONS})"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dcol, Tensor dcore, Tensor drow)"
 )
 
@@ -81,9 +81,9 @@ def _backward(
     first_slice: int,
     num_slices: int,
     scale: float,
-    transform: str,
-    backend: str,
     needs: list[bool],
+    transform: str = "dft",
+    backend: str = "auto",
 ) -> eager.Gradients:
     resolve(backend)
     return eager.backward(g, x, h, weight, col, core, row, first_slice, num_slices, scale, transform, needs)
@@ -100,9 +100,9 @@ def _backward_fake(
     first_slice: int,
     num_slices: int,
     scale: float,
-    transform: str,
-    backend: str,
     needs: list[bool],
+    transform: str = "dft",
+    backend: str = "auto",
 ) -> eager.Gradients:
     shapes = [(*g.shape[:-1], row.shape[1]), weight.shape, weight.shape[:1], col.shape, core.shape, row.shape]
     dx, dweight, dbias, dcol, dcore, drow = (
@@ -123,7 +123,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     saves_h = needs_h and not prefers_x
     ctx.save_for_backward(x if saves_x else None, h if saves_h else None, weight, col, core, row)
     ctx.needs = [needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row]
-    ctx.rest = rest
+    ctx.factors, ctx.options = rest[:3], rest[3:]
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
 
@@ -132,7 +132,7 @@ def _gradients(ctx: Any, g: Tensor | None, _h: Tensor | None) -> tuple[Tensor | 
     if g is None:
         return (None,) * 11
     x, h, weight, col, core, row = ctx.saved_tensors
-    gradients = torch.ops.tcurlora.backward(g, x, h, weight, col, core, row, *ctx.rest, ctx.needs)
+    gradients = torch.ops.tcurlora.backward(g, x, h, weight, col, core, row, *ctx.factors, ctx.needs, *ctx.options)
     asked = [gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True)]
     return (*asked, None, None, None, None, None)
 
