@@ -21,6 +21,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Ten
             f"weight {tuple(weight.shape)}, col {tuple(col.shape)}, row {tuple(row.shape)} and core "
             f"{tuple(core.shape)}: expected two dimensions each and three for the core"
         )
+    for name, tensor in (("x", x), ("core", core)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, expected a floating dtype")
     slices, c, r = core.shape
     out_features, in_features = col.shape[0], row.shape[1]
     expected = {
@@ -150,7 +153,7 @@ def backward(
     Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
     """
     needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
-    gradients = [g.new_empty(0)] * 6
+    gradients = [g.new_empty(0), g.new_empty(0), g.new_empty(0), g.new_empty(0), core.new_empty(0), g.new_empty(0)]
     g2 = _rows_of(g)
     x2 = None if x is None else _rows_of(x)
     if needs_weight:

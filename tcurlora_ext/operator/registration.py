@@ -66,6 +66,7 @@ def _forward_fake(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     eager.check(x, weight, bias, col, core, row, num_slices)
+    eager.check_slices(core.shape[0], first_slice, num_slices)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(x.shape[:-1].numel(), row.shape[0])
 
@@ -137,6 +138,10 @@ def _gradients(ctx: Any, g: Tensor | None, _h: Tensor | None) -> tuple[Tensor | 
     return (*asked, None, None, None, None, None)
 
 
+def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
+    raise RuntimeError("tcurlora::backward has no derivative: a second derivative is not implemented")
+
+
 def _autocast(device_type: str) -> Any:
     """nn.Linear's rule: floating tensors other than float64 go to the autocast dtype; the core stays as it is."""
 
@@ -157,11 +162,25 @@ def _autocast(device_type: str) -> Any:
     return linear
 
 
+def _without_autocast(operator: Any, device_type: str) -> Any:
+    """The operator as it is: its dtypes are settled, also where a backward pass runs inside autocast."""
+
+    def call(*arguments: Any) -> Any:
+        with torch.amp.autocast(device_type, enabled=False):
+            return operator(*arguments)
+
+    return call
+
+
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
 _library.impl("linear", _autocast("cpu"), "AutocastCPU")
 _library.impl("linear", _autocast("cuda"), "AutocastCUDA")
+for _name in ("forward", "backward"):
+    for _key, _device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        _library.impl(_name, _without_autocast(getattr(torch.ops.tcurlora, _name), _device), _key)
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("tcurlora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tcurlora::backward", _backward_fake, lib=_library)
 torch.library.register_autograd("tcurlora::forward", _gradients, setup_context=_save, lib=_library)
+torch.library.register_autograd("tcurlora::backward", _no_second_derivative, lib=_library)
