@@ -1,0 +1,97 @@
+"""Arguments of one call of the operator, with the unfolded factors beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tcurlora_ext.maths import packing, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """C (S, out, c), U (S, c, r) and R (S, r, in) in float64; the others as the operator takes them."""
+
+    C: Tensor
+    U: Tensor
+    R: Tensor
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    col: Tensor
+    core: Tensor
+    row: Tensor
+    first_slice: int
+    num_slices: int
+    scale: float
+    transform: str = "dft"
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order of ``torch.ops.tcurlora.linear``."""
+        return (*self.tensors, self.first_slice, self.num_slices, self.scale, self.transform, "auto")
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.weight, self.bias, self.col, self.core, self.row
+
+    def replaced(self, **values: Any) -> Case:
+        return replace(self, **values)
+
+    def to(self, dtype: torch.dtype, core: torch.dtype = torch.float32) -> Case:
+        """Rounded to a dtype, as a model of that dtype holds them."""
+        names = ("x", "weight", "bias", "col", "row")
+        cast = {name: None if (t := getattr(self, name)) is None else t.to(dtype) for name in names}
+        return replace(self, core=self.core.to(core), **cast)
+
+    def training(self, *names: str) -> Case:
+        """With leaves that ask for a gradient."""
+        return replace(self, **{name: getattr(self, name).detach().clone().requires_grad_() for name in names})
+
+    def reference(self) -> Tensor:
+        """The definition, dense and in float64, on the unfolded factors."""
+        if self.transform == "dft":
+            delta = reference.delta_weights(self.C, self.U, self.R, self.scale)
+        else:
+            left = packing.slice_product(self.C, self.U, self.transform)
+            delta = self.scale * packing.slice_product(left, self.R, self.transform)
+        own = delta[self.first_slice : self.first_slice + self.num_slices].flatten(0, 1)
+        bias = None if self.bias is None else self.bias.double()
+        return torch.nn.functional.linear(self.x.double(), self.weight.double() + own, bias)
+
+
+def build(
+    S: int = 5,
+    out: int = 6,
+    in_: int = 7,
+    c: int = 3,
+    r: int = 2,
+    first: int = 0,
+    n: int = 1,
+    leading: tuple[int, ...] = (4,),
+    bias: bool = True,
+    scale: float = 0.7,
+    transform: str = "dft",
+    seed: int = 0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    C, U, R = random(S, out, c), random(S, c, r), random(S, r, in_)
+    return Case(
+        C, U, R, random(*leading, in_), random(n * out, in_), random(n * out) if bias else None,
+        packing.fold_columns(C, transform), packing.fold_core(U, transform), packing.fold_rows(R, transform),
+        first, n, scale, transform,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_case() -> Callable[..., Case]:
+    return build
