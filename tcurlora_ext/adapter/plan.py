@@ -1,0 +1,420 @@
+"""What an adapter will cost, counted from shapes alone: for a model on the meta device, before any weight is read.
+
+FLOPs are those of the products (a product (a, b)(b, c) counts 2abc), bytes saved for backward are what the adapted
+layers keep beyond their frozen weights, which autograd only refers to. A frozen linear layer itself keeps nothing:
+its dx needs W alone. LoRA is PEFT's form, one layer a module (a fused projection counts as one), without dropout, in
+the dtype of the data.
+
+For T tokens, n slices of (out, in), S slices in the stack, q = r*S, q_c = c*S, with ``pairs`` frequencies that hold a
+real and an imaginary part and ``alone`` ones that do not:
+
+    tCUR forward   h = x row^T 2T*q*in,  middle 2T*n*c*r*(alone + 4 pairs),  m col^T 2T*n*q_c*out
+    tCUR backward  p = g col,  dh: a middle product,  dh row,  dcore: a middle product; h again where x was kept
+    LoRA forward   2T*r0*(in + n*out);  backward twice that
+    base           2T*n*in*out forward, the same for dx
+
+Materialising dW of a layer costs 2q*in*out whatever T is, and so has fewer forward FLOPs than the adapter above
+``crossover`` = in*out / (in + out) tokens; what it costs in memory and rounding is not counted here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.maths.packing import pair_blocks, single_blocks
+
+from .config import TCURConfig, pair_of
+from .files import FORMAT, HEADER
+from .inject import slice_names
+from .linear import TCURLayer
+from .targets import Target, find_targets, group
+
+# Projections that read one tensor: autograd keeps it once for all of them.
+_SIBLINGS = re.compile(r"(?:(?P<attention>(to_)?[qkv](_proj)?|query|key|value)|(?P<gated>gate_proj|up_proj))")
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a forward pass calls a layer: with ``tokens`` rows in all; layers of one ``source`` read the same tensor."""
+
+    tokens: int
+    source: object
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One method on some layers.
+
+    trained            numbers
+    forward, backward  FLOPs of the method alone, the base's products not counted
+    saved              bytes kept from forward to backward
+    factors            bytes of frozen factors (col and row)
+    file               bytes of the adapter file that these layers take
+    """
+
+    trained: int = 0
+    forward: int = 0
+    backward: int = 0
+    saved: int = 0
+    factors: int = 0
+    file: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """One stack: ``slices`` weights of ``shape`` (out, in) in ``layers`` modules; ``q`` is the width of h.
+
+    ``tokens`` is the sum over the layers; ``base`` has the FLOPs of the frozen layers.
+    """
+
+    name: str
+    layers: int
+    slices: int
+    shape: tuple[int, int]
+    rank: tuple[int, int]
+    q: int
+    tokens: int
+    crossover: float
+    base: Cost
+    tcur: Cost
+    lora: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stacks, and in all; ``str()`` makes a table, :meth:`rows` plain records of the same."""
+
+    stacks: tuple[StackPlan, ...]
+    base: Cost
+    tcur: Cost
+    lora: Cost
+    lora_rank: int
+    dtype: str
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One record a stack and method, then one a method in all (``stack`` is "total"): numbers and strings only."""
+        records = []
+        for stack in self.stacks:
+            out_features, in_features = stack.shape
+            about = {
+                "stack": stack.name, "layers": stack.layers, "slices": stack.slices, "out": out_features,
+                "in": in_features, "tokens": stack.tokens, "crossover": stack.crossover,
+            }  # fmt: skip
+            columns, rows = stack.rank
+            for method, rank, q, cost in (
+                ("base", "", 0, stack.base),
+                ("tcur", f"{columns},{rows}", stack.q, stack.tcur),
+                ("lora", str(self.lora_rank), self.lora_rank, stack.lora),
+            ):
+                records.append(about | {"method": method, "rank": rank, "q": q} | asdict(cost))
+        total = {
+            "stack": "total", "layers": sum(s.layers for s in self.stacks),
+            "slices": sum(s.slices for s in self.stacks), "out": "", "in": "",
+            "tokens": sum(s.tokens for s in self.stacks), "crossover": "",
+        }  # fmt: skip
+        for method, cost in (("base", self.base), ("tcur", self.tcur), ("lora", self.lora)):
+            records.append(total | {"method": method, "rank": "", "q": ""} | asdict(cost))
+        return records
+
+    def table(self) -> list[list[str]]:
+        """Headings, then a line a record, formatted for reading."""
+        lines = [
+            ["stack", "layers", "slices", "out x in", "T > dW", "method", "rank", "q", "trained", "forward GFLOP",
+             "backward GFLOP", "saved MiB", "factors MiB", "file KiB"]
+        ]  # fmt: skip
+        for index, row in enumerate(self.rows()):
+            first = index % 3 == 0
+            shape = f"{row['out']} x {row['in']}" if row["out"] else ""
+            crossover = f"{row['crossover']:,.0f}" if row["crossover"] else ""
+            about = [row["stack"], str(row["layers"]), str(row["slices"]), shape, crossover] if first else [""] * 5
+            base = row["method"] == "base"
+            memory = [f"{row[name] / 2**20:,.2f}" for name in ("saved", "factors")]
+            lines.append([
+                *about, row["method"], row["rank"].replace(",", ", "), str(row["q"] or ""),
+                "" if base else f"{row['trained']:,}", f"{row['forward'] / 1e9:,.3f}", f"{row['backward'] / 1e9:,.3f}",
+                *(["", "", ""] if base else [*memory, f"{row['file'] / 1024:,.1f}"]),
+            ])  # fmt: skip
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.table()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        left = (0, 5)
+        text = [
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        return "\n".join(line.rstrip() for line in text)
+
+
+def plan(
+    model: nn.Module,
+    config: TCURConfig | None = None,
+    tokens: int | Mapping[str, Call] = 2048,
+    lora_rank: int = 8,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """What ``config`` costs on ``model`` in one training step, beside LoRA of rank ``lora_rank`` in the same modules.
+
+    The model may be on the meta device and is left as it is. ``tokens`` is T, the rows of every layer's input, or what
+    :func:`trace_calls` returns; with a number, layers called q, k, v (or gate and up) of one parent are taken to read
+    one tensor. ``dtype`` is that of weights and activations (default: the weights'). Raises ValueError where nothing
+    matches, the model is adapted already, a rank does not fit or a layer was not called.
+    """
+    config = config or TCURConfig()
+    if isinstance(tokens, int) and tokens < 1:
+        raise ValueError(f"tokens is {tokens}, expected a positive whole number")
+    if lora_rank < 1:
+        raise ValueError(f"lora_rank is {lora_rank}, expected a positive whole number")
+    adapted = next((name for name, module in model.named_modules() if isinstance(module, TCURLayer)), None)
+    if adapted is not None:
+        raise ValueError(f"{adapted} of {type(model).__name__} is adapted already; call remove(model) first")
+    groups = group(find_targets(model, config), config)
+    kept: dict[str, set[object]] = {"tcur": set(), "lora": set()}
+    stacks = []
+    for name, members in groups.items():
+        _check_rank(name, members, config)
+        calls = [_call(target, tokens) for target in members]
+        stacks.append(_stack(name, members, calls, config, lora_rank, dtype, kept))
+    whole = _header_bytes(config, groups)
+    base, tcur, lora = (sum((getattr(s, kind) for s in stacks), Cost()) for kind in ("base", "tcur", "lora"))
+    data = sum(_data_bytes(members, config) for members in groups.values())
+    tcur = Cost(**(asdict(tcur) | {"file": whole + data}))
+    found = dtype or next(iter(groups.values()))[0].weight.dtype
+    return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."))
+
+
+def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: Any) -> dict[str, Call]:
+    """Run ``model(*inputs, **keywords)`` once and note how many tokens, of which tensor, each target reads.
+
+    On the meta device nothing is computed. A target that is not called does not stand in the result.
+    """
+    seen: dict[int, tuple[int, Tensor]] = {}  # holds the tensors, so that an id is not given out twice
+    calls: dict[str, Call] = {}
+
+    def note(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0]
+        number, _ = seen.setdefault(id(x), (len(seen), x))
+        before = calls[name].tokens if name in calls else 0
+        calls[name] = Call(before + x.shape[:-1].numel(), number)
+
+    handles = [t.module.register_forward_pre_hook(partial(note, t.name)) for t in find_targets(model, config)]
+    try:
+        with torch.no_grad():
+            model(*inputs, **keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _call(target: Target, tokens: int | Mapping[str, Call]) -> Call:
+    if not isinstance(tokens, int):
+        if target.name not in tokens:
+            raise ValueError(f"{target.name} is a target, but the traced forward pass does not call it")
+        return tokens[target.name]
+    parent, _, last = target.name.rpartition(".")
+    match = _SIBLINGS.fullmatch(last)
+    return Call(tokens, (parent, match.lastgroup if match else last))
+
+
+def _check_rank(name: str, members: list[Target], config: TCURConfig) -> None:
+    (out_features, in_features), (c, r) = members[0].shape, pair_of(config.rank)
+    if c > in_features or r > out_features:
+        raise ValueError(
+            f"stack {name} ({members[0].name}, ...): rank (c, r) = ({c}, {r}) does not fit {out_features} x "
+            f"{in_features} weights: expected c <= {in_features} and r <= {out_features}"
+        )
+
+
+def _stack(
+    name: str,
+    members: list[Target],
+    calls: list[Call],
+    config: TCURConfig,
+    lora_rank: int,
+    dtype: torch.dtype | None,
+    kept: Mapping[str, set[object]],
+) -> StackPlan:
+    (out_features, in_features), rank = members[0].shape, pair_of(config.rank)
+    slices = sum(target.slices for target in members)
+    size = (dtype or members[0].weight.dtype).itemsize
+    wide = max(4, size)
+    c, r = rank
+    factors = slices * (out_features * c + r * in_features)
+    trains_all = config.trainable == "all"
+    base, lora = Cost(), Cost()
+    tcur = Cost(
+        trained=slices * c * r + (factors if trains_all else 0),
+        factors=0 if trains_all else factors * size,
+        file=_stack_file_bytes(name, members, config),
+    )
+    for target, call in zip(members, calls, strict=True):
+        product = 2 * call.tokens * target.slices * in_features * out_features
+        base += Cost(forward=product, backward=product)
+        layer = _Layer(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
+        numbers, keeps_x = layer.saved()
+        tcur += Cost(
+            forward=layer.forward(),
+            backward=layer.backward(),
+            saved=numbers * size + layer.saved_casts(size) + _once(kept["tcur"], call, keeps_x, in_features) * size,
+        )
+        trained = lora_rank * (in_features + target.slices * out_features)
+        lora += Cost(
+            trained=trained,
+            forward=2 * call.tokens * trained,
+            backward=4 * call.tokens * trained,
+            saved=(call.tokens * lora_rank + _once(kept["lora"], call, True, in_features)) * size,
+            file=trained * wide + 2 * 150,  # tensors in float32, as PEFT writes them, and their entries in the header
+        )
+    q = r if config.transform == "identity" else r * slices
+    crossover = in_features * out_features / (in_features + out_features)
+    tokens = sum(call.tokens for call in calls)
+    return StackPlan(
+        name, len(members), slices, (out_features, in_features), rank, q, tokens, crossover, base, tcur, lora
+    )
+
+
+def _once(kept: set[object], call: Call, keeps_x: bool, in_features: int) -> int:
+    """Numbers of x that this layer is the first to keep."""
+    if not keeps_x or call.source in kept:
+        return 0
+    kept.add(call.source)
+    return call.tokens * in_features
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """FLOPs and saved numbers of one tCUR layer with T tokens and n of the stack's S slices, step by step."""
+
+    T: int
+    n: int
+    S: int
+    out: int
+    in_: int
+    c: int
+    r: int
+    config: TCURConfig
+
+    @property
+    def _independent(self) -> bool:
+        return self.config.transform == "identity"
+
+    @property
+    def _h(self) -> int:
+        # Independent cores have an h of r numbers a slice, a stack one of r*S that its slices share.
+        return self.n * self.r if self._independent else self.r * self.S
+
+    @property
+    def _keeps_h(self) -> bool:
+        return (self.r if self._independent else self.r * self.S) <= self.in_
+
+    def _row_product(self) -> int:
+        return 2 * self.T * self._h * self.in_
+
+    def _middle_product(self) -> int:
+        if self._independent:
+            return 2 * self.T * self.n * self.c * self.r
+        pairs = pair_blocks(self.S, self.config.transform)
+        coupled = (pairs.stop - pairs.start) // 2
+        return 2 * self.T * self.n * self.c * self.r * (len(single_blocks(self.S, self.config.transform)) + 4 * coupled)
+
+    def _column_product(self) -> int:
+        return 2 * self.T * self.n * self.c * (1 if self._independent else self.S) * self.out
+
+    def _core_transform(self) -> int:
+        """U into the Fourier domain: once a call where the core is kept as slices."""
+        slices = self.S
+        return 0 if self.config.core_domain == "fourier" else 2 * slices * slices * self.c * self.r
+
+    def forward(self) -> int:
+        return self._row_product() + self._middle_product() + self._column_product() + self._core_transform()
+
+    def backward(self) -> int:
+        # p, dh and dh row; dcore, and the way back of the core's transform.
+        flops = self._column_product() + self._middle_product() + self._row_product()
+        flops += self._middle_product() + self._core_transform()
+        if not self._keeps_h:
+            flops += self._row_product()
+        if self.config.trainable == "all":
+            flops += self._middle_product() + self._column_product() + self._row_product()  # dcol from m again, drow
+        return flops
+
+    def saved(self) -> tuple[int, bool]:
+        """Numbers of h that are kept, and whether x is."""
+        return self.T * self._h if self._keeps_h else 0, not self._keeps_h or self.config.trainable == "all"
+
+    def saved_casts(self, size: int) -> int:
+        """Bytes of temporary copies that autograd keeps: a transformed core, trained factors in a short dtype."""
+        wide = max(4, size)
+        copies = 0
+        if self.config.core_domain == "slice":
+            copies += (self.S * self.S + self.S * self.c * self.r) * wide
+        if self.config.trainable == "all" and size < wide:
+            copies += self.S * (self.out * self.c + self.r * self.in_) * size
+        return copies
+
+
+# -- the adapter file -------------------------------------------------------------------------------------------------
+
+# Numbers as long as those of a real description. The sums of a fingerprint are about 1, with either sign.
+_NUMBER = 3.2733969392472106
+_SUMS = [0.7571627795579906, -0.3408158955916422, 1.2846831760113122, -1.0941656974025087]
+
+
+def _stack_file_bytes(name: str, members: list[Target], config: TCURConfig) -> int:
+    """What one stack adds to the file: its tensors and its part of the header."""
+    header = _header_bytes(config, {name: members}) - _header_bytes(config, {})
+    return _data_bytes(members, config) + header
+
+
+def _shapes(members: list[Target], config: TCURConfig) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Tensors of a stack in the file: kind -> (dtype, shape, bytes of a number)."""
+    (out_features, in_features), (c, r) = members[0].shape, pair_of(config.rank)
+    slices = sum(target.slices for target in members)
+    size = max(4, members[0].weight.dtype.itemsize)
+    dtype = "F64" if size == 8 else "F32"
+    shapes: dict[str, tuple[str, tuple[int, ...], int]] = {
+        "core": (dtype, (slices, c, r), size), "rows": ("I64", (r,), 8), "columns": ("I64", (c,), 8)
+    }  # fmt: skip
+    if config.trainable == "all":
+        shapes["col"] = (dtype, (out_features, c * slices), size)
+        shapes["row"] = (dtype, (r * slices, in_features), size)
+    return shapes
+
+
+def _data_bytes(members: list[Target], config: TCURConfig) -> int:
+    return sum(math.prod(shape) * size for _, shape, size in _shapes(members, config).values())
+
+
+def _header_bytes(config: TCURConfig, groups: Mapping[str, list[Target]]) -> int:
+    """The header as files.py writes it: 8 bytes of length, then JSON; numbers replaced by ones as long."""
+    entries: dict[str, Any] = {}
+    described: dict[str, Any] = {}
+    for name, members in groups.items():
+        names, (c, r) = slice_names(members), pair_of(config.rank)
+        described[name] = {
+            "names": names, "scale": _NUMBER, "normalised": config.scale is None,
+            "row_scores": [_NUMBER] * r, "column_scores": [_NUMBER] * c,
+            "base_dtype": str(members[0].weight.dtype).removeprefix("torch."),
+            "fingerprint": [[_NUMBER, *_SUMS]] * len(names),
+        }  # fmt: skip
+        for kind, (dtype, shape, _) in _shapes(members, config).items():
+            entries[f"{kind}.{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": [100_000, 100_000]}
+    header = json.dumps({"format": FORMAT, "config": config.to_json(), "stacks": described})
+    entries["__metadata__"] = {HEADER: header}
+    return 8 + len(json.dumps(entries, separators=(",", ":")))

@@ -1,0 +1,310 @@
+"""The plan's counts against what PyTorch counts on real models: no formula is tested with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import tcurlora_ext as tcur
+from tcurlora_ext.adapter.plan import Plan, plan, trace_calls
+from tcurlora_ext.operator import eager
+
+TOKENS = 35
+NAMES = ["qkv", "out_proj", "linear1", "linear2"]
+
+
+class Block(nn.Module):
+    """A fused projection, an output projection of the same width, and an MLP."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "out_proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"linear1": nn.Linear(width, 2 * width), "linear2": nn.Linear(2 * width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attn["qkv"](x).chunk(3, -1)
+        x = x + self.attn["out_proj"](q * k + v)
+        return x + self.mlp["linear2"](nn.functional.gelu(self.mlp["linear1"](x)))
+
+
+class SiblingBlock(nn.Module):
+    """q, k and v as three layers that read one tensor."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj")})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        return self.attn["q_proj"](x) * self.attn["k_proj"](x) + self.attn["v_proj"](x)
+
+
+def build(block: type[nn.Module] = Block, depth: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[block() for _ in range(depth)])
+
+
+def meta(block: type[nn.Module] = Block, depth: int = 3) -> nn.Module:
+    with torch.device("meta"):
+        return build(block, depth)
+
+
+class InsideOperators(TorchDispatchMode):
+    """Runs this package's operators as the eager kernels, so that a counter outside sees the products within."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "tcurlora":
+            return func(*args, **(kwargs or {}))
+        # The dispatcher leaves out arguments that have their default.
+        given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+        given |= dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | (kwargs or {})
+        del given["backend"]
+        kernel = {"forward": eager.forward, "backward": eager.backward}[func._schema.name.partition("::")[2]]
+        return kernel(**given)
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, which counts addmm but leaves out its in-place form."""
+
+    def addmm_(_: Any, a: tuple[int, int], b: tuple[int, int], **options: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
+
+
+def measured(model: nn.Module, x: Tensor) -> tuple[int, int, int]:
+    """FLOPs forward and backward, and bytes saved beyond parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    counter, backward_counter = flop_counter(), flop_counter()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter, InsideOperators():
+        y = model(x)
+    forward = counter.get_total_flops()
+    with backward_counter, InsideOperators():
+        y.sum().backward()
+    return forward, backward_counter.get_total_flops(), sum(saved.values())
+
+
+def leaf() -> Tensor:
+    return torch.randn(5, 7, 32, requires_grad=True)
+
+
+def added(adapt: Callable[[nn.Module], object], block: type[nn.Module] = Block) -> tuple[int, int, int]:
+    """What adapting a frozen model adds to FLOPs and saved bytes."""
+    model, x = build(block).requires_grad_(False), leaf()
+    before = measured(model, x)
+    adapt(model)
+    after = measured(model, x)
+    forward, backward, saved = (a - b for a, b in zip(after, before, strict=True))
+    return forward, backward, saved
+
+
+def inject_with(config: tcur.TCURConfig) -> Callable[[nn.Module], object]:
+    def adapt(model: nn.Module) -> object:
+        tcur.inject(model, config)
+        for stack in tcur.stacks(model).values():
+            nn.init.normal_(stack.core)
+        return model
+
+    return adapt
+
+
+CONFIGS = {
+    "plain": {},
+    "uneven": {"rank": (3, 2)},
+    "roles": {"stack_by": "role"},
+    "single": {"stack_by": "none", "split_fused": {}},
+    "dct": {"transform": "dct"},
+    "identity": {"transform": "identity"},
+    "identity-keeps-x": {"transform": "identity", "rank": (2, 40), "target_modules": r".*linear1"},
+    "keeps-x": {"rank": 6},
+    "slice-domain": {"core_domain": "slice"},
+    "all": {"trainable": "all"},
+    "all-keeps-x": {"trainable": "all", "rank": 6},
+}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_flops_are_those_pytorch_counts(options: dict[str, Any]) -> None:
+    config = tcur.TCURConfig(**{"rank": 2, "backend": "eager"} | options)
+    expected = plan(meta(), config, TOKENS).tcur
+    forward, backward, _ = added(inject_with(config))
+    assert (expected.forward, expected.backward) == (forward, backward)
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_saved_bytes_are_those_of_the_hooks(options: dict[str, Any]) -> None:
+    config = tcur.TCURConfig(**{"rank": 2, "backend": "eager"} | options)
+    layers = Layers()
+    expected = plan(layers, config, TOKENS).tcur
+    inject_with(config)(layers)
+    assert layers.saved() == expected.saved
+
+
+class Layers(nn.Module):
+    """The linear layers of three blocks, each called on a fresh input, so that all that is saved is theirs."""
+
+    def __init__(self, block: type[nn.Module] = Block) -> None:
+        super().__init__()
+        self.blocks = build(block).requires_grad_(False)
+
+    def saved(self) -> int:
+        layers = [module for name, module in self.blocks.named_modules() if name.endswith(tuple(NAMES))]
+        inputs = [torch.randn(5, 7, layer.in_features, requires_grad=True) for layer in layers]
+        return sum(measured(_Wrapped(layer, self), x)[2] for layer, x in zip(layers, inputs, strict=True))
+
+
+class _Wrapped(nn.Module):
+    """A layer, and the model whose parameters and buffers it refers to."""
+
+    def __init__(self, layer: nn.Module, owner: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.owner = layer, owner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def peft_lora(model: nn.Module, rank: int, targets: list[str]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    peft.inject_adapter_in_model(config, model)
+
+
+def test_lora_is_pefts() -> None:
+    expected = plan(meta(), tcur.TCURConfig(rank=2), TOKENS, lora_rank=4).lora
+    forward, backward, _ = added(lambda model: peft_lora(model, 4, NAMES))
+    assert (expected.forward, expected.backward) == (forward, backward)
+    layers = Layers()
+    peft_lora(layers, 4, NAMES)
+    assert layers.saved() == expected.saved
+    assert sum(p.numel() for p in layers.parameters() if p.requires_grad) == expected.trained
+
+
+def test_lora_file_is_about_what_peft_writes(tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    expected = plan(meta(), tcur.TCURConfig(rank=2), TOKENS, lora_rank=4).lora
+    model = peft.get_peft_model(build(), peft.LoraConfig(r=4, target_modules=NAMES))
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert expected.file == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["tcur", "lora"])
+def test_an_input_that_several_layers_read_is_kept_once(method: str) -> None:
+    # rank 24 with 9 slices: q = 216 > 32, so that tCUR keeps x as LoRA does.
+    config = tcur.TCURConfig(rank=24, backend="eager")
+    expected = plan(meta(SiblingBlock), config, TOKENS, lora_rank=4)
+    names = ["q_proj", "k_proj", "v_proj"]
+    adapt = inject_with(config) if method == "tcur" else lambda model: peft_lora(model, 4, names)
+    assert added(adapt, SiblingBlock)[2] == getattr(expected, method).saved
+
+
+def test_base_flops() -> None:
+    expected = plan(meta(), tcur.TCURConfig(rank=2), TOKENS).base
+    forward, backward, _ = measured(build().requires_grad_(False), leaf())
+    assert (expected.forward, expected.backward) == (forward, backward)
+
+
+def test_traced_calls_say_the_same_as_a_number_of_tokens() -> None:
+    config = tcur.TCURConfig(rank=2)
+    for block in (Block, SiblingBlock):
+        model = meta(block)
+        calls = trace_calls(model, config, torch.empty(5, 7, 32, device="meta"))
+        assert plan(model, config, calls).rows() == plan(model, config, TOKENS).rows()
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_that_is_not_called_is_named() -> None:
+    model = build()
+    model[0].extra = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(32, 32)})})
+    config = tcur.TCURConfig(rank=2)
+    with pytest.raises(ValueError, match=r"0\.extra\.attn\.q_proj is a target, but the traced forward pass"):
+        plan(model, config, trace_calls(model, config, leaf()))
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable": "all"}, {"rank": (3, 2), "stack_by": "none"}])
+def test_trained_numbers_factors_and_file_are_those_of_the_adapter(options: dict[str, Any], tmp_path: Any) -> None:
+    config = tcur.TCURConfig(**{"rank": 2} | options)
+    expected = plan(meta(depth=8), config, TOKENS)
+    model = tcur.inject(build(depth=8), config)
+    summary = tcur.summary(model)
+    assert expected.tcur.trained == summary.trained
+    assert [(s.name, s.slices, s.q) for s in expected.stacks] == [(s.name, s.slices, s.q) for s in summary.stacks]
+    factors = sum(b.nbytes for n, b in model.named_buffers() if n.endswith((".col", ".row")))
+    assert expected.tcur.factors == factors
+    for stack in tcur.stacks(model).values():
+        nn.init.normal_(stack.core)
+    size = tcur.save_adapter(model, tmp_path / "adapter.safetensors").stat().st_size
+    assert expected.tcur.file == pytest.approx(size, rel=0.03)
+
+
+def test_the_papers_setting() -> None:
+    """UNETR ViT-B, arXiv 2501.02227: 72 r^2 trained numbers in three stacks."""
+    networks = pytest.importorskip("tcurlora_ext.segmentation.networks")
+    pytest.importorskip("monai")
+    with torch.device("meta"):
+        model = networks.build_network(networks.NetworkConfig("unetr", 1, 2, (96, 96, 96)))
+    found = plan(model, tcur.TCURConfig(rank=8), tokens=216)
+    assert {s.shape: s.slices for s in found.stacks} == {(768, 768): 48, (3072, 768): 12, (768, 3072): 12}
+    assert found.tcur.trained == 4608
+    assert {s.shape: s.q for s in found.stacks} == {(768, 768): 384, (3072, 768): 96, (768, 3072): 96}
+    assert {s.crossover for s in found.stacks if s.slices == 48} == {384}
+
+
+def test_totals_are_the_sums_of_the_stacks() -> None:
+    found = plan(meta(), tcur.TCURConfig(rank=2), TOKENS)
+    for kind in ("base", "tcur", "lora"):
+        whole = getattr(found, kind)
+        for name in ("trained", "forward", "backward", "saved", "factors"):
+            assert getattr(whole, name) == sum(getattr(getattr(s, kind), name) for s in found.stacks)
+    common = found.tcur.file - sum(s.tcur.file for s in found.stacks)
+    assert 0 < common < 1500  # the configuration stands in the file once
+
+
+def test_the_dtype_halves_what_is_saved_but_not_the_core() -> None:
+    config = tcur.TCURConfig(rank=2)
+    wide, narrow = (plan(meta(), config, TOKENS, dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert (narrow.tcur.saved, narrow.lora.saved) == (wide.tcur.saved // 2, wide.lora.saved // 2)
+    assert (narrow.tcur.trained, narrow.dtype) == (wide.tcur.trained, "bfloat16")
+
+
+def test_text_and_rows() -> None:
+    found: Plan = plan(meta(), tcur.TCURConfig(rank=2), TOKENS)
+    text = str(found).splitlines()
+    assert len(text) == 1 + 3 * (len(found.stacks) + 1)
+    assert "32 x 32" in text[1]
+    assert "tcur" in text[2]
+    assert [row["method"] for row in found.rows()] == ["base", "tcur", "lora"] * (len(found.stacks) + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": tcur.TCURConfig(rank=33)}, r"stack 32x32 \(0.attn.qkv, ...\): rank \(c, r\) = \(33, 33\)"),
+        ({"config": tcur.TCURConfig(target_modules=["nothing"])}, "match none of the 12 linear modules"),
+        ({"tokens": 0}, "tokens is 0, expected a positive"),
+        ({"lora_rank": 0}, "lora_rank is 0, expected a positive"),
+    ],
+)
+def test_wrong_input(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(meta(), **{"config": tcur.TCURConfig(rank=2)} | change)
+
+
+def test_an_adapted_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.attn\.qkv of Sequential is adapted already"):
+        plan(tcur.inject(build(), tcur.TCURConfig(rank=2)))
