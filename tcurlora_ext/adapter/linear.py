@@ -95,7 +95,7 @@ class TCURLayer(nn.Module):
         Raises ValueError if it is not finite.
         """
         delta = self.stack.delta_weights(self.own_slices, torch.float64).flatten(0, 1)
-        total = self.weight_slices().flatten(0, 1).double().add_(delta).to(self.weight.dtype)
+        total = delta.add_(self.weight_slices().flatten(0, 1)).to(self.weight.dtype)
         if not bool(torch.isfinite(total).all()):
             raise ValueError("the merged weight has NaN or infinite values; nothing was merged")
         return total
@@ -126,9 +126,12 @@ class TCURLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if self.merged and prefix + "weight" in state_dict:
             raise RuntimeError(f"{prefix}weight: this layer is merged; call unmerge() before loading a state")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if prefix + "weight" in state_dict:
+        new = state_dict.get(prefix + "weight")
+        if new is not None:
+            same = new.shape == self.weight.shape and torch.equal(new.to(self.weight), self.weight)
+            self.stack.reloaded.changed |= not same
             self.stack.reloaded[self.first_slice] = self
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class TCURLinear(TCURLayer, nn.Linear):
