@@ -21,6 +21,8 @@ from .config import Rank, pair_of
 class _Reloaded(weakref.WeakValueDictionary[int, Any]):
     """Layers (by first slice) whose base weights were loaded since their stack was; forgotten by copies and pickles."""
 
+    changed = False  # whether any of those weights became another one
+
     def weights(self, slices: int) -> Tensor | None:
         """The base weights (S, out, in) of all layers in order, None unless all slices were loaded."""
         layers = [layer for _, layer in sorted(self.items())]
@@ -278,7 +280,7 @@ class TCURStack(nn.Module):
         if not any(key.startswith(prefix) for key in state_dict):
             # The state of a model that is not adapted: the layers, which come before their stack, have it by now.
             weights = reloaded.weights(self.slices)
-            if weights is not None:
+            if weights is not None and reloaded.changed:
                 self.follow_base(weights)
             return
         super()._load_from_state_dict(
