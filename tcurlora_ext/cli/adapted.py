@@ -1,0 +1,63 @@
+"""The adapter that ``inspect`` and ``merge`` are about: that of a run folder, or a file with or without its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tcurlora_ext.adapter.files import AdapterFile, read_adapter
+from tcurlora_ext.adapter.inject import stacks
+from tcurlora_ext.adapter.load import load_adapter
+from tcurlora_ext.cli.model_source import load_model
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """``model`` with the adapter, None where only ``file`` is at hand; ``folder`` is where results go by default."""
+
+    title: str
+    folder: Path
+    model: nn.Module | None
+    file: AdapterFile | None
+
+
+def open_adapted(
+    source: Path, method: str, seed: int, model: str | None, kwargs: Mapping[str, Any], weights: Path | None
+) -> Adapted:
+    """Read what ``source`` is: a folder of ``finetune``, or an adapter file (or a folder with adapter.safetensors).
+
+    Raises ValueError or OSError saying what was found and what was expected.
+    """
+    if (model is None) != (weights is None):
+        given, other = ("model", "weights") if weights is None else ("weights", "model")
+        raise ValueError(f"found --{given} without --{other}, expected both, or neither")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder; expected a run of finetune or an adapter file")
+    if (source / "network.json").is_file():
+        if model is not None:
+            raise ValueError(f"{source}: a run folder holds its base, expected no --model and no --weights")
+        return _of_run(source, method, seed)
+    if source.is_dir() and not (source / "adapter.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{source}: found neither network.json nor adapter.safetensors in this folder, expected a run of finetune "
+            "or an adapter file"
+        )
+    file = read_adapter(source)
+    if model is None or weights is None:
+        return Adapted(str(file.path), file.path.parent, None, file)
+    return Adapted(
+        f"{file.path} on {model}", file.path.parent, load_adapter(load_model(model, kwargs, weights), source), file
+    )
+
+
+def _of_run(folder: Path, method: str, seed: int) -> Adapted:
+    from tcurlora_ext.segmentation.run import load_adapted
+
+    network = load_adapted(folder, method, seed)
+    if not stacks(network):
+        raise ValueError(f"{folder}: method '{method}' has no stacks, expected a run of tCUR such as 'tcur'")
+    return Adapted(f"{folder}, {method}, seed {seed}", folder, network, None)

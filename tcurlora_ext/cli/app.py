@@ -1,0 +1,80 @@
+"""The command ``tcurlora`` and its one rule for errors.
+
+Wrong input (ValueError, OSError) and a missing optional package end in one line on stderr and exit code 2. Any other
+exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tcurlora_ext.cli.doctor import doctor
+from tcurlora_ext.cli.finetune import finetune
+from tcurlora_ext.cli.inspect import inspect
+from tcurlora_ext.cli.merge import merge
+from tcurlora_ext.cli.plan import plan
+from tcurlora_ext.cli.pretrain import pretrain
+
+EXTRA_HINT = "pip install 'tcurlora_ext["
+
+
+class _Commands(TyperGroup):
+    """Turns the errors of all commands into a message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of a pipe went away: no error of ours
+        except (ValueError, OSError) as error:
+            message = str(error)
+        except ModuleNotFoundError as error:
+            if EXTRA_HINT not in str(error):
+                raise
+            message = str(error)
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"tcurlora {version('tcurlora_ext')}")
+        except PackageNotFoundError:
+            typer.echo("tcurlora, not installed as a package")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")] = False,
+) -> None:
+    """Adapt frozen networks by a tiny core between columns and rows of their own weights (tCURLoRA)."""
+
+
+for _command, _summary in (
+    (finetune, "Adapt a pretrained segmentation network by several methods."),
+    (pretrain, "Train a base network from random weights."),
+    (plan, "What an adapter costs on a model, without weights."),
+    (inspect, "What an adapter chose and changes."),
+    (merge, "Write the base model with the adapter merged."),
+    (doctor, "What is installed here and works."),
+):
+    app.command(short_help=_summary)(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and leave the process with its exit code; ``arguments`` default to those of the process."""
+    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tcurlora")

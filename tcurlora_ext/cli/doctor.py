@@ -1,0 +1,68 @@
+"""``tcurlora doctor``: what is installed here, and what of this package works."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import typer
+
+PACKAGES = ("tcurlora_ext", "torch", "triton", "numpy", "safetensors", "monai", "peft", "transformers")
+SEGMENTATION = ("monai", "nibabel", "nilearn", "scipy", "matplotlib", "peft")
+
+
+def doctor() -> None:
+    """Versions, devices, backends and why one does not work. Exit code 0 whatever is found."""
+    sections = {
+        "versions": _versions(), "devices": _devices(), "backends": _backends(), "extras": [_segmentation()]
+    }  # fmt: skip
+    width = max(len(name) for lines in sections.values() for name, _ in lines)
+    for title, lines in sections.items():
+        typer.echo(title)
+        for name, text in lines:
+            typer.echo(f"  {name.ljust(width)}  {text}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "found, but not installed as a package" if find_spec(package) else "not installed"
+
+
+def _versions() -> list[tuple[str, str]]:
+    import torch
+
+    lines = [("python", f"{platform.python_version()} on {platform.platform()}")]
+    lines += [(package, _version(package)) for package in PACKAGES]
+    lines.append(("CUDA of torch", torch.version.cuda or "none: this torch is built for the CPU"))
+    return lines
+
+
+def _devices() -> list[tuple[str, str]]:
+    import torch
+
+    lines = [("cpu", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
+    if not torch.cuda.is_available():
+        reason = "torch sees none" if torch.version.cuda else "torch is built for the CPU"
+        return [*lines, ("cuda", f"no device: {reason}")]
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        memory = about.total_memory / 2**30
+        lines.append((f"cuda:{index}", f"{about.name}, capability {about.major}.{about.minor}, {memory:.1f} GiB"))
+    return lines
+
+
+def _backends() -> list[tuple[str, str]]:
+    from tcurlora_ext.operator.backends import backends
+
+    return [(name, f"{'works' if status else 'does not work'}: {status.reason}") for name, status in backends().items()]
+
+
+def _segmentation() -> tuple[str, str]:
+    missing = [package for package in SEGMENTATION if find_spec(package) is None]
+    if not missing:
+        return "segmentation", "installed"
+    return "segmentation", f"without {', '.join(missing)}: pip install 'tcurlora_ext[segmentation]'"

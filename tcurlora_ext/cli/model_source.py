@@ -1,0 +1,162 @@
+"""Where a command's model comes from: a preset, a transformers configuration, or a function of the user's.
+
+Models are built on the meta device: no memory is taken and no random weights are drawn. Weights, where a command needs
+them, come from safetensors files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tcurlora_ext.segmentation.networks import NETWORKS, NetworkConfig, build_network, read_weights
+
+# The window and classes that the presets are planned for where --kwargs does not say otherwise.
+PRESETS: dict[str, dict[str, Any]] = {
+    "unetr": {"in_channels": 1, "out_channels": 2, "roi": (96, 96, 96)},
+    "swinunetr": {"in_channels": 1, "out_channels": 2, "roi": (96, 96, 96)},
+    "vit": {"in_channels": 1, "out_channels": 2, "roi": (32, 32, 32)},
+}
+EXPECTED = f"{', '.join(PRESETS)}, a folder or file with a transformers config.json, or package.module:callable"
+
+
+def build_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model ``name`` means, on the meta device. Raises ValueError or OSError saying what was expected."""
+    if name in PRESETS:
+        return _on_meta(lambda: build_network(_preset(name, kwargs)))
+    if Path(name).exists():
+        return _transformers_model(Path(name), kwargs)
+    if ":" in name:
+        function = _function(name, kwargs)
+        model = _on_meta(lambda: function(**kwargs))
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: {name} returned a {type(model).__name__}, expected a torch.nn.Module")
+        return model
+    if "/" in name or name.endswith(".json"):
+        raise FileNotFoundError(f"{name}: no such file or folder; expected {EXPECTED}")
+    raise ValueError(f"model: found '{name}', expected {EXPECTED}")
+
+
+def preset_input(name: str, kwargs: Mapping[str, Any], batch: int) -> torch.Tensor | None:
+    """An input of ``batch`` windows on the meta device, None where the model's inputs are not known."""
+    if name not in PRESETS:
+        return None
+    config = _preset(name, kwargs)
+    return torch.empty(batch, config.in_channels, *config.roi, device="meta")
+
+
+def load_model(name: str, kwargs: Mapping[str, Any], weights: Path) -> nn.Module:
+    """The model with the weights of a safetensors file, or of all of a folder, on the CPU and in their dtype.
+
+    Every parameter has to be there, and no tensor may be left over; weights tied in the model may be saved once.
+    """
+    model = build_model(name, kwargs)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in _weight_files(weights):
+        tensors |= read_weights(file)
+    expected = model.state_dict()
+    wrong = [f"{key} is not in the model" for key in tensors if key not in expected]
+    wrong += [
+        f"{key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
+        for key, value in tensors.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    if not wrong:
+        model.load_state_dict(tensors, strict=False, assign=True)
+        tie = getattr(model, "tie_weights", None)
+        if callable(tie):
+            tie()
+        wrong = [f"{key} is missing" for key, value in model.state_dict().items() if value.is_meta]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"{weights}: weights do not fit {name}: {'; '.join(wrong[:4])}{more}")
+    return model.eval()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path}: found no *.safetensors in this folder, expected the base weights")
+    return files
+
+
+def _on_meta(build: Any) -> Any:
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+    # Some constructors read a number back from a tensor (SwinUNETR's drop path rates), which meta cannot.
+    model = build()
+    return model.to("meta") if isinstance(model, nn.Module) else model
+
+
+def _preset(name: str, kwargs: Mapping[str, Any]) -> NetworkConfig:
+    values = PRESETS[name] | {key: kwargs[key] for key in kwargs if key in PRESETS[name]}
+    sizes = {key: value for key, value in kwargs.items() if key not in PRESETS[name]}
+    unknown = sorted(set(sizes) - set(NETWORKS[name].sizes))
+    if unknown:
+        known = ", ".join([*PRESETS[name], *NETWORKS[name].sizes])
+        raise ValueError(f"kwargs of {name}: found {', '.join(unknown)}, expected among {known}")
+    roi = values["roi"]
+    roi = (roi,) * 3 if isinstance(roi, int) else tuple(roi)
+    if len(roi) != 3 or not all(isinstance(length, int) for length in roi):
+        raise ValueError(f"kwargs of {name}: found roi {values['roi']}, expected a whole number or three")
+    return NetworkConfig(name, values["in_channels"], values["out_channels"], roi, None, sizes)
+
+
+def _transformers_model(path: Path, kwargs: Mapping[str, Any]) -> nn.Module:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected a transformers config.json in the folder")
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the package 'transformers' is not installed; expected it for a model from config.json: "
+            "pip install 'tcurlora_ext[test]' or pip install transformers", name="transformers",
+        ) from error  # fmt: skip
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(file))
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{file}: found no transformers configuration that can be read ({reason})") from error
+    unknown = sorted(key for key in kwargs if not hasattr(config, key))
+    if unknown:
+        raise ValueError(f"kwargs: {type(config).__name__} has no {', '.join(unknown)}")
+    for key, value in kwargs.items():
+        setattr(config, key, value)
+    architectures = getattr(config, "architectures", None) or [""]
+    kind = getattr(transformers, architectures[0], None)
+    build = transformers.AutoModel.from_config if kind is None else kind._from_config
+    return _on_meta(lambda: build(config))
+
+
+def _function(name: str, kwargs: Mapping[str, Any]) -> Any:
+    module_name, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, so that both forms of the command find a file here
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise ValueError(f"model: found no module '{error.name}' for '{name}', expected {EXPECTED}") from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"model: {module_name} has no function or class '{attribute}'")
+    try:
+        inspect.signature(function).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"kwargs: {name} does not take {dict(kwargs)}: {error}") from None
+    return function

@@ -1,0 +1,120 @@
+"""The pictures of ``tcurlora inspect``: one stack each, made for 1 to some hundred slices with long names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from tcurlora_ext.adapter.inspection import StackInspection
+
+BASE, CHOSEN = "#9aa5b1", "#c2410c"
+CORE, DELTA = r"$\|U_l\|_F$", r"$\|\Delta W_l\|_F$"
+
+
+def draw(one: StackInspection) -> Iterator[tuple[str, Figure]]:
+    """Pictures of a stack by kind: layers, frequencies (not for the identity), scores."""
+    yield "layers", _layers(one)
+    if one.core_energy:
+        yield "frequencies", _frequencies(one)
+    yield "scores", _scores(one)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _grid(names: list[str]) -> tuple[list[str], list[str], list[tuple[int, int]]]:
+    """Slices as blocks x roles: "vit.blocks.3.attn.qkv[0]" stands in row "vit.blocks.3", column "attn.qkv[0]"."""
+    blocks: dict[str, int] = {}
+    roles: dict[str, int] = {}
+    places = []
+    for name in names:
+        match = re.match(r"(.*(?:^|\.)\d+)\.(?=\D)(.+)", name)
+        block, role = match.groups() if match else (name, "")
+        places.append((blocks.setdefault(block, len(blocks)), roles.setdefault(role, len(roles))))
+    return list(blocks), list(roles), places
+
+
+def _layers(one: StackInspection) -> Figure:
+    """Heat map of |dW_l|_F, or of |U_l|_F without a base, with the numbers in the cells."""
+    base = one.base
+    values, label = (one.core_norms, CORE) if base is None else (base.delta_norms, DELTA)
+    blocks, roles, places = _grid(one.names)
+    grid = np.full((len(blocks), len(roles)), np.nan)
+    for place, value in zip(places, values, strict=True):
+        grid[place] = value
+    name_width = 0.08 * max(map(len, blocks))
+    figure = _figure(max(5.0, 2.2 + name_width + 1.0 * len(roles)), max(2.8, 1.7 + 0.3 * len(blocks)))
+    axes = figure.subplots()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(
+        range(len(roles)), roles, rotation=30 if len(roles) > 2 else 0, ha="right" if len(roles) > 2 else "center"
+    )
+    axes.set_yticks(range(len(blocks)), blocks, fontsize=9)
+    low = np.nanmax(grid) / 2
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isfinite(value) and grid.size <= 400:
+            axes.text(
+                column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color="w" if value <= low else "k"
+            )
+    figure.colorbar(image, label=label)
+    axes.set_title(f"stack {one.name}: {label} of every slice", fontsize=11)
+    return figure
+
+
+def _frequencies(one: StackInspection) -> Figure:
+    """Bars: the part of every frequency in |U|^2 and in the sum of |dW_l|^2."""
+    series = [(r"$\|U\|^2$", one.core_energy, BASE)]
+    if one.base is not None:
+        series.append((r"$\sum_l \|\Delta W_l\|^2$", one.base.delta_energy, CHOSEN))
+    count = len(one.core_energy)
+    figure = _figure(min(14.0, max(5.0, 2 + 0.28 * count * len(series))), 3.6)
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    for index, (label, energy, colour) in enumerate(series):
+        total = sum(energy) or 1.0
+        at = np.arange(count) + (index - (len(series) - 1) / 2) * width
+        axes.bar(at, [100 * value / total for value in energy], width, label=label, color=colour)
+    axes.margins(x=0.02)
+    axes.set_xlabel("frequency k along the slices (0: what all slices share)")
+    axes.set_ylabel("part of the energy, %")
+    step = max(1, count // 30)
+    axes.set_xticks(range(0, count, step))
+    axes.legend()
+    axes.set_title(f"stack {one.name}: energy per frequency", fontsize=11)
+    return figure
+
+
+def _scores(one: StackInspection) -> Figure:
+    """The scores of the chosen features; with a base, among the norm scores of all features."""
+    figure = _figure(9.0, 6.0)
+    top, bottom = figure.subplots(2)
+    base = one.base
+    chosen = "score" if base is None else "norm score"
+    sides = (
+        (top, "input feature", one.columns, one.column_scores, None if base is None else base.column_scores),
+        (bottom, "output feature", one.rows, one.row_scores, None if base is None else base.row_scores),
+    )
+    for axes, label, ids, scores, of_all in sides:
+        heights = scores if of_all is None else [of_all[index] for index in ids]
+        if of_all is not None:
+            axes.plot(range(len(of_all)), of_all, color=BASE, linewidth=0.8, label="all")
+            axes.margins(x=0.01)
+        axes.vlines(ids, 0, heights, color=CHOSEN, linewidth=1.0, alpha=0.5)
+        axes.plot(ids, heights, "o", color=CHOSEN, markersize=4, label="chosen")
+        for index, height in zip(ids, heights, strict=True):
+            axes.annotate(str(index), (index, height), xytext=(3, 3), textcoords="offset points", fontsize=7)
+        axes.set_ylim(bottom=0, top=1.12 * max([*heights, *(of_all or ())]) or 1.0)
+        axes.set_xlabel(label)
+        axes.set_ylabel(chosen)
+        axes.legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"stack {one.name}: features chosen by the rule '{one.selection}'", fontsize=11)
+    return figure

@@ -1,0 +1,94 @@
+"""The command as a whole: its two forms, its help, its rule for errors, and `doctor`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from tcurlora_ext.cli import app as module
+from tcurlora_ext.cli.app import app, main
+
+COMMANDS = ("finetune", "pretrain", "plan", "inspect", "merge", "doctor")
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "tcurlora_ext", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: tcurlora" in done.stdout
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_wrong_input_to_the_module_is_one_line_and_code_2() -> None:
+    command = [sys.executable, "-m", "tcurlora_ext", "plan", "no-such-model"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: model: found 'no-such-model', expected unetr, swinunetr, vit, ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = CliRunner().invoke(app, [command, "--help"])
+    assert done.exit_code == 0
+    assert f"Usage: tcurlora {command}" in done.output.replace("root ", "tcurlora ")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> dict[str, object]:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("tcurlora_ext.operator.backends.backends", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("error", "handled"),
+    [
+        (ValueError("found 1, expected 2"), True),
+        (FileNotFoundError("x: no such file"), True),
+        (ModuleNotFoundError("no monai: pip install 'tcurlora_ext[segmentation]'", name="monai"), True),
+        (ModuleNotFoundError("No module named 'typo'", name="typo"), False),
+    ],
+)
+def test_which_errors_are_the_users(
+    error: Exception, handled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing() -> dict[str, object]:
+        raise error
+
+    monkeypatch.setattr("tcurlora_ext.operator.backends.backends", failing)
+    if not handled:
+        with pytest.raises(type(error)):
+            main(["doctor"])
+        return
+    with pytest.raises(SystemExit) as left:
+        main(["doctor"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_doctor_names_versions_devices_backends_and_reasons() -> None:
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 0, done.output
+    for word in ("python", "torch", "triton", "CUDA of torch", "cpu", "eager", "native", "triton", "segmentation"):
+        assert word in done.output
+    assert "works: PyTorch operations" in done.output
+
+
+def test_doctor_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor = sys.modules["tcurlora_ext.cli.doctor"]
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "monai" else object())
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 0
+    assert "without monai: pip install 'tcurlora_ext[segmentation]'" in done.output
+
+
+def test_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.output.startswith("tcurlora")
+    assert module.EXTRA_HINT
