@@ -48,7 +48,7 @@ class TCURLayer(nn.Module):
     def restore(self, plain_type: type[nn.Module]) -> nn.Module:
         """The inverse of :meth:`adopt`: a plain layer with the weight as it is now."""
         plain = plain_type.__new__(plain_type)
-        own = ("stack", "first_slice", "num_slices")
+        own = ("stack", "first_slice", "num_slices", "plain_weight")
         plain.__dict__.update(
             {k: copy.copy(v) if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in own}
         )
@@ -108,12 +108,15 @@ class TCURLayer(nn.Module):
     @torch.no_grad()
     def put_merged(self, total: Tensor) -> None:
         """Make ``total``, from :meth:`merged_weight`, the weight."""
+        # A parameter of its own: another module may share this one (an embedding tied to an output layer).
+        self.__dict__["plain_weight"] = self.weight
         self.base = self.weight.data
-        self.weight.data = self.as_matrix(total).contiguous()
+        self.weight = nn.Parameter(self.as_matrix(total).contiguous(), self.weight.requires_grad)
 
     def unmerge(self) -> None:
         """Put W back, bit for bit. Without effect where not merged."""
         if self.base is not None:
+            self.weight = self.__dict__.pop("plain_weight")
             self.weight.data = self.base
             self.base = None
 
