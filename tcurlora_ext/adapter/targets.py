@@ -112,6 +112,14 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
             f"target_modules {wanted!r} match none of the {len(linear)} linear modules of "
             f"{type(model).__name__}, such as {', '.join(linear[:4]) or '(it has none)'}"
         )
+    for name, module in model.named_modules():
+        inside = {id(child) for child in module.children()} if isinstance(module, nn.TransformerEncoderLayer) else ()
+        by_passed = next((child for child, m in matching if id(m) in inside), None)
+        if by_passed is not None:
+            raise ValueError(
+                f"{by_passed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not call "
+                "its linear layers; an adapter in it would do nothing"
+            )
     found = [_target(name, module, config) for name, module in matching if adapted_type(module)]
     if not found:
         kinds = sorted({type(module).__name__ for _, module in matching})
