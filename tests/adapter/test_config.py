@@ -1,0 +1,59 @@
+"""The configuration: what it refuses and how it travels in a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+import tcurlora_ext as tcur
+from tcurlora_ext.adapter.config import pair_of
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("rank", 0), ("rank", -1), ("rank", 2.0), ("rank", True), ("rank", (1, 2, 3)), ("rank", (0, 2)),
+        ("stack_by", "width"), ("selection", "biggest"), ("trainable", "none"), ("transform", "fft"),
+        ("core_domain", "time"), ("split_fused", {"qkv": 0}), ("split_fused", {"qkv": 1.5}),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_named_with_what_was_found(option: str, value: Any) -> None:
+    found = "qkv" if option == "split_fused" else re.escape(repr(value))
+    with pytest.raises(ValueError, match=f"{option}.*{found}"):
+        tcur.TCURConfig(**{option: value})
+
+
+def test_a_rank_is_a_number_or_a_pair() -> None:
+    assert pair_of(8) == (8, 8)
+    assert pair_of((3, 2)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tcur.TCURConfig(),
+        tcur.TCURConfig(rank=(3, 2), target_modules=["a", "b"], exclude_modules="c.*", stack_by="role", scale=0.5),
+        tcur.TCURConfig(target_modules=("a",), split_fused={}, transform="dct", core_domain="slice", seed=3, alpha=2.0),
+    ],
+)
+def test_a_configuration_survives_json(config: tcur.TCURConfig) -> None:
+    again = tcur.TCURConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert again.to_json() == config.to_json()
+    assert pair_of(again.rank) == pair_of(config.rank)
+
+
+def test_a_function_for_stacks_leaves_its_name() -> None:
+    def by_depth(name: str, module: object) -> object:
+        return name
+
+    values = tcur.TCURConfig(stack_by=by_depth).to_json()
+    assert values["stack_by"] == "by_depth"
+    assert tcur.TCURConfig.from_json(values).stack_by == "shape"
+
+
+def test_unknown_entries_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown entries dropout"):
+        tcur.TCURConfig.from_json({"dropout": 0.1})
