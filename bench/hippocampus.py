@@ -30,12 +30,14 @@ from tcurlora_ext.segmentation.terminal import Display
 LEFT_HIPPOCAMPUS = 17  # FreeSurfer's value; right-sided crops are mirrored to the left
 DRAWS = 2  # images of each crop
 VALIDATION_SUBJECTS = 3
+WINDOW = (42, 58, 44)  # mm = voxels, cut out around the hippocampus, as the real data are crops of at most 43x59x47
 
 
 def make_source(maps: Path, folder: Path) -> None:
     """Write T1-like images of the crops in the Decathlon layout; subjects of training and validation apart.
 
-    A class's mean and standard deviation are drawn from the priors, voxels from that Gaussian, blurred by 0.7 mm.
+    Each centre is moved by up to 3 mm. A class's mean and standard deviation are drawn from the priors, voxels
+    from that Gaussian, blurred by 0.7 mm.
     """
     import nibabel as nib
     from scipy.ndimage import gaussian_filter
@@ -50,15 +52,24 @@ def make_source(maps: Path, folder: Path) -> None:
         for draw in range(1 if crops["subject"][index] in held_out else DRAWS):
             rng = np.random.default_rng([index, draw])
             mean, sd = rng.normal(means[0], means[1]), np.abs(rng.normal(sds[0], sds[1]))
-            kinds = classes[labels]
+            shown = labels[cut(labels == target, rng)]
+            kinds = classes[shown]
             image = gaussian_filter(rng.normal(mean[kinds], sd[kinds]), 0.7).astype(np.float32)
             name = f"crop_{index:02d}_{draw}"
-            for part, volume in (("imagesTr", image), ("labelsTr", (labels == target).astype(np.uint8))):
+            for part, volume in (("imagesTr", image), ("labelsTr", (shown == target).astype(np.uint8))):
                 nifti = nib.Nifti1Image(volume, np.eye(4))
                 write_with(folder / part / f"{name}.nii.gz", partial(nib.save, nifti))
             lists["val" if crops["subject"][index] in held_out else "train"].append(name)
     write_json(folder / "dataset.json", {"labels": {"0": "background", "1": "hippocampus"}})
     write_json(folder / "splits.json", lists)
+
+
+def cut(mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, ...]:
+    """A window around the centre of the mask's bounding box, moved at random."""
+    where = np.argwhere(mask)
+    centre = (where.min(0) + where.max(0) + 1) // 2 + rng.integers(-3, 4, 3)
+    low = [int(np.clip(c - w // 2, 0, n - w)) for c, w, n in zip(centre, WINDOW, mask.shape, strict=True)]
+    return tuple(slice(a, a + w) for a, w in zip(low, WINDOW, strict=True))
 
 
 def main() -> None:
@@ -69,7 +80,7 @@ def main() -> None:
     parser.add_argument("--methods", default="head,lora,tcur")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--pretrain-steps", type=int, default=500)
+    parser.add_argument("--pretrain-steps", type=int, default=600)
     parser.add_argument("--train-list", default="5_subjects_seed0")
     parser.add_argument("--val-list", default="val")
     parser.add_argument("--run", default="finetune", help="name of the run's folder under WORK")
@@ -81,7 +92,7 @@ def main() -> None:
         make_source(options.maps, source)
     if not (base / "transformer.json").is_file():
         pretrain(
-            PretrainSettings(source, roi=(32, 48, 32), spacing=(1.5, 1.5, 1.5), steps=options.pretrain_steps),
+            PretrainSettings(source, roi=(24, 32, 24), spacing=(2.0, 2.0, 2.0), steps=options.pretrain_steps),
             base,
             resume=True,
             display=display,

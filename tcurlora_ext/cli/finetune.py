@@ -29,7 +29,7 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Tubal rank of tCUR.")] = 8,
     alpha: Annotated[float, typer.Option(help="Multiplies tCUR's scale rule.")] = 4.0,
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = 150,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = 120,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = 2,
     lr: Annotated[
         str | None,

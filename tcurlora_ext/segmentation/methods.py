@@ -39,7 +39,11 @@ Prepare = Callable[[nn.Module, NetworkSpec, MethodOptions], None]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to adapt: `prepare` freezes what does not train and adds what does, in place."""
+    """One way to adapt: `prepare` freezes what does not train and adds what does, in place.
+
+    `lr` is the peak learning rate of Adam. With `adapter`, it is the adapter's alone, and the head or decoder beside it
+    keeps the rate it has when trained by itself.
+    """
 
     name: str
     description: str
@@ -47,6 +51,7 @@ class Method:
     lr: float
     save: Callable[[nn.Module, Path, MethodOptions], None]
     load: Callable[[nn.Module, Path, NetworkSpec, Prepare], None]
+    adapter: bool = False
 
 
 def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
@@ -55,7 +60,8 @@ def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
         parameter.requires_grad_(has_prefix(name, prefixes))
 
 
-def _beside(spec: NetworkSpec, options: MethodOptions) -> tuple[str, ...]:
+def beside(spec: NetworkSpec, options: MethodOptions) -> tuple[str, ...]:
+    """Prefixes of what trains beside an adapter. ValueError for anything but "head" or "decoder"."""
     parts = {"head": spec.head, "decoder": spec.decoder}
     if options.also_train not in parts:
         raise ValueError(f"also-train: found '{options.also_train}', expected one of {', '.join(parts)}")
@@ -79,25 +85,25 @@ def _prepare_lora(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -
     require_package("peft")
     from peft import LoraConfig, inject_adapter_in_model
 
-    beside = _beside(spec, options)
+    prefixes = beside(spec, options)
     config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules=target_linears(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or has_prefix(name, beside))
+        parameter.requires_grad_(parameter.requires_grad or has_prefix(name, prefixes))
 
 
 def _prepare_tcur(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
     """tCURLoRA in the same projections, one core a stack of equal shape, q, k and v as slices of their own."""
     import tcurlora_ext as tcur
 
-    beside = _beside(spec, options)
+    prefixes = beside(spec, options)
     config = tcur.TCURConfig(
         rank=options.rank, target_modules=target_linears(model), alpha=options.alpha, seed=options.seed
     )
     tcur.inject(model, config)
-    tcur.unfreeze(model, [re.escape(prefix) for prefix in beside])
+    tcur.unfreeze(model, [re.escape(prefix) for prefix in prefixes])
 
 
 def _save_trained(model: nn.Module, path: Path, options: MethodOptions) -> None:
@@ -149,11 +155,11 @@ def _load_tcur(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("head", "output head alone", _prepare_head, 1e-3, _save_trained, _load_trained),
-        Method("decoder", "decoder and head", _prepare_decoder, 1e-3, _save_trained, _load_trained),
+        Method("head", "output head alone", _prepare_head, 1e-1, _save_trained, _load_trained),
+        Method("decoder", "decoder and head", _prepare_decoder, 1e-2, _save_trained, _load_trained),
         Method("full", "all parameters", _prepare_full, 1e-3, _save_trained, _load_trained),
-        Method("lora", "LoRA (PEFT) in the transformer", _prepare_lora, 1e-3, _save_trained, _load_trained),
-        Method("tcur", "tCURLoRA in the transformer", _prepare_tcur, 1e-3, _save_tcur, _load_tcur),
+        Method("lora", "LoRA (PEFT) in the transformer", _prepare_lora, 1e-2, _save_trained, _load_trained, True),
+        Method("tcur", "tCURLoRA in the transformer", _prepare_tcur, 1e-2, _save_tcur, _load_tcur, True),
     )
 }
 

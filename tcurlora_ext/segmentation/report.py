@@ -160,8 +160,8 @@ cases, {seeds} seed{"s" if seeds > 1 else ""}, {summary[0]["steps"]} steps each.
 <ul>{"".join(f"<li>{html.escape(line)}</li>" for line in comparisons(summary))}</ul>
 <h2>How to read it</h2>
 <p>Every method starts from the same base and sees the same windows in the same order. Scores are those of the last
-step, read back from the adapter file: no step was chosen by its validation score. Dice (higher is better) and HD95, the 95th
-percentile of the surface distance (lower is better), are means over cases, then over foreground classes{
+step, read back from the adapter file: no step was chosen by its validation score. Dice (higher is better) and HD95, the
+95th percentile of the surface distance (lower is better), are means over cases, then over foreground classes{
         "; ± is the standard deviation over seeds" if seeds > 1 else ""
     }. "Numbers" are the trained ones, the
 part trained beside an adapter included. HD95 is undefined, and left out, where a class is absent from the truth or

@@ -22,7 +22,7 @@ from torch import nn
 from tcurlora_ext.segmentation import evaluation, report, training
 from tcurlora_ext.segmentation.artifacts import read_json, write_csv, write_json
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, Volume, load_volumes, read_dataset
-from tcurlora_ext.segmentation.methods import METHODS, Method, MethodOptions, get_methods
+from tcurlora_ext.segmentation.methods import METHODS, Method, MethodOptions, beside, get_methods
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
@@ -64,7 +64,7 @@ class FinetuneSettings:
     rank: int = 8
     alpha: float = 4.0
     lora_rank: int = 8
-    steps: int = 150
+    steps: int = 120
     batch: int = 2
     lr: dict[str, float] = field(default_factory=dict)
     network: str | None = None
@@ -111,6 +111,7 @@ def finetune(
     """
     display = display or Display()
     methods = _check(settings)
+    settings = replace(settings, lr={name: settings.lr.get(name, METHODS[name].lr) for name in METHODS})
     description = {
         "command": "finetune", "settings": plain(settings), "versions": versions(), "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -266,10 +267,7 @@ def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
     method.prepare(model, spec, options)
     model.to(job.device)
     numbers = sum(parameter.numel() for parameter in training.trainable(model).values())
-    plan = training.Plan(
-        settings.steps, settings.batch, settings.lr.get(method.name, method.lr), seed, job.config.roi,
-        checkpoint_every=settings.checkpoint_every, eval_every=max(1, settings.steps // 3),
-    )  # fmt: skip
+    plan = _plan(job, method, options)
     with job.display.bar(f"{method.name}, seed {seed}", plan.steps) as on_step:
         progress = training.train(
             model, job.train, plan, folder, on_step=on_step,
@@ -294,6 +292,23 @@ def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
         f"HD95 {row['hd95_mm']:.2f} mm"
     )
     return row
+
+
+def _plan(job: _Job, method: Method, options: MethodOptions) -> training.Plan:
+    """The same steps and windows for every method of a seed, and its learning rates."""
+    settings, spec = job.settings, get_spec(job.config.network)
+    plan = training.Plan(
+        settings.steps,
+        settings.batch,
+        settings.lr[method.name],
+        options.seed,
+        job.config.roi,
+        checkpoint_every=settings.checkpoint_every,
+        eval_every=max(1, settings.steps // 3),
+    )
+    if not method.adapter:
+        return plan
+    return replace(plan, beside=beside(spec, options), beside_lr=settings.lr[options.also_train])
 
 
 def _predictions(job: _Job, methods: Sequence[Method], cases: int = 3) -> dict[str, list[torch.Tensor]]:

@@ -42,9 +42,11 @@ class Domain:
     noise_sd: float
 
 
+# The target's noise is what the head alone cannot undo: a linear map of the last features swaps two contrasts (70 %
+# Dice by the head alone at noise 0.05, 62 % at 0.10), but averaging noise away takes neighbours, which the blocks have.
 DOMAINS = {
     "source": Domain((0.0, 0.55, 0.85, 0.22), mean_sd=0.03, texture=1.0, bias_sd=0.06, noise_sd=0.02),
-    "target": Domain((0.0, 0.60, 0.38, 0.90), mean_sd=0.04, texture=-0.5, bias_sd=0.15, noise_sd=0.05),
+    "target": Domain((0.0, 0.60, 0.38, 0.90), mean_sd=0.04, texture=-0.5, bias_sd=0.25, noise_sd=0.10),
 }
 
 

@@ -24,7 +24,10 @@ from tcurlora_ext.segmentation.dataset import Volume
 
 @dataclass(frozen=True)
 class Plan:
-    """One training: `steps` of `batch` windows of `roi` voxels; checkpoints and curve points every so many steps."""
+    """One training: `steps` of `batch` windows of `roi` voxels; checkpoints and curve points every so many steps.
+
+    `lr` is the peak learning rate; parameters whose name starts with one of `beside` have `beside_lr` instead.
+    """
 
     steps: int
     batch: int
@@ -34,6 +37,8 @@ class Plan:
     weight_decay: float = 0.0
     checkpoint_every: int = 50
     eval_every: int = 0
+    beside: tuple[str, ...] = ()
+    beside_lr: float = 0.0
 
 
 @dataclass
@@ -51,12 +56,20 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def learning_rate(plan: Plan, step: int) -> float:
-    """Linear warm-up over the first 5 % of the steps, then a half cosine to zero."""
+def schedule(plan: Plan, step: int) -> float:
+    """Part of the peak learning rate at a step: linear over the first 5 % of them, then a half cosine to zero."""
     warmup = max(1, plan.steps // 20)
     if step < warmup:
-        return plan.lr * (step + 1) / warmup
-    return plan.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, plan.steps - warmup)))
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, plan.steps - warmup)))
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+    """AdamW (Adam where there is no decay) with the plan's learning rates, each kept as "peak" in its group."""
+    groups: list[dict[str, Any]] = [{"params": [], "peak": lr} for lr in (plan.lr, plan.beside_lr)]
+    for name, parameter in parameters.items():
+        groups[bool(plan.beside) and name.startswith(plan.beside)]["params"].append(parameter)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=plan.lr, weight_decay=plan.weight_decay)
 
 
 class Sampler:
@@ -127,16 +140,16 @@ def train(
 
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
-    # AdamW with no decay is Adam: one optimizer for pretraining and adaptation
-    optimizer = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=plan.weight_decay)
+    optimizer = make_optimizer(parameters, plan)
     progress = _resume(folder / "checkpoint.pt", parameters, optimizer)
-    sampler, loss_of = Sampler(volumes, plan), DiceCELoss(to_onehot_y=True, softmax=True)
+    # Dice over foreground alone: with the background in it, a class of 2 % of the voxels was never found in 500 steps
+    sampler, loss_of = Sampler(volumes, plan), DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
     with torch.random.fork_rng():
         for step in range(progress.step, plan.steps):
             started = time.perf_counter()
             torch.manual_seed(int(np.random.default_rng([plan.seed, step, 1]).integers(2**62)))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(plan, step)
+                group["lr"] = group["peak"] * schedule(plan, step)
             images, labels = (tensor.to(device) for tensor in sampler(step))
             model.train()
             loss = loss_of(model(images), labels)
@@ -170,7 +183,7 @@ def _save(
 ) -> None:
     dice = {int(step): value for step, value in progress.curve}
     rows = [
-        {"step": step, "loss": loss, "lr": learning_rate(plan, step - 1), "val_dice": dice.get(step, "")}
+        {"step": step, "loss": loss, "lr": plan.lr * schedule(plan, step - 1), "val_dice": dice.get(step, "")}
         for step, loss in enumerate(progress.losses, start=1)
     ]
     write_csv(folder / "metrics.csv", rows)
