@@ -28,7 +28,7 @@ def merge(
     """Write the base model with W + dW in place of W, and what else was trained; report the loss by rounding."""
     import safetensors.torch
 
-    from tcurlora_ext.adapter.files import write_atomically
+    from tcurlora_ext.adapter.atomic import write_bytes
     from tcurlora_ext.cli.adapted import open_adapted
     from tcurlora_ext.cli.plan import parse_dtype
 
@@ -44,7 +44,7 @@ def merge(
             f"{source}: an adapter file alone holds no base weights, expected --model and --weights beside it"
         )
     state, losses = merged_state(adapted.model, precision)
-    write_atomically(output, safetensors.torch.save(state, {"format": "pt"}))
+    write_bytes(output, safetensors.torch.save(state, {"format": "pt"}))
     _show(losses, dtype)
     size = output.stat().st_size / 2**20
     typer.echo(f"{adapted.title}: merged in {dtype}, {len(state)} tensors, {size:,.1f} MiB written to {output}")

@@ -1,8 +1,6 @@
-"""Files of a run, written so that a kill at any moment leaves the last good one.
+"""Files of a run: every one is replaced atomically, and nothing is unpickled.
 
-Every writer fills a temporary file in the target's own folder, flushes it to disk and renames it over the target:
-the rename is atomic within one file system, so a reader sees the old file or the new one, never half of one.
-Nothing here unpickles: checkpoints are read with `torch.load(weights_only=True)`.
+Checkpoints are read with `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -10,43 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; after the block it is flushed and renamed to `path`.
-
-    An exception inside the block removes the temporary file and leaves `path` as it was.
-    The temporary name keeps the suffix, because writers choose a format by it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.name.split(".", 1)
-    temporary = path.with_name(f".{name[0]}.partial" + (f".{name[1]}" if len(name) > 1 else ""))
-    try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself has to reach the disk too
-    finally:
-        os.close(folder)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+from tcurlora_ext.adapter.atomic import replacing, write_bytes
 
 
 def write_json(path: Path, content: Any) -> None:
