@@ -78,9 +78,14 @@ def slice_names(members: list[Target]) -> list[str]:
 
 
 def stacked_weights(name: str, members: list[Target]) -> Tensor:
-    """The weights (S, out, in) of a stack's members. Raises ValueError where devices or dtypes differ."""
+    """The weights (S, out, in) of a stack's members. Raises ValueError where shapes, devices or dtypes differ."""
     first = members[0].weight
     for target in members:
+        if target.shape != members[0].shape:
+            raise ValueError(
+                f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
+                f"{members[0].name}"
+            )
         if (target.weight.device, target.weight.dtype) != (first.device, first.dtype):
             raise ValueError(
                 f"stack {name}: {target.name} is {target.weight.dtype} on {target.weight.device}, expected "

@@ -63,6 +63,12 @@ def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list
         if not isinstance(module, TCURLayer) and adapted_type(module) is None:
             raise ValueError(f"{path}: {name} is a {type(module).__name__}, expected a linear layer")
         members.append(Target(name, module))
+    for member in members:
+        out_features = Target(member.name, member.module).shape[0]
+        if out_features % member.slices:
+            raise ValueError(
+                f"{path}: {member.name} has {out_features} output features, expected {member.slices} equal slices"
+            )
     return members
 
 
@@ -86,7 +92,10 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
     """The file's stack over the model's base weights."""
     described, config = file.stacks[name], file.config
     core, rows, columns = (file.tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
-    weights = stacked_weights(name, members)
+    try:
+        weights = stacked_weights(name, members)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
     _, out_features, in_features = weights.shape
     if int(rows.max()) >= out_features or int(columns.max()) >= in_features:
         raise ValueError(
@@ -99,8 +108,8 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
     chosen = Selection(
         rows.to(weights.device),
         columns.to(weights.device),
-        torch.tensor(described["row_scores"]),
-        torch.tensor(described["column_scores"]),
+        torch.tensor(described["row_scores"], dtype=torch.float64),
+        torch.tensor(described["column_scores"], dtype=torch.float64),
     )
     stack = TCURStack(
         weights,
@@ -119,6 +128,12 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
     with torch.no_grad():
         stack.core.copy_(core)
         for kind, value in factors.items():
+            expected = getattr(stack, kind).shape
+            if value.shape != expected:
+                raise ValueError(
+                    f"{file.path}: {kind} of stack {name} has shape {tuple(value.shape)}, expected {tuple(expected)} for "
+                    f"{members[0].name}"
+                )
             getattr(stack, kind).copy_(value)
     return stack
 

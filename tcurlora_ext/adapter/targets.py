@@ -117,8 +117,8 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
         by_passed = next((child for child, m in matching if id(m) in inside), None)
         if by_passed is not None:
             raise ValueError(
-                f"{by_passed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not call "
-                "its linear layers; an adapter in it would do nothing"
+                f"{by_passed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not "
+                "call its linear layers; an adapter in it would do nothing"
             )
     found = [_target(name, module, config) for name, module in matching if adapted_type(module)]
     if not found:
