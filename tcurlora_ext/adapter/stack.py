@@ -294,17 +294,22 @@ class TCURStack(nn.Module):
             missing_keys.append(prefix + "scale")
 
     @torch.no_grad()
+    def is_of(self, weights: Tensor) -> bool:
+        """Whether C and R are, bit for bit, the chosen columns and rows of weights (S, out, in)."""
+        scale, scores = self.scale, (self.row_scores, self.column_scores)
+        kept = Selection(self.rows, self.columns, torch.tensor(scores[0]), torch.tensor(scores[1]))
+        folded = self._folded(*self._take_factors(weights, kept), weights.dtype)
+        self.scale, (self.row_scores, self.column_scores) = scale, scores
+        return all(torch.equal(folded[name], getattr(self, name)) for name in folded)
+
+    @torch.no_grad()
     def follow_base(self, weights: Tensor) -> None:
         """Choose and take rows and columns anew from weights (S, out, in), where these changed and U is still zero.
 
         A core that is not zero belongs to the weights it was trained on: then a warning, and the factors stay.
         """
-        kept = Selection(self.rows, self.columns, torch.tensor(self.row_scores), torch.tensor(self.column_scores))
-        scale, scores = self.scale, (self.row_scores, self.column_scores)
-        folded = self._folded(*self._take_factors(weights, kept), weights.dtype)
-        if all(torch.equal(folded[name], getattr(self, name)) for name in folded):
+        if self.is_of(weights):
             return
-        self.scale, (self.row_scores, self.column_scores) = scale, scores
         if bool(self.core.any()):
             warnings.warn(
                 f"base weights of {', '.join(self.names[:3])}... changed under a trained core; its factors are still "
