@@ -221,5 +221,5 @@ def test_wrong_input_names_the_tensor() -> None:
     layer = tcur.TCURLinear(6, 12, rank=2)
     with pytest.raises(ValueError, match=r"x has shape \(3, 5\), expected \(3, 6\)"):
         layer(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="expected torch.float64 as x"):
+    with pytest.raises(ValueError, match=r"expected torch\.float64 as x"):
         layer(torch.zeros(3, 6, dtype=torch.float64))
