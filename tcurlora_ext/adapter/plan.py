@@ -19,8 +19,6 @@ Materialising dW of a layer costs 2q*in*out whatever T is, and so has fewer forw
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -33,8 +31,7 @@ from torch import Tensor, nn
 from tcurlora_ext.maths.packing import pair_blocks, single_blocks
 
 from .config import TCURConfig, pair_of
-from .files import FORMAT, HEADER
-from .inject import slice_names
+from .filesize import file_bytes, stack_file_bytes
 from .linear import TCURLayer
 from .targets import Target, find_targets, group
 
@@ -190,10 +187,8 @@ def plan(
         _check_rank(name, members, config)
         calls = [_call(target, tokens) for target in members]
         stacks.append(_stack(name, members, calls, config, lora_rank, dtype, kept))
-    whole = _header_bytes(config, groups)
     base, tcur, lora = (sum((getattr(s, kind) for s in stacks), Cost()) for kind in ("base", "tcur", "lora"))
-    data = sum(_data_bytes(members, config) for members in groups.values())
-    tcur = Cost(**(asdict(tcur) | {"file": whole + data}))
+    tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups)}))
     found = dtype or next(iter(groups.values()))[0].weight.dtype
     return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."))
 
@@ -261,7 +256,7 @@ def _stack(
     tcur = Cost(
         trained=slices * c * r + (factors if trains_all else 0),
         factors=0 if trains_all else factors * size,
-        file=_stack_file_bytes(name, members, config),
+        file=stack_file_bytes(name, members, config),
     )
     for target, call in zip(members, calls, strict=True):
         product = 2 * call.tokens * target.slices * in_features * out_features
@@ -367,54 +362,3 @@ class _Layer:
         if self.config.trainable == "all" and size < wide:
             copies += self.S * (self.out * self.c + self.r * self.in_) * size
         return copies
-
-
-# -- the adapter file -------------------------------------------------------------------------------------------------
-
-# Numbers as long as those of a real description. The sums of a fingerprint are about 1, with either sign.
-_NUMBER = 3.2733969392472106
-_SUMS = [0.7571627795579906, -0.3408158955916422, 1.2846831760113122, -1.0941656974025087]
-
-
-def _stack_file_bytes(name: str, members: list[Target], config: TCURConfig) -> int:
-    """What one stack adds to the file: its tensors and its part of the header."""
-    header = _header_bytes(config, {name: members}) - _header_bytes(config, {})
-    return _data_bytes(members, config) + header
-
-
-def _shapes(members: list[Target], config: TCURConfig) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Tensors of a stack in the file: kind -> (dtype, shape, bytes of a number)."""
-    (out_features, in_features), (c, r) = members[0].shape, pair_of(config.rank)
-    slices = sum(target.slices for target in members)
-    size = max(4, members[0].weight.dtype.itemsize)
-    dtype = "F64" if size == 8 else "F32"
-    shapes: dict[str, tuple[str, tuple[int, ...], int]] = {
-        "core": (dtype, (slices, c, r), size), "rows": ("I64", (r,), 8), "columns": ("I64", (c,), 8)
-    }  # fmt: skip
-    if config.trainable == "all":
-        shapes["col"] = (dtype, (out_features, c * slices), size)
-        shapes["row"] = (dtype, (r * slices, in_features), size)
-    return shapes
-
-
-def _data_bytes(members: list[Target], config: TCURConfig) -> int:
-    return sum(math.prod(shape) * size for _, shape, size in _shapes(members, config).values())
-
-
-def _header_bytes(config: TCURConfig, groups: Mapping[str, list[Target]]) -> int:
-    """The header as files.py writes it: 8 bytes of length, then JSON; numbers replaced by ones as long."""
-    entries: dict[str, Any] = {}
-    described: dict[str, Any] = {}
-    for name, members in groups.items():
-        names, (c, r) = slice_names(members), pair_of(config.rank)
-        described[name] = {
-            "names": names, "scale": _NUMBER, "normalised": config.scale is None,
-            "row_scores": [_NUMBER] * r, "column_scores": [_NUMBER] * c,
-            "base_dtype": str(members[0].weight.dtype).removeprefix("torch."),
-            "fingerprint": [[_NUMBER, *_SUMS]] * len(names),
-        }  # fmt: skip
-        for kind, (dtype, shape, _) in _shapes(members, config).items():
-            entries[f"{kind}.{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": [100_000, 100_000]}
-    header = json.dumps({"format": FORMAT, "config": config.to_json(), "stacks": described})
-    entries["__metadata__"] = {HEADER: header}
-    return 8 + len(json.dumps(entries, separators=(",", ":")))

@@ -25,9 +25,11 @@ def draw(one: StackInspection) -> Iterator[tuple[str, Figure]]:
     yield "scores", _scores(one)
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+def _figure(width: float, height: float, title: str) -> Figure:
+    """A figure in inches, wide enough for its title: 0.09 a character at 11 points."""
+    figure = Figure(figsize=(max(width, 0.3 + 0.09 * len(title)), height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -52,9 +54,13 @@ def _layers(one: StackInspection) -> Figure:
     for place, value in zip(places, values, strict=True):
         grid[place] = value
     name_width = 0.08 * max(map(len, blocks))
-    figure = _figure(max(5.0, 2.2 + name_width + 1.0 * len(roles)), max(2.8, 1.7 + 0.3 * len(blocks)))
+    figure = _figure(
+        max(5.0, 2.2 + name_width + 1.0 * len(roles)),
+        max(2.8, 1.7 + 0.3 * len(blocks)),
+        f"stack {one.name}: {label} of every slice",
+    )
     axes = figure.subplots()
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=np.nanmax(grid) or 1.0)
     axes.set_xticks(
         range(len(roles)), roles, rotation=30 if len(roles) > 2 else 0, ha="right" if len(roles) > 2 else "center"
     )
@@ -66,7 +72,6 @@ def _layers(one: StackInspection) -> Figure:
                 column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color="w" if value <= low else "k"
             )
     figure.colorbar(image, label=label)
-    axes.set_title(f"stack {one.name}: {label} of every slice", fontsize=11)
     return figure
 
 
@@ -76,7 +81,9 @@ def _frequencies(one: StackInspection) -> Figure:
     if one.base is not None:
         series.append((r"$\sum_l \|\Delta W_l\|^2$", one.base.delta_energy, CHOSEN))
     count = len(one.core_energy)
-    figure = _figure(min(14.0, max(5.0, 2 + 0.28 * count * len(series))), 3.6)
+    figure = _figure(
+        min(14.0, max(5.0, 2 + 0.28 * count * len(series))), 3.6, f"stack {one.name}: energy per frequency"
+    )
     axes = figure.subplots()
     width = 0.8 / len(series)
     for index, (label, energy, colour) in enumerate(series):
@@ -89,13 +96,12 @@ def _frequencies(one: StackInspection) -> Figure:
     step = max(1, count // 30)
     axes.set_xticks(range(0, count, step))
     axes.legend()
-    axes.set_title(f"stack {one.name}: energy per frequency", fontsize=11)
     return figure
 
 
 def _scores(one: StackInspection) -> Figure:
     """The scores of the chosen features; with a base, among the norm scores of all features."""
-    figure = _figure(9.0, 6.0)
+    figure = _figure(9.0, 6.0, f"stack {one.name}: features chosen by the rule '{one.selection}'")
     top, bottom = figure.subplots(2)
     base = one.base
     chosen = "score" if base is None else "norm score"
@@ -116,5 +122,4 @@ def _scores(one: StackInspection) -> Figure:
         axes.set_xlabel(label)
         axes.set_ylabel(chosen)
         axes.legend(loc="lower right", fontsize=8)
-    figure.suptitle(f"stack {one.name}: features chosen by the rule '{one.selection}'", fontsize=11)
     return figure

@@ -100,7 +100,7 @@ def test_inspect_writes_the_numbers(run: Run, tmp_path: Path) -> None:
     stack = tcur.stacks(run.network())["24x24"]
     assert found["columns"] == stack.columns.tolist()
     assert found["rows"] == stack.rows.tolist()
-    norms = stack.delta_weights(dtype=torch.float64).norm(dim=(1, 2))
+    norms = stack.delta_weights(dtype=torch.float64).detach().norm(dim=(1, 2))
     assert found["base"]["delta_norms"] == pytest.approx(norms.tolist(), rel=1e-5)
     assert sum(found["base"]["delta_energy"]) == pytest.approx(float(norms.square().sum()), rel=1e-5)
 
