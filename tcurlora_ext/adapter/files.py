@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .atomic import write_bytes
 from .config import TCURConfig
-from .fingerprint import fingerprint
+from .fingerprint import PROBES, fingerprint
 from .inject import CONTAINER, adapted_layers, require_container, stacks
 from .stack import TCURStack
 
@@ -50,8 +50,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
 
     Holds r*c*S numbers a stack, the chosen indices, what else trains (a decoder, a head), and a fingerprint of the base
     weights. ``include_factors`` adds C and R, so that the file loads onto other base weights too; where C and R are
-    trained they are always there. The file appears whole or not at all: an older one stays until the new one is
-    written. Raises ValueError where the model is not adapted.
+    trained, or are not those of the base weights as they are now, they are always there. The file appears whole or not
+    at all: an older one stays until the new one is written. Raises ValueError where the model is not adapted.
     """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path
@@ -60,9 +60,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     description: dict[str, dict[str, Any]] = {}
     for name, stack in stacks(model).items():
         tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("core", "rows", "columns")}
-        if include_factors or stack.trainable == "all":
-            tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("col", "row")}
         base = _base_weights(model, stack)
+        if include_factors or stack.trainable == "all" or not stack.is_of(base):
+            tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("col", "row")}
         description[name] = {
             "names": stack.names,
             "scale": stack.scale,
@@ -77,31 +77,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     header = {"format": FORMAT, "config": container.config.to_json(), "stacks": description}
     # A tensor that two names share (tied weights) is written under both: safetensors refuses shared memory.
     content = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(path, safetensors.torch.save(content, {HEADER: json.dumps(header)}))
+    write_bytes(path, safetensors.torch.save(content, {HEADER: json.dumps(header)}))
     return path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader or a kill at any moment finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _trained_beside(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -158,4 +135,22 @@ def _check_stack(name: str, stack: Mapping[str, Any], tensors: Mapping[str, Tens
         raise ValueError(f"core.{name} has shape {tuple(core.shape)}, expected {expected}")
     if not bool(torch.isfinite(core).all()):
         raise ValueError(f"core.{name} has NaN or infinite values")
-    float(stack["scale"]), torch.tensor(stack["fingerprint"]), stack["base_dtype"], stack["normalised"]
+    for kind, indices in (("rows", rows), ("columns", columns)):
+        if indices.dtype != torch.int64 or indices.dim() != 1 or int(indices.min()) < 0:
+            raise ValueError(f"{kind}.{name} are {indices.dtype} {tuple(indices.shape)}, expected indices from 0")
+    numbers = {
+        "scale": (),
+        "fingerprint": (len(stack["names"]), 1 + PROBES),
+        "row_scores": rows.shape,
+        "column_scores": columns.shape,
+    }
+    for entry, shape in numbers.items():
+        found = torch.tensor(stack[entry], dtype=torch.float64)
+        if found.shape != shape or (entry == "scale" and not bool(torch.isfinite(found))):
+            raise ValueError(
+                f"{entry} of stack {name} is {stack[entry]!r:.60}, expected numbers of shape {tuple(shape)}"
+            )
+    if not isinstance(getattr(torch, str(stack["base_dtype"]), None), torch.dtype):
+        raise ValueError(f"base_dtype of stack {name} is {stack['base_dtype']!r}, expected a floating dtype")
+    if not isinstance(stack["normalised"], bool):
+        raise ValueError(f"normalised of stack {name} is {stack['normalised']!r}, expected true or false")
