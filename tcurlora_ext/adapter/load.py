@@ -131,8 +131,8 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
             expected = getattr(stack, kind).shape
             if value.shape != expected:
                 raise ValueError(
-                    f"{file.path}: {kind} of stack {name} has shape {tuple(value.shape)}, expected {tuple(expected)} for "
-                    f"{members[0].name}"
+                    f"{file.path}: {kind} of stack {name} has shape {tuple(value.shape)}, expected {tuple(expected)} "
+                    f"for {members[0].name}"
                 )
             getattr(stack, kind).copy_(value)
     return stack
