@@ -64,6 +64,20 @@ def make_source(maps: Path, folder: Path) -> None:
     write_json(folder / "splits.json", lists)
 
 
+def make_target(data: Path, folder: Path) -> None:
+    """The real data with its two parts of the hippocampus as one class; images and lists as they are."""
+    import nibabel as nib
+
+    (folder / "labels").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(data / "images", folder / "images", dirs_exist_ok=True)
+    for path in sorted((data / "labels").glob("*.nii.gz")):
+        parts = nib.load(path)
+        whole = nib.Nifti1Image((np.asarray(parts.dataobj) > 0).astype(np.uint8), parts.affine)
+        write_with(folder / "labels" / path.name, partial(nib.save, whole))
+    write_json(folder / "dataset.json", {"labels": {"0": "background", "1": "hippocampus"}})
+    write_json(folder / "splits.json", read_json(data / "splits.json"))
+
+
 def cut(mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, ...]:
     """A window around the centre of the mask's bounding box, moved at random."""
     where = np.argwhere(mask)
@@ -79,7 +93,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--methods", default="head,lora,tcur")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--pretrain-steps", type=int, default=600)
     parser.add_argument("--train-list", default="5_subjects_seed0")
     parser.add_argument("--val-list", default="val")
@@ -97,10 +111,13 @@ def main() -> None:
             resume=True,
             display=display,
         )
+    target = options.work / "target"
+    if not (target / "splits.json").is_file():
+        make_target(options.data, target)
     run = options.work / options.run
     finetune(
         FinetuneSettings(
-            options.data,
+            target,
             base / "base.safetensors",
             methods=tuple(options.methods.split(",")),
             seeds=options.seeds,
@@ -108,7 +125,6 @@ def main() -> None:
             lr=json.loads(options.lr),
             train_list=options.train_list,
             val_list=options.val_list,
-            labels=("background", "anterior", "posterior"),
         ),
         run,
         resume=True,

@@ -183,3 +183,15 @@ def test_options_that_do_not_parse_are_named(
     with pytest.raises(ValueError, match="expected") as raised:
         command("finetune", "--output", tmp_path / "run", *words)
     assert message in str(raised.value)
+
+
+def test_unetr_trains_its_decoder_beside_an_adapter(pristine_data: Path, tmp_path: Path) -> None:
+    sizes = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 2}
+    base, out = tmp_path / "base", tmp_path / "run"
+    pretrain(PretrainSettings(pristine_data, "unetr", sizes, (32, 32, 32), steps=1), base)
+    finetune(
+        FinetuneSettings(pristine_data, base / "base.safetensors", methods=("decoder", "tcur"), steps=1, rank=4), out
+    )
+    numbers = {row["method"]: int(row["trained_numbers"]) for row in read_csv(out / "metrics.csv")}
+    # 48 slices of 24x24 in one stack, 12 of 48x24 and 12 of 24x48: 72 cores of 4x4, the decoder beside them
+    assert numbers["tcur"] == numbers["decoder"] + 72 * 4 * 4
