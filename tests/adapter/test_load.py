@@ -246,6 +246,20 @@ def test_factors_of_another_shape_are_refused(
     refused(base, path, r"saved\.safetensors: .*16x8", state_of, assert_unchanged)
 
 
+def test_a_base_that_trained_too_travels_with_the_adapter(
+    network: Any, config: tcur.TCURConfig, x: Tensor, tmp_path: Path
+) -> None:
+    """The adapted weights themselves unfrozen: C and R are those of the weights before."""
+    other = copy.deepcopy(network)
+    tcur.inject(network, config)
+    tcur.unfreeze(network, ["blocks"])
+    learn(network, x)
+    tcur.save_adapter(network, tmp_path)
+    tcur.load_adapter(other, tmp_path)
+    assert torch.equal(other(x), network(x))
+    assert torch.equal(other.blocks[0].attn.qkv.weight, network.blocks[0].attn.qkv.weight)
+
+
 def test_files_of_two_models_in_one_folder_stay_apart(adapted: Any, train: Any, tmp_path: Path, x: Tensor) -> None:
     first, y = tcur.save_adapter(adapted, tmp_path / "a.safetensors"), adapted(x)
     tcur.save_adapter(train(adapted), tmp_path / "b.safetensors")

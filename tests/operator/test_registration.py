@@ -93,6 +93,28 @@ def test_backward_asked_for_one_gradient_gives_that_of_all(make_case: Callable[.
         assert [t.numel() for j, t in enumerate(some) if j != i] == [0] * 5
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_no_backend_allocates_a_weight(make_case: Callable[..., Any], n: int) -> None:
+    """By the allocator, whatever the implementation: no piece of memory of out x in numbers, forward or backward."""
+    out, in_, T = 150, 170, 11
+    case = make_case(S=5, out=out, in_=in_, n=n, leading=(T,)).training("x", "core")
+
+    def largest(function: Callable[[], Any]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+        events = profile.profiler.kineto_results.events()
+        return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+    def step() -> None:
+        torch.ops.tcurlora.linear(*case.arguments).sum().backward()
+
+    step()  # the cached constants of the transform
+    legitimate = 8 * max(T * n * out, T * in_)
+    assert legitimate < 8 * out * in_  # or the test could not tell
+    assert legitimate <= largest(step) < 2 * legitimate < 8 * out * in_
+    assert largest(lambda: case.weight + 1.0) >= 8 * out * in_  # it sees what it should refuse
+
+
 class Layer(nn.Module):
     def __init__(self, case: Any) -> None:
         super().__init__()
