@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -61,6 +63,17 @@ class TCURConfig:
         _one_of("trainable", self.trainable, TRAINABLE)
         _one_of("transform", self.transform, TRANSFORMS)
         _one_of("core_domain", self.core_domain, CORE_DOMAINS)
+        for name in ("scale", "alpha"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
+                raise ValueError(f"{name} is {value!r}, expected a finite number")
+        for name in ("target_modules", "exclude_modules"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{name} is {pattern!r}, expected a regular expression ({error})") from None
         for name, parts in self.split_fused.items():
             if not isinstance(parts, int) or parts < 1:
                 raise ValueError(f"split_fused[{name!r}] is {parts!r}, expected a whole number of row blocks")

@@ -310,6 +310,10 @@ class _Layer:
         return self.config.transform == "identity"
 
     @property
+    def _folds_core(self) -> bool:
+        return self.config.core_domain == "slice" and not self._independent
+
+    @property
     def _h(self) -> int:
         # Independent cores have an h of r numbers a slice, a stack one of r*S that its slices share.
         return self.n * self.r if self._independent else self.r * self.S
@@ -333,8 +337,7 @@ class _Layer:
 
     def _core_transform(self) -> int:
         """U into the Fourier domain: once a call where the core is kept as slices."""
-        slices = self.S
-        return 0 if self.config.core_domain == "fourier" else 2 * slices * slices * self.c * self.r
+        return 2 * self.S * self.S * self.c * self.r if self._folds_core else 0
 
     def forward(self) -> int:
         return self._row_product() + self._middle_product() + self._column_product() + self._core_transform()
@@ -357,7 +360,7 @@ class _Layer:
         """Bytes of temporary copies that autograd keeps: a transformed core, trained factors in a short dtype."""
         wide = max(4, size)
         copies = 0
-        if self.config.core_domain == "slice":
+        if self._folds_core:
             copies += (self.S * self.S + self.S * self.c * self.r) * wide
         if self.config.trainable == "all" and size < wide:
             copies += self.S * (self.out * self.c + self.r * self.in_) * size

@@ -89,11 +89,13 @@ def _along_slices(matrix: Tensor, tensor: Tensor) -> Tensor:
 
 def fold_core(core: Tensor, transform: str = "dft") -> Tensor:
     """U (S, c, r) -> its orthonormal slice transform (S, c, r), same dtype."""
-    return _along_slices(_transform_matrix(core.shape[0], transform), core)
+    return core if transform == "identity" else _along_slices(_transform_matrix(core.shape[0], transform), core)
 
 
 def unfold_core(core_fourier: Tensor, transform: str = "dft") -> Tensor:
     """The inverse of :func:`fold_core`."""
+    if transform == "identity":
+        return core_fourier
     return _along_slices(_transform_matrix(core_fourier.shape[0], transform).T, core_fourier)
 
 

@@ -21,19 +21,20 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Ten
             f"weight {tuple(weight.shape)}, col {tuple(col.shape)}, row {tuple(row.shape)} and core "
             f"{tuple(core.shape)}: expected two dimensions each and three for the core"
         )
-    for name, tensor in (("x", x), ("core", core)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, expected a floating dtype")
+    for name, data in (("x", x), ("core", core)):
+        if not data.is_floating_point():
+            raise ValueError(f"{name} is {data.dtype}, expected a floating dtype")
     slices, c, r = core.shape
     out_features, in_features = col.shape[0], row.shape[1]
-    expected = {
-        "x": (x, (*x.shape[:-1], in_features)),
-        "weight": (weight, (n * out_features, in_features)),
-        "bias": (bias, (n * out_features,)),
-        "col": (col, (out_features, c * slices)),
-        "row": (row, (r * slices, in_features)),
-    }
-    for name, (tensor, shape) in expected.items():
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("x", x, (*x.shape[:-1], in_features)),
+        ("weight", weight, (n * out_features, in_features)),
+        ("bias", bias, (n * out_features,)),
+        ("col", col, (out_features, c * slices)),
+        ("row", row, (r * slices, in_features)),
+        ("core", core, tuple(core.shape)),
+    ]
+    for name, tensor, shape in expected:
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
@@ -41,10 +42,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Ten
                 f"{name} has shape {tuple(tensor.shape)}, expected {shape} for core {tuple(core.shape)}, "
                 f"{n} slice(s) of {out_features} x {in_features}"
             )
-        if tensor.dtype != x.dtype:
+        if tensor.dtype != x.dtype and tensor is not core:
             raise ValueError(f"{name} is {tensor.dtype}, expected {x.dtype} as x")
-    for name, (tensor, _) in (expected | {"core": (core, ())}).items():
-        if tensor is not None and tensor.device != x.device:
+        if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {x.device} as x")
 
 
