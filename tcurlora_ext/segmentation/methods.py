@@ -153,7 +153,7 @@ def _load_tcur(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare
 
 
 # Peak learning rates: the best of those tried, 100 to 120 steps on embedded subjects, first at half the target's noise:
-# head 1e-3, 1e-2, 3e-2, 1e-1; decoder 3e-3, 1e-2; full 1e-3, 3e-3; LoRA 1e-3, 3e-3, 1e-2, 3e-2 (fails); tCUR 1e-2, 3e-2.
+# head 1e-3, 1e-2, 3e-2, 1e-1; decoder 3e-3, 1e-2; full 1e-3, 3e-3; LoRA 1e-3, 3e-3, 1e-2, 3e-2 (fails); tCUR 1e-2.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
