@@ -17,11 +17,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; after the block it is flushed and renamed to `path`.
 
     An exception inside the block removes the temporary file and leaves `path` as it was.
-    The temporary name keeps the suffix, because writers choose a format by it.
+    The temporary name keeps the suffix, because writers choose a format by it, and has the process in it, so that two
+    processes that write one file do not tear it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.split(".", 1)
-    temporary = path.with_name(f".{name[0]}.partial" + (f".{name[1]}" if len(name) > 1 else ""))
+    temporary = path.with_name(f".{name[0]}.{os.getpid()}.partial" + (f".{name[1]}" if len(name) > 1 else ""))
     try:
         yield temporary
         with temporary.open("rb") as handle:

@@ -33,7 +33,8 @@ class TCURStacks(nn.ModuleDict):
 def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
     """Adapt ``model`` in place and return it: every parameter of it is frozen, one core a stack is trained.
 
-    The output is that of the plain model, bit for bit, until a core is trained. Raises ValueError, before anything is
+    The output is that of the plain frozen model, bit for bit, until a core is trained (with ``transform="identity"`` and
+    fused projections up to the order of summation). Raises ValueError, before anything is
     changed, where nothing matches, a layer is adapted already, shapes, devices or dtypes in a stack differ, the rank
     is larger than a side, or weights are not finite; the message names the module.
     """
