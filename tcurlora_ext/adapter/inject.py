@@ -33,10 +33,10 @@ class TCURStacks(nn.ModuleDict):
 def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
     """Adapt ``model`` in place and return it: every parameter of it is frozen, one core a stack is trained.
 
-    The output is that of the plain frozen model, bit for bit, until a core is trained (with ``transform="identity"`` and
-    fused projections up to the order of summation). Raises ValueError, before anything is
-    changed, where nothing matches, a layer is adapted already, shapes, devices or dtypes in a stack differ, the rank
-    is larger than a side, or weights are not finite; the message names the module.
+    The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation
+    for a fused projection with ``transform="identity"``). Raises ValueError, before anything is changed, where nothing
+    matches, a layer is adapted already, shapes, devices or dtypes in a stack differ, the rank is larger than a side, or
+    weights are not finite; the message names the module.
     """
     config = config or TCURConfig()
     container = find_container(model)

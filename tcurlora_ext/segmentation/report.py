@@ -109,6 +109,15 @@ th { border-bottom: 2px solid #888; } .l { text-align: left; } img { max-width: 
 """
 
 
+def before_text(out: Path) -> str:
+    """One sentence on the scores before adaptation."""
+    path = out / "before.json"
+    if not path.is_file():
+        return "before adaptation: no score, the head for these classes is new"
+    scores = read_json(path)
+    return f"before adaptation: Dice {100 * scores['dice']:.1f}, HD95 {scores['hd95_mm']:.2f} mm"
+
+
 def _transformer_text(out: Path) -> str:
     path = out / "transformer.json"
     if not path.is_file():
@@ -152,13 +161,13 @@ def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str,
     body = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>tcurlora finetune</title>
 <style>{STYLE}</style></head><body>
-<h1>Adaptation by {len(summary)} methods, side by side</h1>
+<h1>Adaptation by {", ".join(row["method"] for row in summary)}</h1>
 <p class="muted">{html.escape(str(source))}: {len(run["data"]["train"])} training and {
         len(run["data"]["val"])
     } validation
 cases, {seeds} seed{"s" if seeds > 1 else ""}, {summary[0]["steps"]} steps each.</p>
 <div class="scroll">{_html_table(CELLS, [_cells(row) for row in summary], 2)}</div>
-<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in comparisons(summary))}</ul>
+<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in (*comparisons(summary), before_text(out)))}</ul>
 <h2>How to read it</h2>
 <p>Every method starts from the same base and sees the same windows in the same order. Scores are those of the last
 step, read back from the adapter file: no step was chosen by its validation score. Dice (higher is better) and HD95, the

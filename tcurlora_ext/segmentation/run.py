@@ -1,6 +1,7 @@
 """Adapting a pretrained network to a data set by several methods, side by side, in one run folder.
 
     run.json  network.json  base.safetensors  transformer.json     how it was made; the base; is the transformer used?
+    before.json                                                    scores before adaptation, where the head fits
     data/  pretrain/                                               only where no --data is given
     <method>/seed<k>/{adapter.safetensors, metrics.csv, cases.csv, result.json}   and checkpoint.pt while it trains
     metrics.csv (a row a method and seed)  summary.csv (a row a method)  curves.png  overlays.png  report.html
@@ -130,6 +131,9 @@ def finetune(
         out, settings, config, head_is_new, data.classes, load_volumes(data.train, config.spacing),
         load_volumes(data.val, config.spacing), pick_device(settings.device), display,
     )  # fmt: skip
+    if not head_is_new and not (out / "before.json").is_file():
+        scores = evaluation.evaluate(load_base(out).to(job.device), job.val, config)
+        write_json(out / "before.json", evaluation.summarise(scores, job.classes))
     results = []
     for seed in range(settings.seeds):
         for method in methods:
@@ -142,6 +146,7 @@ def finetune(
     display.console.print(report.table(summary))
     for line in report.comparisons(summary):
         display.say(line)
+    display.say(report.before_text(out))
     if (out / "transformer.json").is_file():
         display.say(describe_check(read_json(out / "transformer.json")))
     display.say(f"report: {out / 'report.html'}")

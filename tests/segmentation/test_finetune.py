@@ -86,6 +86,7 @@ def test_the_embedded_default_in_miniature(
     for name in METHODS:
         assert f"{name}, seed 0:" in text
     assert "blocks as at a random start" in text
+    assert "before adaptation: Dice" in text
     assert f"report: {out / 'report.html'}" in text.replace("\n", "")
     check_report(out, list(METHODS))
     rows = read_csv(out / "metrics.csv")
@@ -130,6 +131,7 @@ def test_a_users_data_from_pretrain_to_report(command: Callable[..., str], data:
     assert {row["lr"] for row in rows if row["method"] == "lora"} == {"0.01"}
     assert read_csv(out / "summary.csv")[0]["dice_sd"] != ""
     assert read_json(out / "run.json")["base"]["head_is_new"] is True
+    assert not (out / "before.json").exists()
     heads = [load_adapted(out, "head", seed).get_parameter("out.weight") for seed in (0, 1)]
     assert not torch.allclose(heads[0], heads[1], atol=1e-2)  # a new head starts elsewhere for each seed
 
