@@ -213,20 +213,11 @@ class TCURStack(nn.Module):
             return tcur_linear(
                 x, weight, bias, col, core, row, first_slice, num_slices, self.scale, self.backend, self.transform
             )
-        parts = zip(weight.chunk(num_slices), _chunks(bias, num_slices), strict=True)
-        outputs = [
-            tcur_linear(
-                x,
-                part,
-                part_bias,
-                *self._slice_factors(col, core, row, first_slice + j),
-                0,
-                1,
-                self.scale,
-                self.backend,
-            )
-            for j, (part, part_bias) in enumerate(parts)
-        ]
+        layers = range(first_slice, first_slice + num_slices)
+        outputs = []
+        for layer, part, part_bias in zip(layers, weight.chunk(num_slices), _chunks(bias, num_slices), strict=True):
+            factors = self._slice_factors(col, core, row, layer)
+            outputs.append(tcur_linear(x, part, part_bias, *factors, 0, 1, self.scale, self.backend))
         return outputs[0] if num_slices == 1 else torch.cat(outputs, -1)
 
     def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
