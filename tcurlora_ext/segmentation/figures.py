@@ -38,7 +38,7 @@ def _pyplot() -> Any:
 def draw_curves(out: Path, methods: Sequence[str]) -> None:
     """curves.png: training loss (mean of 10 steps) and validation Dice by step, a line a seed."""
     plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for method in methods:
         colour = METHOD_COLOURS.get(method, "#000000")
         for index, path in enumerate(sorted((out / method).glob("seed*/metrics.csv"))):
@@ -62,7 +62,7 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)
-    right.legend(frameon=False, loc="lower right")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", frameon=False)
     write_with(out / "curves.png", lambda path: figure.savefig(path, dpi=130))
     plt.close(figure)
 
