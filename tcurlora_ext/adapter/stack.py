@@ -123,7 +123,7 @@ class TCURStack(nn.Module):
                 f"expected c <= {in_features} and r <= {out_features}"
             )
         for index, weight in enumerate(weights):
-            # NaN spreads through the extremes: one pass without the mask of isfinite, 8 ms instead of 41 for 3072 x 768.
+            # NaN spreads through the extremes: one pass without isfinite's mask, 8 ms instead of 41 for 3072 x 768.
             if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
                 name = names[index] if names else f"slice {index}"
                 bad = int((~torch.isfinite(weight)).sum())

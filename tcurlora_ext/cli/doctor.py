@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import typer
 
 PACKAGES = ("tcurlora_ext", "torch", "triton", "numpy", "safetensors", "monai", "peft", "transformers")
-SEGMENTATION = ("monai", "nibabel", "nilearn", "scipy", "matplotlib", "peft")
+SEGMENTATION = ("monai", "einops", "nibabel", "nilearn", "scipy", "matplotlib", "peft")
 
 
 def doctor() -> None:
