@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tcurlora_ext.segmentation.artifacts import require_package, write_with
+from tcurlora_ext.adapter.atomic import write_bytes
+from tcurlora_ext.segmentation.artifacts import require_package
 from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_linears
 from tcurlora_ext.segmentation.training import trainable
 
@@ -108,11 +109,10 @@ def _prepare_tcur(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -
 
 def _save_trained(model: nn.Module, path: Path, options: MethodOptions) -> None:
     """The trained tensors as safetensors, the options in its header."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in trainable(model).items()}
-    metadata = {"options": json.dumps(asdict(options))}
-    write_with(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_bytes(path, save(tensors, {"options": json.dumps(asdict(options))}))
 
 
 @torch.no_grad()

@@ -16,13 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.artifacts import (
-    read_checkpoint,
-    read_json,
-    require_package,
-    write_json,
-    write_with,
-)
+from tcurlora_ext.adapter.atomic import write_bytes
+from tcurlora_ext.segmentation.artifacts import read_checkpoint, read_json, require_package, write_json
 
 Sizes = Mapping[str, Any]
 
@@ -214,10 +209,10 @@ def randomise(model: nn.Module, config: NetworkConfig, prefixes: Sequence[str], 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write all parameters and buffers as safetensors, atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    write_with(path, lambda temporary: save_file(state, temporary))
+    write_bytes(path, save(state))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

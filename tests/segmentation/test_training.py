@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,7 +129,10 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
 ) -> None:
     out = tmp_path / "run"
     killed = subprocess.run(
-        [sys.executable, "-c", KILL, str(pristine_data), str(base), str(out)], capture_output=True, check=False
+        [sys.executable, "-c", KILL, str(pristine_data), str(base), str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums of the same bits
+        capture_output=True,
+        check=False,
     )
     assert killed.returncode == -9, killed.stderr.decode()[-2000:]
     checkpoint = artifacts.read_checkpoint(out / "tcur/seed0/checkpoint.pt")  # the earlier one, whole
