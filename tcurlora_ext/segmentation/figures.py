@@ -58,7 +58,7 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
                 label=None if index else method,
             )
     left.set(xlabel="step", ylabel="Dice + cross-entropy", title="Training loss, mean of 10 steps")
-    right.set(xlabel="step", ylabel="Dice, %", title="Validation Dice (up to 8 cases)")
+    right.set(xlabel="step", ylabel="Dice, %", title="Validation Dice (up to 4 cases)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)

@@ -131,7 +131,7 @@ def pretrain(
     )  # fmt: skip
 
     def validate(current: nn.Module) -> float:
-        return evaluation.mean_dice(current, val[:8], config)
+        return evaluation.mean_dice(current, val[:4], config)
 
     with display.bar(f"pretraining {spec.name}", plan.steps) as on_step:
         training.train(

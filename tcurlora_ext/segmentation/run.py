@@ -276,7 +276,7 @@ def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
     with job.display.bar(f"{method.name}, seed {seed}", plan.steps) as on_step:
         progress = training.train(
             model, job.train, plan, folder, on_step=on_step,
-            validate=lambda current: evaluation.mean_dice(current, job.val[:8], job.config),
+            validate=lambda current: evaluation.mean_dice(current, job.val[:4], job.config),
         )  # fmt: skip
     method.save(model, folder / "adapter.safetensors", options)
     scores = evaluation.evaluate(load_adapted(job.out, method.name, seed).to(job.device), job.val, job.config)
