@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tcurlora_ext.segmentation.artifacts import read_json, write_json
 
 PACKAGES = ("tcurlora_ext", "torch", "monai", "peft", "nilearn", "nibabel", "numpy", "scipy")
@@ -66,8 +68,13 @@ def record(folder: Path, part: str, content: Mapping[str, Any]) -> None:
 
 
 def open_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> None:
-    """`check_folder`, then make the folder and write `run.json` where it is not there yet."""
+    """`check_folder`, then make the folder and write `run.json` where it is not there yet.
+
+    A resumed run takes the number of CPU threads of its start: sums over another number differ in the last bits.
+    """
     check_folder(folder, description, resume)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "run.json").is_file():
         write_json(folder / "run.json", description)
+    elif isinstance(threads := read_json(folder / "run.json").get("threads"), int):
+        torch.set_num_threads(threads)

@@ -152,6 +152,18 @@ def test_a_finished_method_is_not_run_again(
     assert results(whole_run) == before
 
 
+def test_a_resumed_run_takes_the_threads_of_its_start(
+    whole_run: Path, settings: Callable[..., FinetuneSettings]
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        finetune(settings(), whole_run, resume=True)
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
