@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 
 NAMES = ("eager", "native", "triton")
 
@@ -20,15 +23,38 @@ class BackendStatus:
         return self.works
 
 
+@lru_cache(maxsize=1)
+def extension() -> ModuleType | None:
+    """``tcurlora_ext._C``, which registers the operators when imported; None where it is not built."""
+    try:
+        return importlib.import_module("tcurlora_ext._C")
+    except ModuleNotFoundError:
+        return None
+
+
 def backends() -> dict[str, BackendStatus]:
     """The status of every backend. ``"auto"`` takes the first that works of triton, native, eager."""
     return {
-        "eager": BackendStatus("eager", True, "PyTorch operations; works on every device and is the choice of 'auto'"),
-        "native": _extension_status("native", "tcurlora_ext._C", "the C++ extension is not part of this installation"),
+        "eager": BackendStatus(
+            "eager", True, "PyTorch operations; on every device, and the choice of 'auto' where no kernels are"
+        ),
+        "native": _native_status(),
         "triton": _extension_status(
             "triton", "tcurlora_ext.kernels", "the Triton kernels are not part of this installation"
         ),
     }
+
+
+def _native_status() -> BackendStatus:
+    built = extension()
+    if built is None:
+        return BackendStatus("native", False, "the C++ extension was not built when this package was installed")
+    about = built.build()
+    return BackendStatus(
+        "native",
+        True,
+        f"C++ kernels for {', '.join(about['kernels'])}, built with torch {about['torch']}; 'auto' on CPU",
+    )
 
 
 def _extension_status(name: str, module: str, missing: str) -> BackendStatus:

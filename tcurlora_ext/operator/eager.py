@@ -124,7 +124,9 @@ def forward(
     scale: float,
     transform: str,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., n*out) and h (T, r*S)."""
+    """y (..., n*out) and h (T, r*S). Raises ValueError where the tensors do not fit together."""
+    check(x, weight, bias, col, core, row, num_slices)
+    check_slices(core.shape[0], first_slice, num_slices)
     x2 = _rows_of(x)
     h = x2 @ row.T
     m = _Middle(core, first_slice, num_slices, scale, transform, x.dtype).forward(h)
@@ -145,8 +147,8 @@ def backward(
     first_slice: int,
     num_slices: int,
     scale: float,
-    transform: str,
     needs: list[bool],
+    transform: str,
 ) -> Gradients:
     """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no.
 

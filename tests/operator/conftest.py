@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import tcurlora_ext as tcur
 from tcurlora_ext.maths import packing, reference
 
 
@@ -30,11 +32,12 @@ class Case:
     num_slices: int
     scale: float
     transform: str = "dft"
+    backend: str = "auto"
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """In the order of ``torch.ops.tcurlora.linear``."""
-        return (*self.tensors, self.first_slice, self.num_slices, self.scale, self.transform, "auto")
+        return (*self.tensors, self.first_slice, self.num_slices, self.scale, self.transform, self.backend)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -78,6 +81,7 @@ def build(
     scale: float = 0.7,
     transform: str = "dft",
     seed: int = 0,
+    backend: str = "auto",
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
 
@@ -88,10 +92,19 @@ def build(
     return Case(
         C, U, R, random(*leading, in_), random(n * out, in_), random(n * out) if bias else None,
         packing.fold_columns(C, transform), packing.fold_core(U, transform), packing.fold_rows(R, transform),
-        first, n, scale, transform,
+        first, n, scale, transform, backend,
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session", params=["eager", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every implementation that works here computes every case."""
+    status = tcur.backends()[request.param]
+    if not status:
+        pytest.skip(status.reason)
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def make_case() -> Callable[..., Case]:
-    return build
+def make_case(backend: str) -> Callable[..., Case]:
+    return partial(build, backend=backend)

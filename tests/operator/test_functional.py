@@ -12,8 +12,8 @@ from torch import Tensor
 from tcurlora_ext.operator.functional import tcur_linear
 
 
-def call(case: Any, backend: str = "auto") -> Tensor:
-    return tcur_linear(*case.tensors, case.first_slice, case.num_slices, case.scale, backend=backend)
+def call(case: Any, backend: str | None = None) -> Tensor:
+    return tcur_linear(*case.tensors, case.first_slice, case.num_slices, case.scale, backend=backend or case.backend)
 
 
 # S=5, out=6, in=7, c=3, r=2: what the defaults of the case are.

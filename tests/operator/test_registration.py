@@ -139,11 +139,11 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_as_one_graph_it_gives_the_same_numbers(make_case: Callable[..., Any], backend: str) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_as_one_graph_it_gives_the_same_numbers(make_case: Callable[..., Any], compiler: str) -> None:
     case = make_case(S=6, n=2, leading=(3, 5))
     plain = Layer(case)
-    compiled = torch.compile(copy.deepcopy(plain), fullgraph=True, backend=backend)
+    compiled = torch.compile(copy.deepcopy(plain), fullgraph=True, backend=compiler)
     for rows in (3, 3, 4):  # a second shape goes through the dynamic form
         x = torch.randn(rows, 5, 7, dtype=torch.float64)
         results = []

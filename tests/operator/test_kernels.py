@@ -1,4 +1,4 @@
-"""The folded form against the dense definition: golden vectors, gradients, shapes, and what it allocates."""
+"""Every backend against the dense definition: golden vectors, gradients, shapes, and what it allocates."""
 
 from __future__ import annotations
 
@@ -24,29 +24,31 @@ NAMES = ("x", "weight", "bias", "col", "core", "row")
 
 def call(case: Any) -> Tensor:
     return tcur_linear(
-        *case.tensors, case.first_slice, case.num_slices, case.scale, transform=case.transform, backend="eager"
+        *case.tensors, case.first_slice, case.num_slices, case.scale, transform=case.transform, backend=case.backend
     )
 
 
-def test_forward_and_both_gradients_equal_the_golden_ones(golden: dict[str, Tensor]) -> None:
+def test_forward_and_both_gradients_equal_the_golden_ones(golden: dict[str, Tensor], backend: str) -> None:
     W, col, row = golden["W"], packing.fold_columns(golden["C"]), packing.fold_rows(golden["R"])
     U = golden["U"].clone().requires_grad_()
     x = golden["x"].clone().requires_grad_()
     core = packing.fold_core(U)
     for_adapter = torch.zeros_like(W[0])
-    ys = torch.stack([tcur_linear(x[s], for_adapter, None, col, core, row, s, 1, 1.0) for s in range(W.shape[0])])
+    ys = torch.stack(
+        [tcur_linear(x[s], for_adapter, None, col, core, row, s, 1, 1.0, backend) for s in range(W.shape[0])]
+    )
     assert_close(ys, golden["y"], **GOLDEN)
     dx, dU = torch.autograd.grad(ys, (x, U), golden["g"])
     assert_close(dx, golden["dx"], **GOLDEN)
     assert_close(dU, golden["dU"], **GOLDEN)
 
 
-def test_the_base_and_the_scale_come_on_top_of_the_golden_adapter(golden: dict[str, Tensor]) -> None:
+def test_the_base_and_the_scale_come_on_top_of_the_golden_adapter(golden: dict[str, Tensor], backend: str) -> None:
     W, col, row = golden["W"], packing.fold_columns(golden["C"]), packing.fold_rows(golden["R"])
     x, core = golden["x"], packing.fold_core(golden["U"])
     bias = torch.randn(W.shape[1], dtype=torch.float64)
     for s in range(W.shape[0]):
-        y = tcur_linear(x[s], W[s], bias, col, core, row, s, 1, -3.0)
+        y = tcur_linear(x[s], W[s], bias, col, core, row, s, 1, -3.0, backend)
         assert_close(y, x[s] @ W[s].T + bias - 3.0 * golden["y"][s], **GOLDEN)
 
 
@@ -196,7 +198,7 @@ def test_no_tensor_of_the_size_of_a_weight_is_made(make_case: Callable[..., Any]
     with LargestNew(*case.tensors, g) as mode:
         _, h = eager.forward(*case.tensors, *rest)
         frozen = (case.weight, case.col, case.core, case.row)
-        eager.backward(g, case.x, h, *frozen, *rest, [True, False, True, True, True, True])
+        eager.backward(g, case.x, h, *frozen, *rest[:3], [True, False, True, True, True, True], rest[3])
     assert T * n * out <= mode.largest <= legitimate
     with LargestNew(*case.tensors) as mode:  # the watch sees what it should refuse
         torch.nn.functional.linear(case.x, case.weight + 1.0)
@@ -257,3 +259,39 @@ def test_factors_of_the_identity_transform_are_not_for_the_operator(make_case: C
     case = make_case().replaced(transform="identity")
     with pytest.raises(ValueError, match="transform 'identity' has no middle product"):
         call(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transform", ["dft", "dct"])
+@pytest.mark.parametrize(
+    ("S", "c", "r", "n", "T"), [(48, 8, 8, 3, 130), (7, 3, 5, 2, 1), (12, 8, 8, 1, 300), (1, 2, 1, 1, 65)]
+)
+def test_backends_agree_on_sizes_that_fill_and_overflow_their_tiles(
+    make_case: Callable[..., Any], S: int, c: int, r: int, n: int, T: int, transform: str, dtype: torch.dtype
+) -> None:
+    """Rows of tokens beyond one tile and one partial sum, columns of 16 and less, against the eager form in float64."""
+    exact = make_case(S, 24, 20, c, r, S - n, n, (T,), scale=0.1, transform=transform, seed=7)
+    case = exact.to(dtype, torch.promote_types(dtype, torch.float32)).training("x", "core")
+    right = case.to(torch.float64, torch.float64).replaced(backend="eager").training("x", "core")
+    outputs, expected = call(case), call(right)
+    outputs.backward(torch.ones_like(outputs))
+    expected.backward(torch.ones_like(expected))
+    for found, wanted in ((outputs, expected), (case.x.grad, right.x.grad), (case.core.grad, right.core.grad)):
+        # Relative to the largest entry: sums of up to 300 terms, rounded a few times in the short dtype.
+        error = (found.double() - wanted).abs().max() / wanted.abs().max()
+        assert error < 40 * torch.finfo(dtype).eps
+
+
+def test_the_core_gradient_does_not_depend_on_the_number_of_threads(make_case: Callable[..., Any]) -> None:
+    case = make_case(S=6, out=40, in_=50, n=3, leading=(700,)).to(torch.float32)
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        training = case.training("core")
+        call(training).square().sum().backward()
+        found.append(training.core.grad)
+    torch.set_num_threads(before)
+    if case.backend == "native":
+        assert torch.equal(*found)
+    assert_close(*found)

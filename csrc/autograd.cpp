@@ -1,0 +1,154 @@
+// Autograd and autocast of torch.ops.tcurlora.*.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <ATen/autocast_mode.h>
+
+#include "operator.h"
+
+namespace tcurlora {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+// The backward operator is not differentiable: a second derivative would silently be zero otherwise.
+struct Backward : torch::autograd::Function<Backward> {
+  static variable_list forward(
+      AutogradContext*, const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight,
+      const Tensor& col, const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale,
+      Needs needs, const std::string& transform, const std::string& backend) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [dx, dweight, dbias, dcol, dcore, drow] = backward_operator().call(
+        g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform, backend);
+    return {dx, dweight, dbias, dcol, dcore, drow};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "tcurlora::backward has no derivative: a second derivative is not implemented");
+  }
+};
+
+struct Forward : torch::autograd::Function<Forward> {
+  static variable_list forward(
+      AutogradContext* context, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+      const Tensor& col, const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale,
+      const std::string& transform, const std::string& backend) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [y, h] = forward_operator().call(
+        x, weight, bias, col, core, row, first_slice, num_slices, scale, transform, backend);
+    // h holds T*r*S numbers, x T*in: for the gradients of core and col either will do, so the smaller one stays.
+    const bool needs_h = core.requires_grad() || col.requires_grad();
+    const bool prefers_x = row.size(0) > row.size(1);
+    const bool saves_x = weight.requires_grad() || row.requires_grad() || (needs_h && prefers_x);
+    context->save_for_backward(
+        {saves_x ? x : Tensor(), needs_h && !prefers_x ? h : Tensor(), weight, col, core, row});
+    context->mark_non_differentiable({h});
+    context->set_materialize_grads(false);
+    context->saved_data["has_bias"] = bias.has_value();
+    context->saved_data["first_slice"] = first_slice;
+    context->saved_data["num_slices"] = num_slices;
+    context->saved_data["scale"] = scale;
+    context->saved_data["transform"] = transform;
+    context->saved_data["backend"] = backend;
+    return {y, h};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    variable_list result(11);
+    if (!gradients[0].defined()) return result;
+    const auto saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    Needs needs;
+    // A missing bias is no input of the graph: those behind it move up by one.
+    const bool has_bias = data["has_bias"].toBool();
+    for (size_t i = 0; i < needs.size(); ++i) {
+      needs[i] = (i != 2 || has_bias) && context->needs_input_grad(i > 2 && !has_bias ? i - 1 : i);
+    }
+    auto [dx, dweight, dbias, dcol, dcore, drow] = backward_operator().call(
+        gradients[0], optional(saved[0]), optional(saved[1]), saved[2], saved[3], saved[4], saved[5],
+        data["first_slice"].toInt(), data["num_slices"].toInt(), data["scale"].toDouble(), needs,
+        data["transform"].toStringRef(), data["backend"].toStringRef());
+    const std::array<Tensor, 6> asked{dx, dweight, dbias, dcol, dcore, drow};
+    for (size_t i = 0; i < needs.size(); ++i) {
+      if (needs[i]) result[i] = asked[i];
+    }
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor> forward_autograd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
+    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
+    c10::string_view backend) {
+  const auto outputs = Forward::apply(
+      x, weight, bias, col, core, row, first_slice, num_slices, scale, std::string(transform), std::string(backend));
+  return {outputs[0], outputs[1]};
+}
+
+Gradients backward_autograd(
+    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
+    const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
+    c10::string_view transform, c10::string_view backend) {
+  const auto d = Backward::apply(
+      g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, std::string(transform),
+      std::string(backend));
+  return {d[0], d[1], d[2], d[3], d[4], d[5]};
+}
+
+// The operators as they are: their dtypes are settled, also where a backward pass runs inside autocast.
+c10::impl::ExcludeDispatchKeyGuard without_autocast(const Tensor& tensor) {
+  return c10::impl::ExcludeDispatchKeyGuard(
+      at::autocast::get_autocast_dispatch_key_from_device_type(tensor.device().type()));
+}
+
+// nn.Linear's rule: floating tensors other than float64 go to the autocast dtype; the core stays as it is.
+Tensor linear_autocast(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
+    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
+    c10::string_view backend) {
+  const auto device = x.device().type();
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const auto off = without_autocast(x);
+  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
+  return std::get<0>(forward_operator().call(
+      cast(x), cast(weight), bias.has_value() ? OptionalTensor(cast(*bias)) : bias, cast(col), core, cast(row),
+      first_slice, num_slices, scale, transform, backend));
+}
+
+std::tuple<Tensor, Tensor> forward_autocast(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
+    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
+    c10::string_view backend) {
+  const auto off = without_autocast(x);
+  return forward_operator().call(
+      x, weight, bias, col, core, row, first_slice, num_slices, scale, transform, backend);
+}
+
+Gradients backward_autocast(
+    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
+    const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
+    c10::string_view transform, c10::string_view backend) {
+  const auto off = without_autocast(g);
+  return backward_operator().call(
+      g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform, backend);
+}
+
+TORCH_LIBRARY_IMPL(tcurlora, Autograd, library) {
+  library.impl("forward", forward_autograd);
+  library.impl("backward", backward_autograd);
+}
+
+void register_autocast(torch::Library& library) {
+  library.impl("linear", linear_autocast);
+  library.impl("forward", forward_autocast);
+  library.impl("backward", backward_autocast);
+}
+
+TORCH_LIBRARY_IMPL(tcurlora, AutocastCPU, library) { register_autocast(library); }
+TORCH_LIBRARY_IMPL(tcurlora, AutocastCUDA, library) { register_autocast(library); }
+
+}  // namespace
+}  // namespace tcurlora

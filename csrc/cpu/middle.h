@@ -1,0 +1,18 @@
+// CPU kernels of the middle product, its transpose and the core's gradient. Notation: csrc/middle.h.
+#pragma once
+
+#include "../operator.h"
+
+namespace tcurlora::cpu {
+
+// m = scale * h B^T: (T, r*S) -> (T, n, c*S), in the dtype of h.
+Tensor middle_forward(const Tensor& h, const Stack& stack);
+
+// dh = scale * p B: (T, n, c*S) -> (T, r*S), in the dtype of p.
+Tensor middle_backward(const Tensor& p, const Stack& stack);
+
+// The core's gradient (S, c, r), in the core's dtype, from p (T, n, c*S) and h (T, r*S). Summed over chunks of tokens
+// and then over the chunks in order: the same bits whatever the number of threads.
+Tensor core_gradient(const Tensor& p, const Tensor& h, const Stack& stack);
+
+}  // namespace tcurlora::cpu

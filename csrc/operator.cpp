@@ -1,0 +1,172 @@
+// Schemas of torch.ops.tcurlora.* and the choice of an implementation by device and `backend`.
+#include "operator.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/ScalarType.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+namespace tcurlora {
+
+Transform parse_transform(std::string_view name) {
+  if (name == "dft") return Transform::dft;
+  TORCH_CHECK_VALUE(name == "dct", "transform '", name, "' has no middle product, expected 'dft' or 'dct'");
+  return Transform::dct;
+}
+
+namespace {
+
+// As Python writes them: "(4, 6)", "(6,)", "torch.float32".
+std::string shape_text(at::IntArrayRef sizes) {
+  std::string text = "(";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+  return text + (sizes.size() == 1 ? ",)" : ")");
+}
+
+std::string dtype_text(const Tensor& tensor) {
+  return "torch." + std::string(c10::getDtypeNames(tensor.scalar_type()).first);
+}
+
+void check_one(
+    const char* name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& x, const Stack& stack, bool same_dtype) {
+  TORCH_CHECK_VALUE(
+      tensor.sizes() == shape, name, " has shape ", shape_text(tensor.sizes()), ", expected ", shape_text(shape),
+      " for core ", shape_text(stack.core.sizes()), ", ", stack.num_slices, " slice(s) of ", stack.out_features(), " x ",
+      stack.row.size(1));
+  TORCH_CHECK_VALUE(
+      !same_dtype || tensor.scalar_type() == x.scalar_type(), name, " is ", dtype_text(tensor), ", expected ",
+      dtype_text(x), " as x");
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " is on ", tensor.device(), ", expected ", x.device(), " as x");
+}
+
+}  // namespace
+
+const c10::TypedOperatorHandle<ForwardType>& forward_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("tcurlora::forward", "").typed<ForwardType>();
+  return op;
+}
+
+const c10::TypedOperatorHandle<BackwardType>& backward_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("tcurlora::backward", "").typed<BackwardType>();
+  return op;
+}
+
+void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Stack& stack) {
+  TORCH_CHECK_VALUE(
+      weight.dim() == 2 && stack.col.dim() == 2 && stack.row.dim() == 2 && stack.core.dim() == 3, "weight ",
+      shape_text(weight.sizes()), ", col ", shape_text(stack.col.sizes()), ", row ", shape_text(stack.row.sizes()),
+      " and core ", shape_text(stack.core.sizes()), ": expected two dimensions each and three for the core");
+  TORCH_CHECK_VALUE(x.is_floating_point(), "x is ", dtype_text(x), ", expected a floating dtype");
+  TORCH_CHECK_VALUE(
+      stack.core.is_floating_point(), "core is ", dtype_text(stack.core), ", expected a floating dtype");
+  const int64_t in = stack.row.size(1), out = stack.out_features(), n = stack.num_slices, slices = stack.slices();
+  std::vector<int64_t> x_shape = x.sizes().vec();
+  x_shape.resize(std::max<size_t>(x_shape.size(), 1), in);
+  x_shape.back() = in;
+  check_one("x", x, x_shape, x, stack, true);
+  check_one("weight", weight, {n * out, in}, x, stack, true);
+  if (bias.has_value()) check_one("bias", *bias, {n * out}, x, stack, true);
+  check_one("col", stack.col, {out, stack.c() * slices}, x, stack, true);
+  check_one("row", stack.row, {stack.r() * slices, in}, x, stack, true);
+  check_one("core", stack.core, stack.core.sizes(), x, stack, false);
+  TORCH_CHECK_VALUE(
+      n >= 1 && stack.first_slice >= 0 && stack.first_slice + n <= slices, "slices ", stack.first_slice, "..",
+      stack.first_slice + n - 1, " asked for, the core has 0..", slices - 1);
+}
+
+namespace {
+
+using EagerForward = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
+    double, c10::string_view);
+using EagerBackward = Gradients(
+    const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+    const Tensor&, int64_t, int64_t, double, Needs, c10::string_view);
+
+// Python registers these (tcurlora_ext/operator/eager.py): the folded form in PyTorch operations, on every device.
+const auto& eager_forward() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("tcurlora::eager_forward", "").typed<EagerForward>();
+  return op;
+}
+
+const auto& eager_backward() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("tcurlora::eager_backward", "").typed<EagerBackward>();
+  return op;
+}
+
+// "auto" takes the kernels of the device where it has any, the eager form otherwise.
+bool takes_native(const Tensor& x, c10::string_view backend) {
+  if (backend == "auto") return x.is_cpu();
+  if (backend == "eager") return false;
+  TORCH_CHECK(backend != "triton", "backend 'triton' does not work here: it has no kernels yet; use 'auto' or 'eager'");
+  TORCH_CHECK_VALUE(
+      backend == "native", "backend '", backend, "' is unknown, expected 'auto' or one of eager, native, triton");
+  TORCH_CHECK(
+      x.is_cpu(), "backend 'native' does not work on ", x.device(), ": it has kernels for the CPU; use 'auto' or 'eager'");
+  return true;
+}
+
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
+    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
+    c10::string_view backend) {
+  if (!takes_native(x, backend)) {
+    return eager_forward().call(x, weight, bias, col, core, row, first_slice, num_slices, scale, transform);
+  }
+  const Stack stack{col, core, row, first_slice, num_slices, scale, parse_transform(transform)};
+  check(x, weight, bias, stack);
+  return cpu::forward(x, weight, bias, stack);
+}
+
+Gradients backward(
+    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
+    const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
+    c10::string_view transform, c10::string_view backend) {
+  if (!takes_native(g, backend)) {
+    return eager_backward().call(
+        g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform);
+  }
+  const Stack stack{col, core, row, first_slice, num_slices, scale, parse_transform(transform)};
+  return cpu::backward(g, x, h, weight, stack, needs);
+}
+
+Tensor linear(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
+    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
+    c10::string_view backend) {
+  return std::get<0>(
+      forward_operator().call(x, weight, bias, col, core, row, first_slice, num_slices, scale, transform, backend));
+}
+
+#define FACTORS "Tensor col, Tensor core, Tensor row, int first_slice, int num_slices, float scale"
+#define OPTIONS "str transform=\"dft\", str backend=\"auto\""
+#define GRADIENTS "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dcol, Tensor dcore, Tensor drow)"
+
+TORCH_LIBRARY(tcurlora, library) {
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias, " FACTORS ", " OPTIONS ") -> Tensor");
+  library.def("forward(Tensor x, Tensor weight, Tensor? bias, " FACTORS ", " OPTIONS ") -> (Tensor y, Tensor h)");
+  library.def(
+      "backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, " FACTORS ", bool[6] needs, " OPTIONS ") -> " GRADIENTS);
+  library.def(
+      "eager_forward(Tensor x, Tensor weight, Tensor? bias, " FACTORS ", str transform) -> (Tensor y, Tensor h)");
+  library.def(
+      "eager_backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, " FACTORS ", bool[6] needs, str transform) -> "
+      GRADIENTS);
+}
+
+TORCH_LIBRARY_IMPL(tcurlora, CompositeExplicitAutograd, library) {
+  library.impl("forward", forward);
+  library.impl("backward", backward);
+}
+
+TORCH_LIBRARY_IMPL(tcurlora, CompositeImplicitAutograd, library) { library.impl("linear", linear); }
+
+}  // namespace
+}  // namespace tcurlora

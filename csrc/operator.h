@@ -1,0 +1,66 @@
+// The operators torch.ops.tcurlora.*: what the schema says in types, and what each device provides.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+#include "middle.h"
+
+namespace tcurlora {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Needs = std::array<bool, 6>;  // x, weight, bias, col, core, row
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+using ForwardType = std::tuple<Tensor, Tensor>(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
+    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
+    c10::string_view backend);
+using BackwardType = Gradients(
+    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
+    const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
+    c10::string_view transform, c10::string_view backend);
+
+// The registered operators, through the dispatcher.
+const c10::TypedOperatorHandle<ForwardType>& forward_operator();
+const c10::TypedOperatorHandle<BackwardType>& backward_operator();
+
+// Frozen factors, the core, and which slices of the stack the layer's weight stacks by rows.
+struct Stack {
+  const Tensor& col;   // (out, c*S)
+  const Tensor& core;  // (S, c, r)
+  const Tensor& row;   // (r*S, in)
+  int64_t first_slice;
+  int64_t num_slices;
+  double scale;
+  Transform transform;
+
+  int64_t slices() const { return core.size(0); }
+  int64_t c() const { return core.size(1); }
+  int64_t r() const { return core.size(2); }
+  int64_t out_features() const { return col.size(0); }
+};
+
+Transform parse_transform(std::string_view name);
+
+// Throws where shapes, dtypes, devices or slices do not fit together; messages name the tensor.
+void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Stack& stack);
+
+namespace cpu {
+// y (..., n*out) and h (T, r*S).
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Stack& stack);
+// Gradients of (x, weight, bias, col, core, row), an empty tensor where `needs` says no.
+Gradients backward(
+    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Stack& stack,
+    const Needs& needs);
+}  // namespace cpu
+
+}  // namespace tcurlora

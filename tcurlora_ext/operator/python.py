@@ -1,0 +1,135 @@
+"""``torch.ops.tcurlora`` from Python, where the C++ extension is not built: schemas, autograd, autocast, eager kernels.
+
+csrc/operator.cpp and csrc/autograd.cpp are the same in C++.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .backends import resolve
+
+_FACTORS = "Tensor col, Tensor core, Tensor row, int first_slice, int num_slices, float scale"
+_OPTIONS = 'str transform="dft", str backend="auto"'
+
+
+def define(library: torch.library.Library) -> None:
+    """Define the operators in ``library`` and give them kernels, autograd and autocast."""
+    library.define(f"linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_OPTIONS}) -> Tensor")
+    library.define(f"forward(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_OPTIONS}) -> (Tensor y, Tensor h)")
+    library.define(
+        f"backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, {_FACTORS}, bool[6] needs, {_OPTIONS})"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dcol, Tensor dcore, Tensor drow)"
+    )
+    library.impl("linear", _linear, "CompositeImplicitAutograd")
+    library.impl("forward", _forward, "CompositeExplicitAutograd")
+    library.impl("backward", _backward, "CompositeExplicitAutograd")
+    for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        library.impl("linear", _autocast(device), key)
+        library.impl("forward", _without_autocast(torch.ops.tcurlora.forward, device), key)
+        library.impl("backward", _without_autocast(torch.ops.tcurlora.backward, device), key)
+    torch.library.register_autograd("tcurlora::forward", _gradients, setup_context=_save, lib=library)
+    torch.library.register_autograd("tcurlora::backward", _no_second_derivative, lib=library)
+
+
+def _linear(*arguments: Any) -> Tensor:
+    return torch.ops.tcurlora.forward(*arguments)[0]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    col: Tensor,
+    core: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    transform: str = "dft",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    resolve(backend)
+    return eager.forward(x, weight, bias, col, core, row, first_slice, num_slices, scale, transform)
+
+
+def _backward(
+    g: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    col: Tensor,
+    core: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    needs: list[bool],
+    transform: str = "dft",
+    backend: str = "auto",
+) -> eager.Gradients:
+    resolve(backend)
+    return eager.backward(g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, col, core, row, *rest = inputs
+    needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = ctx.needs_input_grad[:6]
+    h = output[1]
+    # h holds T*r*S numbers, x T*in: for the gradients of core and col either will do, so the smaller one stays.
+    prefers_x = row.shape[0] > row.shape[1]
+    needs_h = needs_core or needs_col
+    saves_x = needs_weight or needs_row or (needs_h and prefers_x)
+    saves_h = needs_h and not prefers_x
+    ctx.save_for_backward(x if saves_x else None, h if saves_h else None, weight, col, core, row)
+    ctx.needs = [needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row]
+    ctx.factors, ctx.options = rest[:3], rest[3:]
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, g: Tensor | None, _h: Tensor | None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 11
+    x, h, weight, col, core, row = ctx.saved_tensors
+    gradients = torch.ops.tcurlora.backward(g, x, h, weight, col, core, row, *ctx.factors, ctx.needs, *ctx.options)
+    asked = [gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True)]
+    return (*asked, None, None, None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
+    raise RuntimeError("tcurlora::backward has no derivative: a second derivative is not implemented")
+
+
+def _autocast(device_type: str) -> Any:
+    """nn.Linear's rule: floating tensors other than float64 go to the autocast dtype; the core stays as it is."""
+
+    def linear(
+        x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Tensor, row: Tensor, *rest: Any
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(tensor: Tensor) -> Tensor:
+            lower = tensor.is_floating_point() and tensor.dtype != torch.float64
+            return tensor.to(dtype) if lower else tensor
+
+        with torch.amp.autocast(device_type, enabled=False):
+            return torch.ops.tcurlora.linear(
+                cast(x), cast(weight), bias if bias is None else cast(bias), cast(col), core, cast(row), *rest
+            )
+
+    return linear
+
+
+def _without_autocast(operator: Any, device_type: str) -> Any:
+    """The operator as it is: its dtypes are settled, also where a backward pass runs inside autocast."""
+
+    def call(*arguments: Any) -> Any:
+        with torch.amp.autocast(device_type, enabled=False):
+            return operator(*arguments)
+
+    return call
