@@ -24,16 +24,23 @@ class BackendStatus:
 
 
 @lru_cache(maxsize=1)
-def extension() -> ModuleType | None:
-    """``tcurlora_ext._C``, which registers the operators when imported; None where it is not built."""
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or why there is none."""
     try:
-        return importlib.import_module("tcurlora_ext._C")
+        return importlib.import_module("tcurlora_ext._C"), ""
     except ModuleNotFoundError:
-        return None
+        return None, "the C++ extension was not built when this package was installed"
+    except ImportError as error:  # built against another torch: a symbol is missing
+        return None, f"the C++ extension does not load, install this package again ({error})"
+
+
+def extension() -> ModuleType | None:
+    """``tcurlora_ext._C``, which registers the operators when imported; None where it is not built or does not load."""
+    return _load()[0]
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The status of every backend. ``"auto"`` takes the first that works of triton, native, eager."""
+    """The status of every backend. ``"auto"`` takes native on the CPU where it works, and eager everywhere else."""
     return {
         "eager": BackendStatus(
             "eager", True, "PyTorch operations; on every device, and the choice of 'auto' where no kernels are"
@@ -46,14 +53,13 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _native_status() -> BackendStatus:
-    built = extension()
+    built, reason = _load()
     if built is None:
-        return BackendStatus("native", False, "the C++ extension was not built when this package was installed")
+        return BackendStatus("native", False, reason)
     about = built.build()
+    kernels = ", ".join(about["kernels"])
     return BackendStatus(
-        "native",
-        True,
-        f"C++ kernels for {', '.join(about['kernels'])}, built with torch {about['torch']}; 'auto' on CPU",
+        "native", True, f"C++ kernels ({kernels}) built with torch {about['torch']}; 'auto' on the CPU"
     )
 
 

@@ -33,3 +33,15 @@ def test_a_backend_that_does_not_work_says_why(monkeypatch: pytest.MonkeyPatch) 
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match=r"backend 'numpy' is unknown.*native"):
         backends.resolve("numpy")
+
+
+def test_an_extension_that_does_not_load_is_no_error_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(f"{name}: undefined symbol")
+
+    backends._load.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(backends.importlib, "import_module", fail)
+        assert backends.extension() is None
+        assert "undefined symbol" in backends.backends()["native"].reason
+    backends._load.cache_clear()
