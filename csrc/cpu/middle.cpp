@@ -35,11 +35,11 @@ template <typename acc>
 struct Vector;
 template <>
 struct Vector<float> {
-  typedef float type __attribute__((vector_size(32), aligned(4)));
+  typedef float type __attribute__((vector_size(32), aligned(4), may_alias));
 };
 template <>
 struct Vector<double> {
-  typedef double type __attribute__((vector_size(64), aligned(8)));
+  typedef double type __attribute__((vector_size(64), aligned(8), may_alias));
 };
 
 // As product() below, for `count` rows and one lane of 16 columns: 2 * count vectors of sums in registers.
