@@ -82,7 +82,7 @@ def _prepare_full(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -
 
 
 def _prepare_lora(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
-    """PEFT's LoRA in every attention and MLP projection."""
+    """PEFT's LoRA in the attention and MLP projections, those that tCUR adapts."""
     require_package("peft")
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -100,10 +100,7 @@ def _prepare_tcur(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -
     import tcurlora_ext as tcur
 
     prefixes = beside(spec, options)
-    config = tcur.TCURConfig(
-        rank=options.rank, target_modules=target_linears(model), alpha=options.alpha, seed=options.seed
-    )
-    tcur.inject(model, config)
+    tcur.inject(model, tcur.TCURConfig(rank=options.rank, alpha=options.alpha, seed=options.seed))
     tcur.unfreeze(model, [re.escape(prefix) for prefix in prefixes])
 
 

@@ -7,7 +7,6 @@ blocks, this one nearly all of it). A comparison of adapters *inside* the transf
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.atomic import write_bytes
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.targets import find_targets
 from tcurlora_ext.segmentation.artifacts import read_checkpoint, read_json, require_package, write_json
 
 Sizes = Mapping[str, Any]
-
-# Linear layers an adapter goes into: attention and MLP projections under MONAI's names.
-TARGET = re.compile(r".*\.(attn\.(qkv|out_proj|proj|to_[qkv])|mlp\.linear[12])$")
 
 
 @dataclass(frozen=True)
@@ -189,8 +187,8 @@ def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
 
 
 def target_linears(model: nn.Module) -> list[str]:
-    """Names of the attention and MLP projections, in the order of registration."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and TARGET.match(name)]
+    """Names of the layers that tCUR adapts by default, for methods that are to adapt the same ones."""
+    return [target.name for target in find_targets(model, TCURConfig())]
 
 
 def has_prefix(name: str, prefixes: Sequence[str]) -> bool:
