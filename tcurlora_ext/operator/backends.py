@@ -69,7 +69,7 @@ def _extension_status(name: str, module: str, missing: str) -> BackendStatus:
 
 
 def resolve(backend: str) -> str:
-    """The backend to run: "auto" becomes a name of :data:`NAMES`. ValueError or RuntimeError where it cannot be."""
+    """What the operators registered from Python run: eager. ValueError or RuntimeError for what they cannot run."""
     if backend in ("auto", "eager"):
         return "eager"
     if backend not in NAMES:
