@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> forward(
   }
   const Stack stack{col, core, row, first_slice, num_slices, scale, parse_transform(transform)};
   check(x, weight, bias, stack);
-  return cpu::forward(x, weight, bias, stack);
+  return native::forward(x, weight, bias, stack);
 }
 
 Gradients backward(
@@ -134,7 +134,7 @@ Gradients backward(
         g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform);
   }
   const Stack stack{col, core, row, first_slice, num_slices, scale, parse_transform(transform)};
-  return cpu::backward(g, x, h, weight, stack, needs);
+  return native::backward(g, x, h, weight, stack, needs);
 }
 
 Tensor linear(

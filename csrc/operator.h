@@ -53,7 +53,7 @@ Transform parse_transform(std::string_view name);
 // Throws where shapes, dtypes, devices or slices do not fit together; messages name the tensor.
 void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Stack& stack);
 
-namespace cpu {
+namespace native {
 // y (..., n*out) and h (T, r*S).
 std::tuple<Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Stack& stack);
@@ -61,6 +61,6 @@ std::tuple<Tensor, Tensor> forward(
 Gradients backward(
     const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Stack& stack,
     const Needs& needs);
-}  // namespace cpu
+}  // namespace native
 
 }  // namespace tcurlora

@@ -1,9 +1,13 @@
-#include "../operator.h"
+// The native backend, on every device: wide products by PyTorch's library, what lies between them by own kernels.
+#include "cpu/middle.h"
+#include "operator.h"
 
-#include "middle.h"
-
-namespace tcurlora::cpu {
+namespace tcurlora::native {
 namespace {
+
+using cpu::core_gradient;
+using cpu::middle_backward;
+using cpu::middle_forward;
 
 Tensor rows_of(const Tensor& tensor) {
   return tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
@@ -63,4 +67,4 @@ Gradients backward(
   return {dx, dweight, dbias, dcol, dcore, drow};
 }
 
-}  // namespace tcurlora::cpu
+}  // namespace tcurlora::native
