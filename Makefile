@@ -38,6 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # hence no build isolation.
 $(BUILT): $(INSTALLED) setup.py $(shell find csrc -type f)
 	$(PIP) --no-build-isolation --no-deps --editable .
+	$(BIN)/python -c "import torch, tcurlora_ext._C"
 	touch $@
 
 clean:

@@ -1,4 +1,9 @@
-"""Builds ``tcurlora_ext._C``, the operators in C++, where torch and a C++ compiler are; the rest is in pyproject.toml.
+"""Builds ``tcurlora_ext._C``, the operators in C++ and CUDA, where their compilers are; the rest is in pyproject.toml.
+
+C++      where torch and a C++ compiler are. An isolated build uses the torch of the environment that pip installs into,
+         so that both are the same; only where there is none does it ask for one.
+CUDA     where that torch is a CUDA build and CUDA_HOME (or nvcc on the PATH) is there; a GPU is not needed. Architectures
+         from TORCH_CUDA_ARCH_LIST, by default those below.
 
 Without them the package installs all the same, computes in PyTorch operations, and says so here once.
 TCURLORA_BUILD=0 in the environment leaves the extension out.
@@ -7,33 +12,86 @@ TCURLORA_BUILD=0 in the environment leaves the extension out.
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
 WITHOUT = "tcurlora_ext: without its C++ extension"
+# Ampere, Hopper, Blackwell; PTX of the last for what comes after it.
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden"]
 
-options: dict[str, Any] = {}
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError as error:
-    print(f"{WITHOUT}: {error}. With torch installed, `pip install --no-build-isolation .` builds it.")
-else:
+
+def has_torch() -> bool:
+    """Whether torch can be imported, also in an isolated build: from the environment pip installs into."""
+    if find_spec("torch") is None:
+        # pip hides the environment's packages from an isolated build but keeps its prefix. Behind everything else, so
+        # that the build's own packages come first.
+        sys.path += [path for name in ("purelib", "platlib") if (path := sysconfig.get_path(name)) not in sys.path]
+    return find_spec("torch") is not None
+
+
+def has_compiler() -> bool:
+    return shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is not None
+
+
+def sources(*folders: str, suffixes: tuple[str, ...] = (".cpp",)) -> list[str]:
+    return sorted(str(path) for folder in folders for path in Path(folder).iterdir() if path.suffix in suffixes)
+
+
+def extension_options() -> dict[str, Any]:
+    """What ``setup`` takes to build the extension with the torch that is there."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+    # With CUDA and, for the case that it does not compile, without.
+    cpu = CppExtension("tcurlora_ext._C", sources("csrc", "csrc/cpu"), extra_compile_args={"cxx": CXX_FLAGS})
+    extensions = [cpu]
+    if torch.version.cuda and CUDA_HOME:
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        macros = [("TCURLORA_CUDA", None), ("TCURLORA_CUDA_ARCHITECTURES", f'"{architectures}"')]
+        cuda = CUDAExtension(
+            "tcurlora_ext._C",
+            sources("csrc", "csrc/cpu") + sources("csrc/cuda", suffixes=(".cpp", ".cu")),
+            define_macros=macros,
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
+        )
+        extensions.insert(0, cuda)
+    elif torch.version.cuda:
+        print("tcurlora_ext: without CUDA kernels: this torch is a CUDA build, but neither CUDA_HOME nor nvcc was found")
 
     class OptionalBuild(BuildExtension):  # type: ignore[misc]
-        """A build whose failure leaves the pure-Python package."""
+        """A build that falls back to one without CUDA, and then to the pure-Python package."""
 
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:  # a missing compiler, its errors and ninja's have no common base
-                print(f"{WITHOUT}: {error}")
+            for extension in extensions:
+                extension.optional = True
+                self.extensions = [extension]
+                try:
+                    return super().build_extensions()
+                except Exception as error:  # a missing compiler, its errors and ninja's have no common base
+                    part = "CUDA kernels" if extension is not cpu else "its C++ extension"
+                    print(f"tcurlora_ext: without {part}: {error}")
+            return None
 
-    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-    extension = CppExtension("tcurlora_ext._C", sources, extra_compile_args=["-O3", "-fvisibility=hidden"])
-    extension.optional = True
-    if os.environ.get("TCURLORA_BUILD") != "0":
-        options = {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+    return {"ext_modules": extensions[:1], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+options: dict[str, Any] = {}
+if os.environ.get("TCURLORA_BUILD") == "0":
+    print(f"{WITHOUT}: TCURLORA_BUILD=0")
+elif not has_compiler():
+    print(f"{WITHOUT}: no C++ compiler was found (c++, or what CXX names)")
+elif not has_torch():
+    # pip installs these into an isolated build and runs this file again.
+    options = {"setup_requires": ["torch", "ninja"]}
+else:
+    options = extension_options()
 
 setup(**options)

@@ -1,4 +1,5 @@
 // Schemas of torch.ops.tcurlora.* and the choice of an implementation by device and `backend`.
+#include "choice.h"
 #include "operator.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -81,44 +82,47 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
 
 namespace {
 
-using EagerForward = std::tuple<Tensor, Tensor>(
+using PythonForward = std::tuple<Tensor, Tensor>(
     const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
     double, c10::string_view);
-using EagerBackward = Gradients(
+using PythonBackward = Gradients(
     const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
     const Tensor&, int64_t, int64_t, double, Needs, c10::string_view);
 
-// Python registers these (tcurlora_ext/operator/eager.py): the folded form in PyTorch operations, on every device.
-const auto& eager_forward() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("tcurlora::eager_forward", "").typed<EagerForward>();
-  return op;
+// Python registers these (tcurlora_ext/operator/registration.py): the folded form in PyTorch operations, on every device,
+// and the Triton kernels.
+struct PythonImplementation {
+  c10::TypedOperatorHandle<PythonForward> forward;
+  c10::TypedOperatorHandle<PythonBackward> backward;
+
+  explicit PythonImplementation(const std::string& name)
+      : forward(c10::Dispatcher::singleton()
+                    .findSchemaOrThrow(("tcurlora::" + name + "_forward").c_str(), "")
+                    .typed<PythonForward>()),
+        backward(c10::Dispatcher::singleton()
+                     .findSchemaOrThrow(("tcurlora::" + name + "_backward").c_str(), "")
+                     .typed<PythonBackward>()) {}
+};
+
+const PythonImplementation& in_python(Backend backend) {
+  static const PythonImplementation eager("eager"), triton("triton");
+  return backend == Backend::triton ? triton : eager;
 }
 
-const auto& eager_backward() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("tcurlora::eager_backward", "").typed<EagerBackward>();
-  return op;
-}
-
-// "auto" takes the kernels of the device where it has any, the eager form otherwise.
-bool takes_native(const Tensor& x, c10::string_view backend) {
-  if (backend == "auto") return x.is_cpu();
-  if (backend == "eager") return false;
-  TORCH_CHECK(backend != "triton", "backend 'triton' does not work here: it has no kernels yet; use 'auto' or 'eager'");
-  TORCH_CHECK_VALUE(
-      backend == "native", "backend '", backend, "' is unknown, expected 'auto' or one of eager, native, triton");
-  TORCH_CHECK(
-      x.is_cpu(), "backend 'native' does not work on ", x.device(), ": it has kernels for the CPU; use 'auto' or 'eager'");
-  return true;
+Backend backend_of(c10::string_view name, const Tensor& rows, const Tensor& weight, const Tensor& core) {
+  const int64_t last = rows.dim() > 0 ? std::max<int64_t>(rows.size(-1), 1) : 1;
+  const int64_t width = core.dim() == 3 ? core.size(0) * std::max(core.size(1), core.size(2)) : 0;
+  return choose(name, rows.device(), rows.scalar_type(), {rows.numel() / last, width, weight.numel()});
 }
 
 std::tuple<Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
     const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
     c10::string_view backend) {
-  if (!takes_native(x, backend)) {
-    return eager_forward().call(x, weight, bias, col, core, row, first_slice, num_slices, scale, transform);
+  const Backend chosen = backend_of(backend, x, weight, core);
+  if (chosen != Backend::native) {
+    return in_python(chosen).forward.call(
+        x, weight, bias, col, core, row, first_slice, num_slices, scale, transform);
   }
   const Stack stack{col, core, row, first_slice, num_slices, scale, parse_transform(transform)};
   check(x, weight, bias, stack);
@@ -129,8 +133,9 @@ Gradients backward(
     const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
     const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
     c10::string_view transform, c10::string_view backend) {
-  if (!takes_native(g, backend)) {
-    return eager_backward().call(
+  const Backend chosen = backend_of(backend, g, weight, core);
+  if (chosen != Backend::native) {
+    return in_python(chosen).backward.call(
         g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform);
   }
   const Stack stack{col, core, row, first_slice, num_slices, scale, parse_transform(transform)};
@@ -154,11 +159,14 @@ TORCH_LIBRARY(tcurlora, library) {
   library.def("forward(Tensor x, Tensor weight, Tensor? bias, " FACTORS ", " OPTIONS ") -> (Tensor y, Tensor h)");
   library.def(
       "backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, " FACTORS ", bool[6] needs, " OPTIONS ") -> " GRADIENTS);
-  library.def(
-      "eager_forward(Tensor x, Tensor weight, Tensor? bias, " FACTORS ", str transform) -> (Tensor y, Tensor h)");
-  library.def(
-      "eager_backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, " FACTORS ", bool[6] needs, str transform) -> "
-      GRADIENTS);
+  for (const std::string name : {"eager", "triton"}) {
+    const std::string forward = name + "_forward(Tensor x, Tensor weight, Tensor? bias, " FACTORS
+                                       ", str transform) -> (Tensor y, Tensor h)";
+    const std::string backward = name + "_backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, " FACTORS
+                                        ", bool[6] needs, str transform) -> " GRADIENTS;
+    library.def(forward.c_str());
+    library.def(backward.c_str());
+  }
 }
 
 TORCH_LIBRARY_IMPL(tcurlora, CompositeExplicitAutograd, library) {

@@ -9,14 +9,15 @@ from importlib.util import find_spec
 
 import typer
 
-PACKAGES = ("tcurlora_ext", "torch", "triton", "numpy", "safetensors", "monai", "peft", "transformers")
+PACKAGES = ("tcurlora_ext", "torch", "triton", "nvtx", "numpy", "safetensors", "monai", "peft", "transformers")
 SEGMENTATION = ("monai", "einops", "nibabel", "nilearn", "scipy", "matplotlib", "peft")
 
 
 def doctor() -> None:
     """Versions, devices, backends and why one does not work. Exit code 0 whatever is found."""
     sections = {
-        "versions": _versions(), "devices": _devices(), "backends": _backends(), "extras": [_segmentation()]
+        "versions": _versions(), "devices": _devices(), "extension": _extension(), "backends": _backends(),
+        "extras": [_segmentation()],
     }  # fmt: skip
     width = max(len(name) for lines in sections.values() for name, _ in lines)
     for title, lines in sections.items():
@@ -53,6 +54,15 @@ def _devices() -> list[tuple[str, str]]:
         memory = about.total_memory / 2**30
         lines.append((f"cuda:{index}", f"{about.name}, capability {about.major}.{about.minor}, {memory:.1f} GiB"))
     return lines
+
+
+def _extension() -> list[tuple[str, str]]:
+    from tcurlora_ext.operator.available import extension, missing
+
+    built = extension()
+    if built is None:
+        return [("built", f"no: {missing('native', 'cpu')}")]
+    return [(name, value if isinstance(value, str) else ", ".join(value)) for name, value in built.build().items()]
 
 
 def _backends() -> list[tuple[str, str]]:

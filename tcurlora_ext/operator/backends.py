@@ -1,19 +1,20 @@
-"""Which implementations of the operator work here, and which one ``backend="auto"`` takes."""
+"""What a user sees of the backends: which work here, which one ``backend="auto"`` takes, and why."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from dataclasses import dataclass
-from functools import lru_cache
-from types import ModuleType
 
-NAMES = ("eager", "native", "triton")
+import torch
+
+from .available import NAMES, extension, missing
+from .choice import choices
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend works in this process (``bool(status)``), why not, or when it is chosen."""
+    """Whether a backend works on a device of this machine (``bool(status)``); ``reason``: where, when "auto" takes it,
+    or why it does not work.
+    """
 
     name: str
     works: bool
@@ -23,58 +24,28 @@ class BackendStatus:
         return self.works
 
 
-@lru_cache(maxsize=1)
-def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or why there is none."""
-    try:
-        return importlib.import_module("tcurlora_ext._C"), ""
-    except ModuleNotFoundError:
-        return None, "the C++ extension was not built when this package was installed"
-    except ImportError as error:  # built against another torch: a symbol is missing
-        return None, f"the C++ extension does not load, install this package again ({error})"
-
-
-def extension() -> ModuleType | None:
-    """``tcurlora_ext._C``, which registers the operators when imported; None where it is not built or does not load."""
-    return _load()[0]
+def devices() -> list[torch.device]:
+    """The devices of this machine that "auto" has rules for."""
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The status of every backend. ``"auto"`` takes native on the CPU where it works, and eager everywhere else."""
-    return {
-        "eager": BackendStatus(
-            "eager", True, "PyTorch operations; on every device, and the choice of 'auto' where no kernels are"
-        ),
-        "native": _native_status(),
-        "triton": _extension_status(
-            "triton", "tcurlora_ext.kernels", "the Triton kernels are not part of this installation"
-        ),
-    }
+    """The status of every backend, and where and why ``"auto"`` takes it."""
+    return {name: _status(name) for name in NAMES}
 
 
-def _native_status() -> BackendStatus:
-    built, reason = _load()
-    if built is None:
-        return BackendStatus("native", False, reason)
-    about = built.build()
-    kernels = ", ".join(about["kernels"])
-    return BackendStatus(
-        "native", True, f"C++ kernels ({kernels}) built with torch {about['torch']}; 'auto' on the CPU"
-    )
+def _status(name: str) -> BackendStatus:
+    reasons = {device: missing(name, device.type) for device in devices()}
+    works = [device for device, reason in reasons.items() if not reason]
+    if not works:
+        return BackendStatus(name, False, reasons[torch.device("cpu")])
+    chosen = [f"on {device} {rule}" for device in works for rule in choices(device).rules if rule.backend == name]
+    where = f"{_what(name)} on {', '.join(map(str, works))}"
+    return BackendStatus(name, True, f"{where}; 'auto' takes {'; '.join(chosen) or 'it nowhere'}")
 
 
-def _extension_status(name: str, module: str, missing: str) -> BackendStatus:
-    found = importlib.util.find_spec(module) is not None
-    return BackendStatus(name, found, f"{module} is installed" if found else missing)
-
-
-def resolve(backend: str) -> str:
-    """What the operators registered from Python run: eager. ValueError or RuntimeError for what they cannot run."""
-    if backend in ("auto", "eager"):
-        return "eager"
-    if backend not in NAMES:
-        raise ValueError(f"backend {backend!r} is unknown, expected 'auto' or one of {', '.join(NAMES)}")
-    status = backends()[backend]
-    if not status:
-        raise RuntimeError(f"backend {backend!r} does not work here: {status.reason}; use 'auto' or 'eager'")
-    return backend
+def _what(name: str) -> str:
+    built = extension()
+    if name == "native" and built is not None:
+        return f"C++ kernels built with torch {built.build()['torch']}"
+    return "Triton kernels" if name == "triton" else "PyTorch operations"

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tcurlora_ext.maths.packing import MiddleBlocks
 
+from .trace import stage
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -128,11 +130,15 @@ def forward(
     check(x, weight, bias, col, core, row, num_slices)
     check_slices(core.shape[0], first_slice, num_slices)
     x2 = _rows_of(x)
-    h = x2 @ row.T
-    m = _Middle(core, first_slice, num_slices, scale, transform, x.dtype).forward(h)
+    with stage("h = x row^T"):
+        h = x2 @ row.T
+    with stage("m = h B^T"):
+        m = _Middle(core, first_slice, num_slices, scale, transform, x.dtype).forward(h)
     # The base as nn.Linear computes it, then the adapter accumulated onto it: a zero core gives the base bit for bit.
-    y = torch.nn.functional.linear(x2, weight, bias)
-    y.view(-1, col.shape[0]).addmm_(m.flatten(0, 1), col.T)
+    with stage("y = x W^T + bias"):
+        y = torch.nn.functional.linear(x2, weight, bias)
+    with stage("y += m col^T"):
+        y.view(-1, col.shape[0]).addmm_(m.flatten(0, 1), col.T)
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -167,17 +173,23 @@ def backward(
 
     middle = _Middle(core, first_slice, num_slices, scale, transform, g.dtype)
     g_slices = g2.reshape(-1, col.shape[0])
-    p = (g_slices @ col).view(-1, num_slices, col.shape[1])
+    with stage("p = g col"):
+        p = (g_slices @ col).view(-1, num_slices, col.shape[1])
     if needs_col or needs_core:
-        h = _required(x2, "x or h") @ row.T if h is None else h
+        if h is None:
+            with stage("h = x row^T"):
+                h = _required(x2, "x or h") @ row.T
         if needs_core:
-            gradients[4] = middle.core_gradient(p, h).to(core.dtype)
+            with stage("dcore = diag(p^T h)"):
+                gradients[4] = middle.core_gradient(p, h).to(core.dtype)
         if needs_col:
             gradients[3] = g_slices.T @ middle.forward(h).flatten(0, 1)
     if needs_x or needs_row:
-        dh = middle.backward(p)
+        with stage("dh = p B"):
+            dh = middle.backward(p)
         if needs_x:
-            gradients[0] = (g2 @ weight).addmm_(dh, row).view(*g.shape[:-1], row.shape[1])
+            with stage("dx = g W + dh row"):
+                gradients[0] = (g2 @ weight).addmm_(dh, row).view(*g.shape[:-1], row.shape[1])
         if needs_row:
             gradients[5] = dh.T @ _required(x2, "x")
     return _six(gradients)

@@ -1,4 +1,4 @@
-"""``torch.ops.tcurlora`` from Python, where the C++ extension is not built: schemas, autograd, autocast, eager kernels.
+"""``torch.ops.tcurlora`` from Python, where the C++ extension is not built: schemas, autograd, autocast, the choice.
 
 csrc/operator.cpp and csrc/autograd.cpp are the same in C++.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager
-from .backends import resolve
+from . import eager, fused
+from .choice import Sizes, choose
 
 _FACTORS = "Tensor col, Tensor core, Tensor row, int first_slice, int num_slices, float scale"
 _OPTIONS = 'str transform="dft", str backend="auto"'
@@ -53,8 +53,9 @@ def _forward(
     transform: str = "dft",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    resolve(backend)
-    return eager.forward(x, weight, bias, col, core, row, first_slice, num_slices, scale, transform)
+    return _implementation(backend, x, weight, core).forward(
+        x, weight, bias, col, core, row, first_slice, num_slices, scale, transform
+    )
 
 
 def _backward(
@@ -72,8 +73,19 @@ def _backward(
     transform: str = "dft",
     backend: str = "auto",
 ) -> eager.Gradients:
-    resolve(backend)
-    return eager.backward(g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform)
+    return _implementation(backend, g, weight, core).backward(
+        g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform
+    )
+
+
+def _implementation(backend: str, rows: Tensor, weight: Tensor, core: Tensor) -> Any:
+    sizes = Sizes(
+        tokens=rows.shape[:-1].numel(),
+        width=core.shape[0] * max(core.shape[1:]) if core.dim() == 3 else 0,
+        weight=weight.numel(),
+    )
+    rule = choose(backend, rows.device, rows.dtype, sizes)
+    return fused if rule.backend == "triton" else eager
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -4,7 +4,7 @@
 ``forward``   -> (y, h); differentiable with respect to every tensor, h is not.
 ``backward``  -> (dx, dweight, dbias, dcol, dcore, drow), an empty tensor where ``needs`` says no.
 
-``backend`` is "auto", "eager" or "native", the implementation. For the core's gradient the smaller of h and x is saved.
+``backend`` is "auto" or the name of an implementation: "eager", "native" or "triton". For the core's gradient the smaller of h and x is saved.
 The shape-only fakes, which torch.compile needs, are here for both.
 """
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eager, python
-from .backends import extension
+from . import eager, fused, python
+from .available import extension
+from .choice import override, plain
 
 
 def _forward_fake(
@@ -59,12 +60,16 @@ def _backward_fake(
     return dx, dweight, dbias, dcol, dcore, drow
 
 
-if extension() is None:
+override()  # an unknown name in the environment is an error here, not in the middle of a step
+_extension = extension()
+if _extension is None:
     _library = torch.library.Library("tcurlora", "DEF")
     python.define(_library)
 else:
     _library = torch.library.Library("tcurlora", "FRAGMENT")
-    _library.impl("eager_forward", eager.forward, "CompositeExplicitAutograd")
-    _library.impl("eager_backward", eager.backward, "CompositeExplicitAutograd")
+    for _name, _implementation in (("eager", eager), ("triton", fused)):
+        _library.impl(f"{_name}_forward", _implementation.forward, "CompositeExplicitAutograd")
+        _library.impl(f"{_name}_backward", _implementation.backward, "CompositeExplicitAutograd")
+    _extension.set_choices(plain)
 torch.library.register_fake("tcurlora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tcurlora::backward", _backward_fake, lib=_library)

@@ -1,0 +1,79 @@
+#include "choice.h"
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+
+namespace tcurlora {
+namespace {
+
+std::function<Choices(at::Device)> provider;
+
+// Published without a lock: the provider may wait for Python's, which a thread that waits here might hold. Two threads
+// that ask at once both get the rules, and one of the two copies stays.
+constexpr size_t kTypes = static_cast<size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES), kDevices = 64;
+std::array<std::array<std::atomic<const Choices*>, kDevices>, kTypes> known{};
+
+Choices without_python(at::Device device) {
+  Choices choices{{}, {"it needs Python", "it has no kernels for this device", "it needs Python"}};
+#ifdef TCURLORA_CUDA
+  const bool works = device.is_cpu() || device.is_cuda();
+#else
+  const bool works = device.is_cpu();
+#endif
+  if (works) choices.missing[static_cast<int>(Backend::native)].clear();
+  choices.rules.push_back({Backend::native, {}, {0, 0, 0}, {INT64_MAX, INT64_MAX, INT64_MAX}});
+  return choices;
+}
+
+const Choices& choices_of(at::Device device) {
+  auto& slot = known[static_cast<size_t>(device.type())][std::max<int>(device.index(), 0) % kDevices];
+  const Choices* choices = slot.load(std::memory_order_acquire);
+  if (choices != nullptr) return *choices;
+  const Choices* fresh = new Choices(provider ? provider(device) : without_python(device));
+  const Choices* expected = nullptr;
+  if (slot.compare_exchange_strong(expected, fresh)) return *fresh;
+  delete fresh;
+  return *expected;
+}
+
+}  // namespace
+
+bool Rule::matches(at::ScalarType dtype, const Sizes& sizes) const {
+  if (!dtypes.empty() && std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) return false;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] < low[i] || sizes[i] > high[i]) return false;
+  }
+  return true;
+}
+
+// The tables known so far stay in memory: another thread may be reading one.
+void set_choices(std::function<Choices(at::Device)> provider_) {
+  provider = std::move(provider_);
+  for (auto& of_type : known) {
+    for (auto& choices : of_type) choices.store(nullptr);
+  }
+}
+
+Backend choose(std::string_view name, at::Device device, at::ScalarType dtype, const Sizes& sizes) {
+  const Choices& choices = choices_of(device);
+  Backend chosen = Backend::eager;
+  if (name == "auto") {
+    const auto rule = std::find_if(
+        choices.rules.begin(), choices.rules.end(), [&](const Rule& rule) { return rule.matches(dtype, sizes); });
+    TORCH_INTERNAL_ASSERT(rule != choices.rules.end(), "the last rule speaks of every call");
+    chosen = rule->backend;
+  } else {
+    const auto* at = std::find(kBackends.begin(), kBackends.end(), name);
+    TORCH_CHECK_VALUE(
+        at != kBackends.end(), "backend '", name, "' is unknown, expected 'auto' or one of eager, native, triton");
+    chosen = static_cast<Backend>(at - kBackends.begin());
+  }
+  const int index = static_cast<int>(chosen);
+  TORCH_CHECK(
+      choices.missing[index].empty(), "backend '", kBackends[index], "' does not work on ", device, ": ",
+      choices.missing[index], "; use 'auto' or 'eager'");
+  return chosen;
+}
+
+}  // namespace tcurlora
