@@ -10,14 +10,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 # Threads that wait sleep instead of spinning: beside one other busy process a training step took 0.6 s, not 3.8 s.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint ctest gpu clean
 .DELETE_ON_ERROR:
 
 # Adapts a network to the embedded data and writes $(RUN)/report.html; called again, it goes on where it stopped.
 demo: $(INSTALLED)
 	$(BIN)/tcurlora finetune --output $(RUN) --resume
 
-test: lint
+test: lint ctest
 	$(BIN)/python -m pytest
 
 lint: $(BUILT)
@@ -25,6 +25,13 @@ lint: $(BUILT)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The C++ sources as a library, in a program without Python.
+ctest: $(BUILT)
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	$(BIN)/cmake --build build/cmake
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 # Removed and made anew when the dependencies change, so that nothing of an older set is left.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,9 +1,9 @@
 """Builds ``tcurlora_ext._C``, the operators in C++ and CUDA, where their compilers are; the rest is in pyproject.toml.
 
-C++      where torch and a C++ compiler are. An isolated build uses the torch of the environment that pip installs into,
-         so that both are the same; only where there is none does it ask for one.
-CUDA     where that torch is a CUDA build and CUDA_HOME (or nvcc on the PATH) is there; a GPU is not needed. Architectures
-         from TORCH_CUDA_ARCH_LIST, by default those below.
+C++      where torch and a C++ compiler are. An isolated build uses the torch of the environment that pip installs
+         into, so that both are the same; only where there is none does it ask for one.
+CUDA     where that torch is a CUDA build and CUDA_HOME (or nvcc on the PATH) is there; a GPU is not needed.
+         Architectures from TORCH_CUDA_ARCH_LIST, by default those below.
 
 Without them the package installs all the same, computes in PyTorch operations, and says so here once.
 TCURLORA_BUILD=0 in the environment leaves the extension out.
@@ -64,7 +64,7 @@ def extension_options() -> dict[str, Any]:
         )
         extensions.insert(0, cuda)
     elif torch.version.cuda:
-        print("tcurlora_ext: without CUDA kernels: this torch is a CUDA build, but neither CUDA_HOME nor nvcc was found")
+        print("tcurlora_ext: without CUDA kernels: this torch is a CUDA build, but no CUDA_HOME and no nvcc was found")
 
     class OptionalBuild(BuildExtension):  # type: ignore[misc]
         """A build that falls back to one without CUDA, and then to the pure-Python package."""

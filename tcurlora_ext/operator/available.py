@@ -49,5 +49,5 @@ def _triton_missing(device_type: str) -> str:
         return "the package triton is not installed"
     # Triton reads the variable when its functions are made; it then runs them in Python, on CPU tensors alone.
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "" if device_type == "cpu" else "TRITON_INTERPRET=1 leaves the kernels to Triton's interpreter on the CPU"
+        return "" if device_type == "cpu" else "TRITON_INTERPRET=1 leaves the kernels to an interpreter on the CPU"
     return "" if device_type == "cuda" else "the Triton kernels are for CUDA devices"

@@ -61,7 +61,7 @@ class Rule:
         return f"{self.backend} for {'; '.join(limits) or 'everything'} ({self.reason})"
 
 
-# First match wins; rules whose backend does not work on the device are passed over. "cuda": any GPU that has no rules of its own.
+# First match wins; rules whose backend does not work on the device are passed over. GPUs by name; "cuda": any other.
 TABLE: dict[str, tuple[Rule, ...]] = {
     "cpu": (Rule("native", "TODO"),),
     "cuda": (Rule("eager", "no kernel has been measured on this GPU yet"),),

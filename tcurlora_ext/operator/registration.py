@@ -4,7 +4,8 @@
 ``forward``   -> (y, h); differentiable with respect to every tensor, h is not.
 ``backward``  -> (dx, dweight, dbias, dcol, dcore, drow), an empty tensor where ``needs`` says no.
 
-``backend`` is "auto" or the name of an implementation: "eager", "native" or "triton". For the core's gradient the smaller of h and x is saved.
+``backend`` is "auto" or the name of an implementation: "eager", "native" or "triton". For the core's gradient the
+smaller of h and x is saved.
 The shape-only fakes, which torch.compile needs, are here for both.
 """
 

@@ -155,8 +155,6 @@ print([name for name, s in tcur.backends().items() if "TCURLORA_BACKEND is set" 
 )
 def test_the_environment_overrides_the_table(value: str, code: int, text: str) -> None:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"} | {choice.VARIABLE: value}
-    done = subprocess.run(
-        [sys.executable, "-c", CALL], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", CALL], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert text in done.stdout + done.stderr
