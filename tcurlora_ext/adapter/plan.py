@@ -330,7 +330,8 @@ class _Layer:
             return 2 * self.T * self.n * self.c * self.r
         pairs = pair_blocks(self.S, self.config.transform)
         coupled = (pairs.stop - pairs.start) // 2
-        return 2 * self.T * self.n * self.c * self.r * (len(single_blocks(self.S, self.config.transform)) + 4 * coupled)
+        alone = len(range(self.S)[single_blocks(self.S, self.config.transform)])
+        return 2 * self.T * self.n * self.c * self.r * (alone + 4 * coupled)
 
     def _column_product(self) -> int:
         return 2 * self.T * self.n * self.c * (1 if self._independent else self.S) * self.out

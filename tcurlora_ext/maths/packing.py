@@ -185,16 +185,25 @@ def _phases(slices: int, first_slice: int, num_slices: int, transform: str) -> t
     return torch.stack(alone, 1), weight * angle.cos(), weight * angle.sin()
 
 
+@_constant
+def _phases_on(
+    slices: int, first_slice: int, num_slices: int, transform: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """:func:`_phases` to multiply blocks by. Kept on the device: a copy to it would wait for it, and end a graph capture."""
+    constants = _phases(slices, first_slice, num_slices, transform)
+    return tuple(t.to(device=device, dtype=dtype)[..., None, None] for t in constants)
+
+
 def pair_blocks(slices: int, transform: str) -> slice:
     """Where the coupled blocks (real part, imaginary part) lie among the S blocks."""
     return slice(1, 2 * ((slices + 1) // 2) - 1) if transform == "dft" else slice(0, 0)
 
 
-def single_blocks(slices: int, transform: str) -> list[int]:
-    """The blocks that stand alone: self-conjugate frequencies of the DFT, every block of the DCT."""
+def single_blocks(slices: int, transform: str) -> slice:
+    """The blocks that stand alone: self-conjugate frequencies of the DFT (the ends), every block of the DCT."""
     if transform == "dct":
-        return list(range(slices))
-    return [0, slices - 1] if slices % 2 == 0 else [0]
+        return slice(0, slices)
+    return slice(0, slices, slices - 1) if slices % 2 == 0 else slice(0, 1)
 
 
 class MiddleBlocks:
@@ -210,9 +219,8 @@ class MiddleBlocks:
         self.num_slices = num_slices
         self.single_at = single_blocks(slices, transform)
         self.pair_at = pair_blocks(slices, transform)
-        constants = _phases(slices, first_slice, num_slices, transform)
-        self._single, self._cos, self._sin = (
-            t.to(device=core_fourier.device, dtype=core_fourier.dtype)[..., None, None] for t in constants
+        self._single, self._cos, self._sin = _phases_on(
+            slices, first_slice, num_slices, transform, core_fourier.device, core_fourier.dtype
         )
         self.single = self._single * core_fourier[self.single_at]
         real, imaginary = core_fourier[self.pair_at].unflatten(0, (-1, 2)).unbind(1)

@@ -48,7 +48,7 @@ def dense_middle(core: Tensor, layer: int) -> Tensor:
 
 def dense_from_blocks(blocks: MiddleBlocks, slices: int, c: int, r: int, n: int) -> Tensor:
     dense = torch.zeros(n, slices, c, slices, r, dtype=torch.float64)
-    for i, at in enumerate(blocks.single_at):
+    for i, at in enumerate(range(slices)[blocks.single_at]):
         dense[:, at, :, at] = blocks.single[:, i]
     for i, at in enumerate(range(slices)[blocks.pair_at][::2]):
         pair = blocks.pair[:, i].unflatten(-1, (2, r)).unflatten(-3, (2, c))
