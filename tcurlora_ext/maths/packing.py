@@ -189,7 +189,7 @@ def _phases(slices: int, first_slice: int, num_slices: int, transform: str) -> t
 def _phases_on(
     slices: int, first_slice: int, num_slices: int, transform: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """:func:`_phases` to multiply blocks by, kept on the device: copying waits for it and ends the capture of a graph."""
+    """:func:`_phases` to multiply blocks by, kept on the device: copying waits for it and ends a graph capture."""
     constants = _phases(slices, first_slice, num_slices, transform)
     return tuple(t.to(device=device, dtype=dtype)[..., None, None] for t in constants)
 
