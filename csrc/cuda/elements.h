@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../middle.h"
 
@@ -87,6 +88,34 @@ TCURLORA_HD Run<scalar, count> load(const scalar* from, int valid) {
   }
 }
 
+// A run to memory, at once. On the GPU by an instruction that is spelled out: the compiler takes an assignment apart and
+// puts only some of its elements together again.
+template <typename scalar, int count>
+TCURLORA_HD void store_run(scalar* to, const Run<scalar, count>& run) {
+#if defined(__CUDA_ARCH__)
+  constexpr int access = alignof(Run<scalar, count>);
+  unsigned int words[sizeof(run) / 4 + 1];
+  memcpy(words, run.value, sizeof(run));
+  const size_t address = __cvta_generic_to_global(to);
+  TCURLORA_UNROLL
+  for (int i = 0; i < int(sizeof(run)) / access; ++i) {
+    const unsigned int* w = words + i * access / 4;
+    if constexpr (access == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                   :: "l"(address + i * access), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+    } else if constexpr (access == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(address + i * access), "r"(w[0]), "r"(w[1]) : "memory");
+    } else if constexpr (access == 4) {
+      asm volatile("st.global.b32 [%0], %1;" :: "l"(address + i * access), "r"(w[0]) : "memory");
+    } else {
+      *reinterpret_cast<Run<scalar, count>*>(to) = run;
+    }
+  }
+#else
+  *reinterpret_cast<Run<scalar, count>*>(to) = run;
+#endif
+}
+
 // Sums to memory as elements; all of them, or the first `valid`.
 template <bool whole, int count, typename scalar, typename acc>
 TCURLORA_HD void store(scalar* to, const acc (&sums)[count], int valid) {
@@ -94,7 +123,7 @@ TCURLORA_HD void store(scalar* to, const acc (&sums)[count], int valid) {
     Run<scalar, count> run;
     TCURLORA_UNROLL
     for (int i = 0; i < count; ++i) run.value[i] = Narrow<scalar>::from(sums[i]);
-    *reinterpret_cast<Run<scalar, count>*>(to) = run;
+    store_run(to, run);
   } else {
     TCURLORA_UNROLL
     for (int i = 0; i < count; ++i) {
