@@ -45,7 +45,7 @@ struct alignas(2 * sizeof(acc)) PhaseOf {
 };
 using Phase = PhaseOf<double>;
 
-// exp(i pi t) for |t| <= 1. On the GPU in the precision of `acc`, by functions that need no stack, unlike its sin and cos.
+// exp(i pi t) for |t| <= 1. On the GPU in the precision of `acc`, by functions that need no stack, unlike sin and cos.
 template <typename acc>
 TCURLORA_HD PhaseOf<acc> unit_phase(acc t) {
   PhaseOf<acc> phase;

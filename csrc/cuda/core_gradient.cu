@@ -1,6 +1,7 @@
 #include "core_gradient.h"
 
 #include "launch.h"
+#include "ranks.h"
 
 namespace tcurlora::cuda {
 

@@ -2,8 +2,8 @@
 //
 //   du_re = sum_t P h_re^T + Q h_im^T    du_im = sum_t Q h_re^T - P h_im^T          (of a block alone: du = sum_t P h^T)
 //
-// in two kernels: the sums of every chunk of tokens (sizes.h), then the sum of the chunks. No atomics: the order of all
-// additions is fixed by the sizes.
+// in two kernels: the sums of every chunk of tokens (sizes.h), then the sum of the chunks. No atomics: the sizes fix the
+// order of all additions.
 #pragma once
 
 #include "grid.h"

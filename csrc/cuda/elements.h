@@ -88,8 +88,8 @@ TCURLORA_HD Run<scalar, count> load(const scalar* from, int valid) {
   }
 }
 
-// A run to memory, at once. On the GPU by an instruction that is spelled out: the compiler takes an assignment apart and
-// puts only some of its elements together again.
+// A run to memory, at once. On the GPU by an instruction that is spelled out: the compiler takes an assignment apart
+// and puts only some of its elements together again.
 template <typename scalar, int count>
 TCURLORA_HD void store_run(scalar* to, const Run<scalar, count>& run) {
 #if defined(__CUDA_ARCH__)

@@ -30,8 +30,8 @@ Grid streaming_grid(const Sizes& sizes, int per_group, int threads, int tokens) 
       Phases<acc>::bytes(sizes, width, per_group)};
 }
 
-// Where the sums of a block's lanes lie behind its phases: [lane][entry][item], with an odd number of items so that both
-// neighbouring items and neighbouring entries fall into different banks.
+// Where the sums of a block's lanes lie behind its phases: [lane][entry][item], with an odd number of items so that
+// neighbouring items and neighbouring entries both fall into different banks.
 TCURLORA_HD int64_t aligned_to_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 TCURLORA_HD int odd_pitch(int width) { return width | 1; }
 

@@ -3,8 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "grid.h"
 #include "kernels.h"
 
@@ -12,7 +10,8 @@ namespace tcurlora::cuda {
 
 // The steps of a body, with a barrier between them.
 template <class Body>
-__global__ void __launch_bounds__(Body::threads, Body::blocks_per_processor) steps_of(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(Body::threads, Body::blocks_per_processor)
+steps_of(const __grid_constant__ Body body) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Place at = {
       blockIdx.x, blockIdx.y, gridDim.y, int(threadIdx.x), int(threadIdx.y), int(blockDim.x), int(blockDim.y)};
@@ -32,30 +31,6 @@ cudaError_t launch(const Body& body, const Grid& grid, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(grid.blocks_x), static_cast<unsigned>(grid.blocks_y));
   steps_of<Body><<<blocks, dim3(grid.width, grid.lanes), grid.shared_bytes, stream>>>(body);
   return cudaGetLastError();
-}
-
-template <typename scalar>
-bool aligned(const void* pointer, int64_t numbers) {
-  const int64_t bytes = numbers * int64_t(sizeof(scalar));
-  return reinterpret_cast<std::uintptr_t>(pointer) % (bytes < 16 ? bytes : 16) == 0;
-}
-
-// Calls visit(rank) with a rank that has a kernel of its own as a constant, where the core is square of that rank and
-// `aligned(rank)`: tensors that start in the middle of a run take the general kernel. Float64 always does.
-template <typename scalar, typename Visit>
-cudaError_t with_rank(const Sizes& sizes, const void* core, const void* a, const void* b, const Visit& visit) {
-  if constexpr (!std::is_same_v<scalar, double>) {
-    const auto fits = [&](auto rank) {
-      return sizes.c == rank && sizes.r == rank && aligned<float>(core, rank) && aligned<scalar>(a, rank) &&
-             aligned<scalar>(b, rank);
-    };
-    if (const std::integral_constant<int, 1> one{}; fits(one)) return visit(one);
-    if (const std::integral_constant<int, 2> two{}; fits(two)) return visit(two);
-    if (const std::integral_constant<int, 4> four{}; fits(four)) return visit(four);
-    if (const std::integral_constant<int, 8> eight{}; fits(eight)) return visit(eight);
-    if (const std::integral_constant<int, 16> sixteen{}; fits(sixteen)) return visit(sixteen);
-  }
-  return visit(std::integral_constant<int, 0>{});
 }
 
 template <typename scalar>

@@ -1,6 +1,7 @@
 #include "middle_backward.h"
 
 #include "launch.h"
+#include "ranks.h"
 
 namespace tcurlora::cuda {
 

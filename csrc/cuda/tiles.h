@@ -36,7 +36,8 @@ struct Item {
   int along;   // first of its `depth`
 };
 
-TCURLORA_HD Item item_at(const Groups& groups, int64_t index, int pieces_across, int rows, int pieces_along, int depth) {
+TCURLORA_HD Item item_at(
+    const Groups& groups, int64_t index, int pieces_across, int rows, int pieces_along, int depth) {
   const int number = static_cast<int>(index), in_group = number % (pieces_across * pieces_along);
   const int group = number / (pieces_across * pieces_along);
   return {
@@ -44,7 +45,8 @@ TCURLORA_HD Item item_at(const Groups& groups, int64_t index, int pieces_across,
       in_group % pieces_along * depth};
 }
 
-// u of one group, `height` x `width` numbers from (row, column) on; zeros beyond its edges, and in im for a block alone.
+// u of one group, `height` x `width` numbers from (row, column) on; zeros beyond its edges, and in im for a block
+// alone.
 template <typename acc, int height, int width>
 struct CoreTile {
   acc re[height][width];
