@@ -1,9 +1,9 @@
 // The core's gradient, from P and Q (rotation.h) and h, summed over the tokens t:
 //
-//   du_re = sum_t P h_re^T + Q h_im^T    du_im = sum_t Q h_re^T - P h_im^T          (of a block alone: du = sum_t P h^T)
+//   du_re = sum_t P h_re^T + Q h_im^T    du_im = sum_t Q h_re^T - P h_im^T      (of a block alone: du = sum_t P h^T)
 //
-// in two kernels: the sums of every chunk of tokens (sizes.h), then the sum of the chunks. No atomics: the sizes fix the
-// order of all additions.
+// in two kernels: the sums of every chunk of tokens (sizes.h), then the sum of the chunks. No atomics: the sizes fix
+// the order of all additions.
 #pragma once
 
 #include "grid.h"

@@ -296,7 +296,7 @@ class Reserved {
   void* memory_;
 };
 
-// h and p of more than 2^31 numbers that are zero but for the last token, which only the last block of each kernel meets.
+// h and p of more than 2^31 numbers, zero but for the last token, which one row of each kernel's blocks meets.
 template <int rank>
 void check_addresses() {
   const Sizes sizes{700'001, 200, 16, 16, 7, 1, Transform::dft, 1.0}, last{1, 200, 16, 16, 7, 1, Transform::dft, 1.0};
