@@ -38,26 +38,45 @@ struct Groups {
 };
 
 // Phase and weight of a group for layer l: a pair multiplies by (re + i im), a block alone by re.
-struct Phase {
-  double re;
-  double im;
+template <typename acc>
+struct alignas(2 * sizeof(acc)) PhaseOf {
+  acc re;
+  acc im;
 };
+using Phase = PhaseOf<double>;
 
-TCURLORA_HD Phase phase_of(const Groups& groups, int64_t group, int64_t layer) {
-  const double pi = 3.14159265358979323846;
-  const double slices = static_cast<double>(groups.slices);
+// exp(i pi t) for |t| <= 1. On the GPU in the precision of `acc`, by functions that need no stack, unlike sin and cos.
+template <typename acc>
+TCURLORA_HD PhaseOf<acc> unit_phase(acc t) {
+  PhaseOf<acc> phase;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(acc) == sizeof(float)) {
+    sincospif(t, &phase.im, &phase.re);
+  } else {
+    sincospi(t, &phase.im, &phase.re);
+  }
+#else
+  const double angle = 3.14159265358979323846 * static_cast<double>(t);
+  phase = {static_cast<acc>(std::cos(angle)), static_cast<acc>(std::sin(angle))};
+#endif
+  return phase;
+}
+
+// Angles are integers, reduced to half a turn, until one division: one rounding, for any S and l.
+template <typename acc = double>
+TCURLORA_HD PhaseOf<acc> phase_of(const Groups& groups, int64_t group, int64_t layer) {
+  const int64_t slices = groups.slices;
+  const acc length = static_cast<acc>(slices);
+  const acc one = std::sqrt(acc(1) / length), two = std::sqrt(acc(2) / length);
   if (groups.transform == Transform::dct) {
-    const double angle = pi / slices * static_cast<double>(group) * (static_cast<double>(layer) + 0.5);
-    return {std::cos(angle) * std::sqrt((group == 0 ? 1.0 : 2.0) / slices), 0.0};
+    // cos(pi t / 2S), the same for t and 4S - t.
+    const int64_t t = group * (2 * layer + 1) % (4 * slices), folded = t > 2 * slices ? 4 * slices - t : t;
+    return {(group == 0 ? one : two) * unit_phase(static_cast<acc>(folded) / (2 * length)).re, acc(0)};
   }
-  if (!groups.is_pair(group)) {
-    const double sign = group > 0 && layer % 2 == 1 ? -1.0 : 1.0;
-    return {sign / std::sqrt(slices), 0.0};
-  }
-  // k*l mod S in integers: the angle stays exact for any S and l.
-  const double angle = 2.0 * pi / slices * static_cast<double>((group * layer) % groups.slices);
-  const double weight = std::sqrt(2.0 / slices);
-  return {weight * std::cos(angle), weight * std::sin(angle)};
+  if (!groups.is_pair(group)) return {group > 0 && layer % 2 == 1 ? -one : one, acc(0)};
+  const int64_t t = group * layer % slices, folded = 2 * t > slices ? t - slices : t;
+  const PhaseOf<acc> unit = unit_phase(static_cast<acc>(2 * folded) / length);
+  return {two * unit.re, two * unit.im};
 }
 
 }  // namespace tcurlora

@@ -1,0 +1,29 @@
+#include "core_gradient.h"
+
+#include "launch.h"
+#include "ranks.h"
+
+namespace tcurlora::cuda {
+
+cudaError_t launch_core_gradient(
+    Element element, Element core, const Sizes& sizes, const void* p, const void* h, void* workspace, void* gradient,
+    cudaStream_t stream) {
+  return with_element(element, [&](auto type) {
+    using scalar = typename decltype(type)::type;
+    using acc = acc_t<scalar>;
+    acc* sums = static_cast<acc*>(workspace);
+    const cudaError_t error = with_rank<scalar>(sizes, sums, p, h, [&](auto rank) {
+      using Body = ChunkSums<scalar, decltype(rank)::value>;
+      const Body body{sizes, chunk_tokens(sizes), static_cast<const scalar*>(p), static_cast<const scalar*>(h), sums};
+      return launch(body, Body::grid(sizes), stream);
+    });
+    if (error != cudaSuccess) return error;
+    return with_element(core, [&](auto core_type) {
+      using result = typename decltype(core_type)::type;
+      const SumOfChunks<acc, result> body{sizes.core(), chunk_count(sizes), sums, static_cast<result*>(gradient)};
+      return launch(body, body.grid(), stream);
+    });
+  });
+}
+
+}  // namespace tcurlora::cuda

@@ -1,0 +1,135 @@
+// Element types, and how runs of neighbours are read and written. Host and device.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../middle.h"
+
+#if defined(__CUDACC__) || __has_include(<cuda_bf16.h>)
+#define TCURLORA_HALVES 1
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#define TCURLORA_HALVES 0
+#endif
+
+#if defined(__CUDACC__)
+#define TCURLORA_UNROLL _Pragma("unroll")
+#define TCURLORA_UNROLL_8 _Pragma("unroll 8")
+#define TCURLORA_ROLLED _Pragma("unroll 1")
+#else
+#define TCURLORA_UNROLL
+#define TCURLORA_UNROLL_8
+#define TCURLORA_ROLLED
+#endif
+
+namespace tcurlora::cuda {
+
+// The type that elements are summed in.
+template <typename scalar>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <typename scalar>
+using acc_t = typename Accumulation<scalar>::type;
+
+TCURLORA_HD float widened(float value) { return value; }
+TCURLORA_HD double widened(double value) { return value; }
+
+// From a sum to an element, rounded to nearest.
+template <typename scalar>
+struct Narrow {
+  template <typename acc>
+  static TCURLORA_HD scalar from(acc value) {
+    return static_cast<scalar>(value);
+  }
+};
+
+#if TCURLORA_HALVES
+TCURLORA_HD float widened(__half value) { return __half2float(value); }
+TCURLORA_HD float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <>
+struct Narrow<__half> {
+  static TCURLORA_HD __half from(float value) { return __float2half_rn(value); }
+  static TCURLORA_HD __half from(double value) { return __double2half(value); }
+};
+template <>
+struct Narrow<__nv_bfloat16> {
+  static TCURLORA_HD __nv_bfloat16 from(float value) { return __float2bfloat16_rn(value); }
+  static TCURLORA_HD __nv_bfloat16 from(double value) { return __double2bfloat16(value); }
+};
+#endif
+
+// `count` neighbours (a power of two), aligned to their size up to 16 bytes: one access of that width, or several.
+template <typename scalar, int count>
+struct alignas(sizeof(scalar) * count < 16 ? sizeof(scalar) * count : 16) Run {
+  scalar value[count];
+
+  TCURLORA_HD acc_t<scalar> operator[](int i) const { return widened(value[i]); }
+};
+
+// A run from memory. A whole one is read at once and its address is aligned; otherwise element by element, zeros from
+// the `valid`-th on.
+template <bool whole, int count, typename scalar>
+TCURLORA_HD Run<scalar, count> load(const scalar* from, int valid) {
+  if constexpr (whole) {
+    return *reinterpret_cast<const Run<scalar, count>*>(from);
+  } else {
+    Run<scalar, count> run;
+    TCURLORA_UNROLL
+    for (int i = 0; i < count; ++i) run.value[i] = i < valid ? from[i] : Narrow<scalar>::from(0.0f);
+    return run;
+  }
+}
+
+// A run to memory, at once. On the GPU by an instruction that is spelled out: the compiler takes an assignment apart
+// and puts only some of its elements together again.
+template <typename scalar, int count>
+TCURLORA_HD void store_run(scalar* to, const Run<scalar, count>& run) {
+#if defined(__CUDA_ARCH__)
+  constexpr int access = alignof(Run<scalar, count>);
+  unsigned int words[sizeof(run) / 4 + 1];
+  memcpy(words, run.value, sizeof(run));
+  const size_t address = __cvta_generic_to_global(to);
+  TCURLORA_UNROLL
+  for (int i = 0; i < int(sizeof(run)) / access; ++i) {
+    const unsigned int* w = words + i * access / 4;
+    if constexpr (access == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                   :: "l"(address + i * access), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+    } else if constexpr (access == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(address + i * access), "r"(w[0]), "r"(w[1]) : "memory");
+    } else if constexpr (access == 4) {
+      asm volatile("st.global.b32 [%0], %1;" :: "l"(address + i * access), "r"(w[0]) : "memory");
+    } else {
+      *reinterpret_cast<Run<scalar, count>*>(to) = run;
+    }
+  }
+#else
+  *reinterpret_cast<Run<scalar, count>*>(to) = run;
+#endif
+}
+
+// Sums to memory as elements; all of them, or the first `valid`.
+template <bool whole, int count, typename scalar, typename acc>
+TCURLORA_HD void store(scalar* to, const acc (&sums)[count], int valid) {
+  if constexpr (whole) {
+    Run<scalar, count> run;
+    TCURLORA_UNROLL
+    for (int i = 0; i < count; ++i) run.value[i] = Narrow<scalar>::from(sums[i]);
+    store_run(to, run);
+  } else {
+    TCURLORA_UNROLL
+    for (int i = 0; i < count; ++i) {
+      if (i < valid) to[i] = Narrow<scalar>::from(sums[i]);
+    }
+  }
+}
+
+}  // namespace tcurlora::cuda
