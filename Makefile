@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 RUN ?= runs/demo
+RESULTS ?= bench/results
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 # Threads that wait sleep instead of spinning: beside one other busy process a training step took 0.6 s, not 3.8 s.
@@ -32,6 +33,10 @@ ctest: $(BUILT)
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# On a machine with a GPU, by the torch of $(PYTHON), which has to be a CUDA build; needs no network and no environment.
+gpu:
+	PYTHON=$(PYTHON) bench/gpu.sh $(RESULTS)
 
 # Removed and made anew when the dependencies change, so that nothing of an older set is left.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -23,6 +23,11 @@ settings.load_profile("tcurlora")
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 
+# Where the operator's tests compute: `make gpu` sets it to "cuda". Tensors are then made there by default.
+DEVICE = torch.device(os.environ.get("TCURLORA_TEST_DEVICE", "cpu"))
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
+
 GOLDEN = sorted((Path(__file__).parent / "data").glob("*.npz"))
 
 
@@ -39,7 +44,13 @@ def golden(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     adapter's part alone), dx, dU.
     """
     with numpy.load(request.param) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+        return {name: torch.from_numpy(file[name]).to(DEVICE) for name in file.files}
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the operator's tests compute."""
+    return DEVICE
 
 
 @pytest.fixture(scope="session")
