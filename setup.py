@@ -50,19 +50,17 @@ def extension_options() -> dict[str, Any]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    # With CUDA and, for the case that it does not compile, without.
     cpu = CppExtension("tcurlora_ext._C", sources("csrc", "csrc/cpu"), extra_compile_args={"cxx": CXX_FLAGS})
-    extensions = [cpu]
+    forms = [("its C++ extension", cpu)]
     if torch.version.cuda and CUDA_HOME:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-        macros = [("TCURLORA_CUDA", None), ("TCURLORA_CUDA_ARCHITECTURES", f'"{architectures}"')]
         cuda = CUDAExtension(
             "tcurlora_ext._C",
             sources("csrc", "csrc/cpu") + sources("csrc/cuda", suffixes=(".cpp", ".cu")),
-            define_macros=macros,
+            define_macros=[("TCURLORA_CUDA", None), ("TCURLORA_CUDA_ARCHITECTURES", f'"{architectures}"')],
             extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
         )
-        extensions.insert(0, cuda)
+        forms.insert(0, ("CUDA kernels", cuda))
     elif torch.version.cuda:
         print("tcurlora_ext: without CUDA kernels: this torch is a CUDA build, but no CUDA_HOME and no nvcc was found")
 
@@ -70,17 +68,18 @@ def extension_options() -> dict[str, Any]:
         """A build that falls back to one without CUDA, and then to the pure-Python package."""
 
         def build_extensions(self) -> None:
-            for extension in extensions:
-                extension.optional = True
-                self.extensions = [extension]
+            (extension,) = self.extensions
+            for part, form in forms:
+                vars(extension).update(vars(form))
                 try:
                     return super().build_extensions()
                 except Exception as error:  # a missing compiler, its errors and ninja's have no common base
-                    part = "CUDA kernels" if extension is not cpu else "its C++ extension"
                     print(f"tcurlora_ext: without {part}: {error}")
             return None
 
-    return {"ext_modules": extensions[:1], "cmdclass": {"build_ext": OptionalBuild}}
+    extension = CppExtension("tcurlora_ext._C", forms[0][1].sources)
+    extension.optional = True
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 
 options: dict[str, Any] = {}
