@@ -5,7 +5,6 @@
 namespace tcurlora::native {
 namespace {
 
-using cpu::core_gradient;
 using cpu::middle_backward;
 using cpu::middle_forward;
 
@@ -50,19 +49,16 @@ Gradients backward(
   if (needs_x || needs_col || needs_core || needs_row) {
     const Tensor g_slices = g2.reshape({-1, stack.out_features()});
     const Tensor p = at::mm(g_slices, stack.col).view({-1, stack.num_slices, stack.col.size(1)});
-    if (needs_col || needs_core) {
-      const Tensor hidden = h.has_value() ? *h : at::mm(saved_x(), stack.row.t());
-      if (needs_core) dcore = core_gradient(p, hidden, stack);
-      if (needs_col) dcol = at::mm(g_slices.t(), middle_forward(hidden, stack).view({-1, stack.col.size(1)}));
+    OptionalTensor hidden;
+    if (needs_col || needs_core) hidden = h.has_value() ? *h : at::mm(saved_x(), stack.row.t());
+    if (needs_col) dcol = at::mm(g_slices.t(), middle_forward(*hidden, stack).view({-1, stack.col.size(1)}));
+    const auto [dh, du] = middle_backward(p, needs_core ? hidden : std::nullopt, stack, needs_x || needs_row);
+    if (needs_core) dcore = du;
+    if (needs_x) {
+      dx = at::mm(g2, weight).addmm_(dh, stack.row);
+      if (g.dim() != 2) dx = dx.view(with_last(g.sizes(), stack.row.size(1)));
     }
-    if (needs_x || needs_row) {
-      const Tensor dh = middle_backward(p, stack);
-      if (needs_x) {
-        dx = at::mm(g2, weight).addmm_(dh, stack.row);
-        if (g.dim() != 2) dx = dx.view(with_last(g.sizes(), stack.row.size(1)));
-      }
-      if (needs_row) drow = at::mm(dh.t(), saved_x());
-    }
+    if (needs_row) drow = at::mm(dh.t(), saved_x());
   }
   return {dx, dweight, dbias, dcol, dcore, drow};
 }
