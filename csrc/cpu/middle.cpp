@@ -2,6 +2,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
@@ -158,7 +159,7 @@ Tensor sum_of_chunks(const std::vector<acc>& partial, int64_t chunks, const Stac
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t e = 0; e < size; ++e) total[e] += static_cast<double>(partial[chunk * size + e]);
   }
-  Tensor gradient = at::empty(stack.core.sizes(), stack.core.options());
+  Tensor gradient = at::cpu::empty(stack.core.sizes(), stack.core.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gradient.scalar_type(), "tcurlora_core", [&] {
     scalar_t* du = gradient.mutable_data_ptr<scalar_t>();
     for (int64_t e = 0; e < size; ++e) du[e] = static_cast<scalar_t>(stack.scale * total[e]);
@@ -171,7 +172,7 @@ Tensor sum_of_chunks(const std::vector<acc>& partial, int64_t chunks, const Stac
 Tensor middle_forward(const Tensor& h, const Stack& stack) {
   const Tensor dense = h.contiguous();
   const int64_t tokens = h.size(0);
-  Tensor m = at::empty({tokens, stack.num_slices, stack.c() * stack.slices()}, h.options());
+  Tensor m = at::cpu::empty({tokens * stack.num_slices, stack.c() * stack.slices()}, h.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "tcurlora_middle_forward", [&] {
     const Middle<acc_t<scalar_t>> middle(stack);
     const Forward<scalar_t> call{
@@ -184,11 +185,11 @@ Tensor middle_forward(const Tensor& h, const Stack& stack) {
 std::tuple<Tensor, Tensor> middle_backward(
     const Tensor& p, const OptionalTensor& h, const Stack& stack, bool needs_h) {
   const Tensor dense_p = p.contiguous(), dense_h = h.has_value() ? h->contiguous() : Tensor();
-  const int64_t tokens = p.size(0), size = stack.core.numel(), blocks = ceil_div(tokens, kLanes);
+  const int64_t tokens = p.size(0) / stack.num_slices, size = stack.core.numel(), blocks = ceil_div(tokens, kLanes);
   const int64_t most = std::clamp<int64_t>(kPartials / std::max<int64_t>(size, 1), 8, kChunks);
   const int64_t per_chunk = std::max(kBlocks, ceil_div(blocks, most)), chunks = ceil_div(blocks, per_chunk);
   Tensor dh, dcore;
-  if (needs_h) dh = at::empty({tokens, stack.r() * stack.slices()}, p.options());
+  if (needs_h) dh = at::cpu::empty({tokens, stack.r() * stack.slices()}, p.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.scalar_type(), "tcurlora_middle_backward", [&] {
     using acc = acc_t<scalar_t>;
     const Middle<acc> middle(stack);
