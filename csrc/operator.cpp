@@ -4,11 +4,11 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/ScalarType.h>
+#include <c10/util/DimVector.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
 namespace tcurlora {
 
@@ -45,6 +45,11 @@ void check_one(
 
 }  // namespace
 
+const c10::TypedOperatorHandle<LinearType>& linear_operator() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("tcurlora::linear", "").typed<LinearType>();
+  return op;
+}
+
 const c10::TypedOperatorHandle<ForwardType>& forward_operator() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("tcurlora::forward", "").typed<ForwardType>();
@@ -66,10 +71,12 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
   TORCH_CHECK_VALUE(
       stack.core.is_floating_point(), "core is ", dtype_text(stack.core), ", expected a floating dtype");
   const int64_t in = stack.row.size(1), out = stack.out_features(), n = stack.num_slices, slices = stack.slices();
-  std::vector<int64_t> x_shape = x.sizes().vec();
-  x_shape.resize(std::max<size_t>(x_shape.size(), 1), in);
-  x_shape.back() = in;
-  check_one("x", x, x_shape, x, stack, true);
+  if (x.dim() == 0 || x.size(-1) != in) {
+    c10::DimVector shape(x.sizes());
+    shape.resize(std::max<size_t>(shape.size(), 1));
+    shape.back() = in;
+    check_one("x", x, shape, x, stack, true);
+  }
   check_one("weight", weight, {n * out, in}, x, stack, true);
   if (bias.has_value()) check_one("bias", *bias, {n * out}, x, stack, true);
   check_one("col", stack.col, {out, stack.c() * slices}, x, stack, true);

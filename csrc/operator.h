@@ -19,6 +19,10 @@ using OptionalTensor = std::optional<Tensor>;
 using Needs = std::array<bool, 6>;  // x, weight, bias, col, core, row
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+using LinearType = Tensor(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
+    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
+    c10::string_view backend);
 using ForwardType = std::tuple<Tensor, Tensor>(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
     const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
@@ -29,6 +33,7 @@ using BackwardType = Gradients(
     c10::string_view transform, c10::string_view backend);
 
 // The registered operators, through the dispatcher.
+const c10::TypedOperatorHandle<LinearType>& linear_operator();
 const c10::TypedOperatorHandle<ForwardType>& forward_operator();
 const c10::TypedOperatorHandle<BackwardType>& backward_operator();
 

@@ -2,336 +2,206 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <vector>
 
-// Compiled for several instruction sets, chosen when the library is loaded: a wheel has to run on every x86-64.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TCURLORA_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
-#else
-#define TCURLORA_CLONES
-#endif
+#include "blocks.h"
+#include "phases.h"
 
 namespace tcurlora::cpu {
 namespace {
 
-// Tokens that one task takes through one group: its tiles of h and p, 4 and 12 KiB, stay in the first-level cache.
-constexpr int64_t kTokens = 64;
-// The core's gradient is summed in chunks of tokens, of this many at least and in at most kChunks: the same chunks
-// whatever the number of threads, and 64 copies of B's gradient (18,000 numbers for UNETR's qkv) at most.
-constexpr int64_t kPartial = 256;
+// Blocks of 8 tokens whose contributions to the core's gradient are summed at once: 64 tokens, 200 KB for UNETR's qkv.
+constexpr int64_t kBlocks = 8;
+// The core's gradient is summed in at most this many chunks of tokens, and in fewer where their sums would be more than
+// kPartials numbers: the same chunks whatever the number of threads.
 constexpr int64_t kChunks = 64;
-// Rows and columns whose sums are held in registers: 8 vectors of 8 floats hide the latency of the additions.
-constexpr int64_t kRows = 4;
-constexpr int64_t kLane = 16;
+constexpr int64_t kPartials = 1 << 22;
 
-// Accumulation happens in at least float32.
-template <typename scalar>
-using acc_t = std::conditional_t<std::is_same_v<scalar, double>, double, float>;
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A vector of 8 numbers; the compiler splits it where the instruction set has shorter ones.
+// What the kernels read of a stack: sizes, u in the type of the sums with the scale in it, and a row of phases a slice.
 template <typename acc>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float type __attribute__((vector_size(32), aligned(4), may_alias));
-};
-template <>
-struct Vector<double> {
-  typedef double type __attribute__((vector_size(64), aligned(8), may_alias));
-};
-
-// As product() below, for `count` rows and one lane of 16 columns: 2 * count vectors of sums in registers.
-template <int64_t count, typename acc>
-inline __attribute__((always_inline)) void lane_of(
-    const acc* left, int64_t row_step, int64_t k_step, const acc* right, acc* out, int64_t depth, int64_t columns,
-    bool accumulate) {
-  using vector = typename Vector<acc>::type;
-  vector low[count], high[count];
-  for (int64_t row = 0; row < count; ++row) low[row] = high[row] = vector{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const vector* line = reinterpret_cast<const vector*>(right + k * columns);
-    const vector first = line[0], second = line[1];
-#pragma GCC unroll 4
-    for (int64_t row = 0; row < count; ++row) {
-      const acc value = left[row * row_step + k * k_step];
-      low[row] += first * value;
-      high[row] += second * value;
-    }
-  }
-#pragma GCC unroll 4
-  for (int64_t row = 0; row < count; ++row) {
-    vector* to = reinterpret_cast<vector*>(out + row * columns);
-    to[0] = accumulate ? to[0] + low[row] : low[row];
-    to[1] = accumulate ? to[1] + high[row] : high[row];
-  }
-}
-
-// out (rows, columns) {=, +=} sum_k left[row * row_step + k * k_step] * right[k * columns + column].
-template <typename acc>
-inline __attribute__((always_inline)) void product_of(
-    const acc* left, int64_t row_step, int64_t k_step, const acc* right, acc* out, int64_t rows, int64_t depth,
-    int64_t columns, bool accumulate) {
-  int64_t column = 0;
-  for (; column + kLane <= columns; column += kLane) {
-    int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) {
-      lane_of<kRows>(
-          left + row * row_step, row_step, k_step, right + column, out + row * columns + column, depth, columns,
-          accumulate);
-    }
-    for (; row < rows; ++row) {
-      lane_of<1>(
-          left + row * row_step, row_step, k_step, right + column, out + row * columns + column, depth, columns,
-          accumulate);
-    }
-  }
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t rest = column; rest < columns; ++rest) {
-      acc sum = 0;
-      for (int64_t k = 0; k < depth; ++k) sum += left[row * row_step + k * k_step] * right[k * columns + rest];
-      acc* to = out + row * columns + rest;
-      *to = accumulate ? *to + sum : sum;
-    }
-  }
-}
-
-TCURLORA_CLONES void product(
-    const float* left, int64_t row_step, int64_t k_step, const float* right, float* out, int64_t rows, int64_t depth,
-    int64_t columns, bool accumulate) {
-  product_of(left, row_step, k_step, right, out, rows, depth, columns, accumulate);
-}
-
-TCURLORA_CLONES void product(
-    const double* left, int64_t row_step, int64_t k_step, const double* right, double* out, int64_t rows, int64_t depth,
-    int64_t columns, bool accumulate) {
-  product_of(left, row_step, k_step, right, out, rows, depth, columns, accumulate);
-}
-
-// One group of blocks: where it lies, and its width in numbers of h (w*r) and of m for all layers (n*w*c).
-struct Group {
-  int64_t first, hidden, columns, at;
-  bool pair;
-};
-
-// The groups of a stack, and the place of each in an array of all of B: `size` numbers, group by group.
-struct Layout {
+struct Middle {
   Groups groups;
-  std::vector<Group> all;
-  int64_t size = 0;
+  int64_t n, c, r;
+  double scale;
+  c10::SmallVector<const Phase*, 4> phases;
+  c10::SmallVector<acc, 64> u;  // (S, c, r)
 
-  explicit Layout(const Stack& stack) : groups{stack.slices(), stack.transform} {
-    for (int64_t g = 0; g < groups.count(); ++g) {
-      const int64_t w = groups.width(g), hidden = w * stack.r(), columns = stack.num_slices * w * stack.c();
-      all.push_back({groups.first_block(g), hidden, columns, size, groups.is_pair(g)});
-      size += hidden * columns;
-    }
+  explicit Middle(const Stack& stack)
+      : groups{stack.slices(), stack.transform}, n(stack.num_slices), c(stack.c()), r(stack.r()), scale(stack.scale) {
+    for (int64_t j = 0; j < n; ++j) phases.push_back(phases_of(groups, stack.first_slice + j));
+    const Tensor core = stack.core.contiguous();
+    u.resize(core.numel());
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, core.scalar_type(), "tcurlora_core", [&] {
+      const scalar_t* from = core.const_data_ptr<scalar_t>();
+      for (size_t e = 0; e < u.size(); ++e) u[e] = static_cast<acc>(scale * static_cast<double>(from[e]));
+    });
   }
+
+  int64_t hidden() const { return groups.slices * r; }  // numbers of h a token
+  int64_t wide() const { return groups.slices * c; }    // numbers of m or p a token and slice
 };
 
-// Calls visit(group, e, row of B for u_re, row for u_im, column of layer j, phase) for every entry of the core.
-template <typename Visit>
-void for_each_entry(const Stack& stack, const Layout& layout, const Visit& visit) {
-  const int64_t c = stack.c(), r = stack.r();
-  for (size_t g = 0; g < layout.all.size(); ++g) {
-    const Group& group = layout.all[g];
-    for (int64_t j = 0; j < stack.num_slices; ++j) {
-      Phase phase = phase_of(layout.groups, g, stack.first_slice + j);
-      phase.re *= stack.scale;
-      phase.im *= stack.scale;
-      for (int64_t a = 0; a < c; ++a) {
-        for (int64_t b = 0; b < r; ++b) {
-          const int64_t column = j * (group.pair ? 2 : 1) * c + a;
-          visit(group, group.first * c * r + a * r + b, b * group.columns + column, (r + b) * group.columns + column, phase);
-        }
+template <typename scalar>
+struct Forward {
+  using acc = acc_t<scalar>;
+  const Middle<acc>& middle;
+  int64_t tokens;
+  const scalar* h;
+  scalar* m;
+  int64_t scratch() const { return middle.hidden() + 2 * middle.wide(); }
+};
+
+// m of blocks of 8 tokens.
+template <typename scalar>
+TCURLORA_INLINE void forward_blocks(
+    const Forward<scalar>& call, int64_t begin, int64_t end, Vector<acc_t<scalar>>* scratch) {
+  const auto& [groups, n, c, r, scale, phases, u] = call.middle;
+  const int64_t hidden = groups.slices * r, wide = groups.slices * c;
+  auto *h = scratch, *z = h + hidden, *m = z + wide;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kLanes, count = std::min(call.tokens - first, kLanes);
+    load(call.h + first * hidden, hidden, count, hidden, h);
+    multiply<false>(groups, u.data(), c, r, h, z);
+    for (int64_t j = 0; j < n; ++j) {
+      rotate<acc_t<scalar>>(groups, phases[j], c, z, m);
+      store(m, wide, call.m + (first * n + j) * wide, n * wide, count);
+    }
+  }
+}
+
+template <typename scalar>
+struct Backward {
+  using acc = acc_t<scalar>;
+  const Middle<acc>& middle;
+  int64_t tokens;
+  const scalar* p;
+  const scalar* h;  // null where the core's gradient is not asked for
+  scalar* dh;       // null where it is not
+  int64_t per_chunk;  // blocks of 8 tokens
+  acc* partial;       // (chunks, S, c, r)
+  int64_t scratch() const { return (kBlocks + 1) * (middle.hidden() + middle.wide()); }
+};
+
+// dh and the partial core gradients of chunks of tokens.
+template <typename scalar>
+TCURLORA_INLINE void backward_blocks(
+    const Backward<scalar>& call, int64_t begin, int64_t end, Vector<acc_t<scalar>>* scratch) {
+  using acc = acc_t<scalar>;
+  const auto& [groups, n, c, r, scale, phases, u] = call.middle;
+  const int64_t hidden = groups.slices * r, wide = groups.slices * c;
+  auto *p = scratch, *dh = p + wide, *P = dh + hidden, *h = P + kBlocks * wide;
+  const int64_t last = std::min(end * call.per_chunk, ceil_div(call.tokens, kLanes));
+  for (int64_t block = begin * call.per_chunk, held = 0; block < last; ++block) {
+    const int64_t first = block * kLanes, count = std::min(call.tokens - first, kLanes);
+    std::fill_n(P + held * wide, wide, Vector<acc>{});
+    for (int64_t j = 0; j < n; ++j) {
+      load(call.p + (first * n + j) * wide, n * wide, count, wide, p);
+      rotate_back<acc>(groups, phases[j], c, p, P + held * wide);
+    }
+    if (call.dh != nullptr) {
+      multiply<true>(groups, u.data(), c, r, P + held * wide, dh);
+      store(dh, hidden, call.dh + first * hidden, hidden, count);
+    }
+    if (call.h != nullptr) {
+      load(call.h + first * hidden, hidden, count, hidden, h + held * hidden);
+      const int64_t chunk = block / call.per_chunk;
+      if (++held == kBlocks || block + 1 == last || (block + 1) / call.per_chunk != chunk) {
+        outer<acc>(groups, P, h, held, c, r, call.partial + chunk * u.size());
+        held = 0;
       }
     }
   }
 }
 
-// B^T of every group for all n layers side by side: (w*r, n*w*c), row i the weights of h_i. With `transposed`, B.
+// Both kernels for several instruction sets, chosen when they are called: a wheel has to run on every x86-64.
+#define TCURLORA_KERNEL(name, target)                                                                               \
+  template <typename scalar>                                                                                        \
+  target void name(const Forward<scalar>& call, int64_t begin, int64_t end, Vector<acc_t<scalar>>* scratch) {       \
+    forward_blocks(call, begin, end, scratch);                                                                      \
+  }                                                                                                                 \
+  template <typename scalar>                                                                                        \
+  target void name(const Backward<scalar>& call, int64_t begin, int64_t end, Vector<acc_t<scalar>>* scratch) {      \
+    backward_blocks(call, begin, end, scratch);                                                                     \
+  }
+
+TCURLORA_KERNEL(any, )
+#if defined(__x86_64__)
+TCURLORA_KERNEL(avx2, __attribute__((target("avx2,fma,f16c"))))
+TCURLORA_KERNEL(avx512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c"))))
+#endif
+#undef TCURLORA_KERNEL
+
+template <typename Call>
+void run(const Call& call, int64_t begin, int64_t end) {
+  std::vector<Lanes<typename Call::acc>> memory(call.scratch());
+  auto* scratch = &memory.data()->lanes;
+#if defined(__x86_64__)
+  static const bool has_avx512 = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512dq");
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx512) return avx512(call, begin, end, scratch);
+  if (has_avx2) return avx2(call, begin, end, scratch);
+#endif
+  any(call, begin, end, scratch);
+}
+
+// scale * the sum of the chunks, in the order of the chunks.
 template <typename acc>
-std::vector<acc> blocks_of(const Stack& stack, const Layout& layout, bool transposed) {
-  const Tensor core = stack.core.to(at::kDouble).contiguous();
-  const double* u = core.const_data_ptr<double>();
-  const int64_t c = stack.c(), imaginary = c * stack.r();
-  std::vector<acc> values(layout.size);
-  for_each_entry(stack, layout, [&](const Group& group, int64_t e, int64_t of_re, int64_t of_im, const Phase& phase) {
-    const auto put = [&](int64_t at, double value) {
-      const int64_t row = at / group.columns, column = at % group.columns;
-      values[group.at + (transposed ? column * group.hidden + row : at)] = static_cast<acc>(value);
-    };
-    if (!group.pair) {
-      put(of_re, phase.re * u[e]);
-      return;
-    }
-    const double real = phase.re * u[e] - phase.im * u[e + imaginary];
-    const double imag = phase.im * u[e] + phase.re * u[e + imaginary];
-    put(of_re, real);
-    put(of_re + c, imag);
-    put(of_im, -imag);
-    put(of_im + c, real);
-  });
-  return values;
-}
-
-// Copies `parts` runs of `width` numbers, `step` apart, of every token between a tensor and a tile.
-template <typename from_t, typename to_t>
-void copy_runs(
-    const from_t* from, int64_t from_token, int64_t from_part, to_t* to, int64_t to_token, int64_t to_part,
-    int64_t tokens, int64_t parts, int64_t width) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t j = 0; j < parts; ++j) {
-      const from_t* source = from + t * from_token + j * from_part;
-      to_t* target = to + t * to_token + j * to_part;
-      for (int64_t e = 0; e < width; ++e) target[e] = static_cast<to_t>(source[e]);
-    }
-  }
-}
-
-// Tiles of h (T, S, r) and p or m (T, n, S, c) for one group and a run of tokens.
-template <typename scalar>
-struct Tiles {
-  using acc = acc_t<scalar>;
-  const Stack& stack;
-  std::vector<acc> hidden, wide;
-
-  explicit Tiles(const Stack& stack_, int64_t tokens)
-      : stack(stack_),
-        hidden(tokens * 2 * stack_.r()),
-        wide(tokens * stack_.num_slices * 2 * stack_.c()) {}
-
-  void load_hidden(const scalar* h, const Group& group, int64_t begin, int64_t tokens) {
-    const int64_t q = stack.slices() * stack.r();
-    copy_runs(h + begin * q + group.first * stack.r(), q, 0, hidden.data(), group.hidden, 0, tokens, 1, group.hidden);
-  }
-  void store_hidden(scalar* h, const Group& group, int64_t begin, int64_t tokens) const {
-    const int64_t q = stack.slices() * stack.r();
-    copy_runs(hidden.data(), group.hidden, 0, h + begin * q + group.first * stack.r(), q, 0, tokens, 1, group.hidden);
-  }
-  void load_wide(const scalar* p, const Group& group, int64_t begin, int64_t tokens) {
-    const int64_t n = stack.num_slices, q = stack.slices() * stack.c(), width = group.columns / n;
-    copy_runs(
-        p + begin * n * q + group.first * stack.c(), n * q, q, wide.data(), group.columns, width, tokens, n, width);
-  }
-  void store_wide(scalar* m, const Group& group, int64_t begin, int64_t tokens) const {
-    const int64_t n = stack.num_slices, q = stack.slices() * stack.c(), width = group.columns / n;
-    copy_runs(
-        wide.data(), group.columns, width, m + begin * n * q + group.first * stack.c(), n * q, q, tokens, n, width);
-  }
-};
-
-template <typename scalar>
-void forward_kernel(const scalar* h, scalar* m, int64_t tokens, const Stack& stack) {
-  const Layout layout(stack);
-  const auto blocks = blocks_of<acc_t<scalar>>(stack, layout, false);
-  at::parallel_for(0, (tokens + kTokens - 1) / kTokens, 1, [&](int64_t begin, int64_t end) {
-    Tiles<scalar> tiles(stack, kTokens);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * kTokens, count = std::min(tokens - first, kTokens);
-      for (const Group& group : layout.all) {
-        tiles.load_hidden(h, group, first, count);
-        product(
-            tiles.hidden.data(), group.hidden, 1, blocks.data() + group.at, tiles.wide.data(), count, group.hidden,
-            group.columns, false);
-        tiles.store_wide(m, group, first, count);
-      }
-    }
-  });
-}
-
-template <typename scalar>
-void backward_kernel(const scalar* p, scalar* dh, int64_t tokens, const Stack& stack) {
-  const Layout layout(stack);
-  const auto blocks = blocks_of<acc_t<scalar>>(stack, layout, true);
-  at::parallel_for(0, (tokens + kTokens - 1) / kTokens, 1, [&](int64_t begin, int64_t end) {
-    Tiles<scalar> tiles(stack, kTokens);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * kTokens, count = std::min(tokens - first, kTokens);
-      for (const Group& group : layout.all) {
-        tiles.load_wide(p, group, first, count);
-        product(
-            tiles.wide.data(), group.columns, 1, blocks.data() + group.at, tiles.hidden.data(), count, group.columns,
-            group.hidden, false);
-        tiles.store_hidden(dh, group, first, count);
-      }
-    }
-  });
-}
-
-template <typename scalar>
-Tensor core_gradient_of(const Tensor& p, const Tensor& h, const Stack& stack) {
-  using acc = acc_t<scalar>;
-  const Layout layout(stack);
-  const int64_t tokens = h.size(0), per_chunk = std::max(kPartial, (tokens + kChunks - 1) / kChunks);
-  const int64_t chunks = (tokens + per_chunk - 1) / per_chunk;
-  std::vector<acc> partial(chunks * layout.size, acc(0));
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Tiles<scalar> tiles(stack, kTokens);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t last = std::min(tokens, (chunk + 1) * per_chunk);
-      for (int64_t first = chunk * per_chunk; first < last; first += kTokens) {
-        const int64_t count = std::min(last - first, kTokens);
-        for (const Group& group : layout.all) {
-          tiles.load_hidden(h.const_data_ptr<scalar>(), group, first, count);
-          tiles.load_wide(p.const_data_ptr<scalar>(), group, first, count);
-          product(
-              tiles.hidden.data(), 1, group.hidden, tiles.wide.data(), partial.data() + chunk * layout.size + group.at,
-              group.hidden, count, group.columns, true);
-        }
-      }
-    }
-  });
-  std::vector<double> total(layout.size, 0.0);
+Tensor sum_of_chunks(const std::vector<acc>& partial, int64_t chunks, const Stack& stack) {
+  const int64_t size = stack.core.numel();
+  std::vector<double> total(size, 0.0);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int64_t e = 0; e < layout.size; ++e) total[e] += static_cast<double>(partial[chunk * layout.size + e]);
+    for (int64_t e = 0; e < size; ++e) total[e] += static_cast<double>(partial[chunk * size + e]);
   }
-  Tensor gradient = at::zeros(stack.core.sizes(), stack.core.options().dtype(at::kDouble));
-  double* du = gradient.mutable_data_ptr<double>();
-  const int64_t c = stack.c(), imaginary = c * stack.r();
-  for_each_entry(stack, layout, [&](const Group& group, int64_t e, int64_t of_re, int64_t of_im, const Phase& phase) {
-    const double* block = total.data() + group.at;
-    if (!group.pair) {
-      du[e] += phase.re * block[of_re];
-      return;
-    }
-    const double da = block[of_re] + block[of_im + c], db = block[of_re + c] - block[of_im];
-    du[e] += phase.re * da + phase.im * db;
-    du[e + imaginary] += phase.re * db - phase.im * da;
+  Tensor gradient = at::cpu::empty(stack.core.sizes(), stack.core.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gradient.scalar_type(), "tcurlora_core", [&] {
+    scalar_t* du = gradient.mutable_data_ptr<scalar_t>();
+    for (int64_t e = 0; e < size; ++e) du[e] = static_cast<scalar_t>(stack.scale * total[e]);
   });
-  return gradient.to(stack.core.scalar_type());
+  return gradient;
 }
 
 }  // namespace
 
 Tensor middle_forward(const Tensor& h, const Stack& stack) {
   const Tensor dense = h.contiguous();
-  Tensor m = at::empty({h.size(0), stack.num_slices, stack.c() * stack.slices()}, h.options());
+  const int64_t tokens = h.size(0);
+  Tensor m = at::cpu::empty({tokens * stack.num_slices, stack.c() * stack.slices()}, h.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "tcurlora_middle_forward", [&] {
-    forward_kernel<scalar_t>(
-        dense.const_data_ptr<scalar_t>(), m.mutable_data_ptr<scalar_t>(), h.size(0), stack);
+    const Middle<acc_t<scalar_t>> middle(stack);
+    const Forward<scalar_t> call{
+        middle, tokens, dense.const_data_ptr<scalar_t>(), m.mutable_data_ptr<scalar_t>()};
+    at::parallel_for(0, ceil_div(tokens, kLanes), kBlocks, [&](int64_t begin, int64_t end) { run(call, begin, end); });
   });
   return m;
 }
 
-Tensor middle_backward(const Tensor& p, const Stack& stack) {
-  const Tensor dense = p.contiguous();
-  Tensor dh = at::empty({p.size(0), stack.r() * stack.slices()}, p.options());
+std::tuple<Tensor, Tensor> middle_backward(
+    const Tensor& p, const OptionalTensor& h, const Stack& stack, bool needs_h) {
+  const Tensor dense_p = p.contiguous(), dense_h = h.has_value() ? h->contiguous() : Tensor();
+  const int64_t tokens = p.size(0) / stack.num_slices, size = stack.core.numel(), blocks = ceil_div(tokens, kLanes);
+  const int64_t most = std::clamp<int64_t>(kPartials / std::max<int64_t>(size, 1), 8, kChunks);
+  const int64_t per_chunk = std::max(kBlocks, ceil_div(blocks, most)), chunks = ceil_div(blocks, per_chunk);
+  Tensor dh, dcore;
+  if (needs_h) dh = at::cpu::empty({tokens, stack.r() * stack.slices()}, p.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.scalar_type(), "tcurlora_middle_backward", [&] {
-    backward_kernel<scalar_t>(
-        dense.const_data_ptr<scalar_t>(), dh.mutable_data_ptr<scalar_t>(), p.size(0), stack);
+    using acc = acc_t<scalar_t>;
+    const Middle<acc> middle(stack);
+    std::vector<acc> partial(h.has_value() ? chunks * size : 0, acc(0));
+    const Backward<scalar_t> call{
+        middle, tokens, dense_p.const_data_ptr<scalar_t>(),
+        h.has_value() ? dense_h.const_data_ptr<scalar_t>() : nullptr,
+        needs_h ? dh.mutable_data_ptr<scalar_t>() : nullptr, per_chunk, partial.data()};
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+    if (h.has_value()) dcore = sum_of_chunks(partial, chunks, stack);
   });
-  return dh;
-}
-
-Tensor core_gradient(const Tensor& p, const Tensor& h, const Stack& stack) {
-  const Tensor dense_p = p.contiguous(), dense_h = h.contiguous();
-  Tensor gradient;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "tcurlora_core_gradient", [&] {
-    gradient = core_gradient_of<scalar_t>(dense_p, dense_h, stack);
-  });
-  return gradient;
+  return {dh, dcore};
 }
 
 }  // namespace tcurlora::cpu

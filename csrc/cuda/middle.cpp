@@ -42,41 +42,51 @@ Sizes sizes_of(int64_t tokens, const Stack& stack) {
           small(stack.num_slices), stack.transform, stack.scale};
 }
 
+Tensor hidden_gradient(const Tensor& p, const Tensor& core, const Sizes& sizes) {
+  Tensor dh = at::empty({sizes.tokens, sizes.hidden()}, p.options());
+  C10_CUDA_CHECK(launch_middle_backward(
+      element_of("p", p), sizes, p.const_data_ptr(), core.const_data_ptr(), dh.mutable_data_ptr(),
+      c10::cuda::getCurrentCUDAStream()));
+  return dh;
+}
+
+Tensor core_gradient(const Tensor& p, const Tensor& h, const Tensor& core, const Sizes& sizes) {
+  Tensor gradient = at::empty(core.sizes(), core.options());
+  Tensor workspace = at::empty({core_gradient_workspace(sizes)}, h.options().dtype(accumulation_of(h)));
+  C10_CUDA_CHECK(launch_core_gradient(
+      element_of("h", h), element_of("core", core), sizes, p.const_data_ptr(), h.const_data_ptr(),
+      workspace.mutable_data_ptr(), gradient.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return gradient;
+}
+
 }  // namespace
 
 Tensor middle_forward(const Tensor& h, const Stack& stack) {
   const c10::cuda::CUDAGuard guard(h.device());
   const Tensor dense = h.contiguous(), core = core_for(h, stack);
-  Tensor m = at::empty({h.size(0), stack.num_slices, stack.c() * stack.slices()}, h.options());
+  const Sizes sizes = sizes_of(h.size(0), stack);
+  Tensor m = at::empty({sizes.tokens * stack.num_slices, sizes.columns()}, h.options());
   if (core.numel() == 0) return m.zero_();
   C10_CUDA_CHECK(launch_middle_forward(
-      element_of("h", h), sizes_of(h.size(0), stack), dense.const_data_ptr(), core.const_data_ptr(),
-      m.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+      element_of("h", h), sizes, dense.const_data_ptr(), core.const_data_ptr(), m.mutable_data_ptr(),
+      c10::cuda::getCurrentCUDAStream()));
   return m;
 }
 
-Tensor middle_backward(const Tensor& p, const Stack& stack) {
+std::tuple<Tensor, Tensor> middle_backward(
+    const Tensor& p, const OptionalTensor& h, const Stack& stack, bool needs_h) {
   const c10::cuda::CUDAGuard guard(p.device());
-  const Tensor dense = p.contiguous(), core = core_for(p, stack);
-  Tensor dh = at::empty({p.size(0), stack.r() * stack.slices()}, p.options());
-  if (core.numel() == 0) return dh.zero_();
-  C10_CUDA_CHECK(launch_middle_backward(
-      element_of("p", p), sizes_of(p.size(0), stack), dense.const_data_ptr(), core.const_data_ptr(),
-      dh.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
-  return dh;
-}
-
-Tensor core_gradient(const Tensor& p, const Tensor& h, const Stack& stack) {
-  const c10::cuda::CUDAGuard guard(h.device());
-  Tensor gradient = at::empty(stack.core.sizes(), stack.core.options());
-  if (gradient.numel() == 0) return gradient;
-  const Tensor dense_p = p.contiguous(), dense_h = h.contiguous();
-  const Sizes sizes = sizes_of(h.size(0), stack);
-  Tensor workspace = at::empty({core_gradient_workspace(sizes)}, h.options().dtype(accumulation_of(h)));
-  C10_CUDA_CHECK(launch_core_gradient(
-      element_of("h", h), element_of("core", stack.core), sizes, dense_p.const_data_ptr(), dense_h.const_data_ptr(),
-      workspace.mutable_data_ptr(), gradient.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
-  return gradient;
+  const Sizes sizes = sizes_of(p.size(0) / stack.num_slices, stack);
+  const Tensor dense = p.contiguous();
+  Tensor dh, dcore;
+  if (stack.core.numel() == 0) {
+    if (needs_h) dh = at::zeros({sizes.tokens, sizes.hidden()}, p.options());
+    if (h.has_value()) dcore = at::zeros_like(stack.core);
+    return {dh, dcore};
+  }
+  if (needs_h) dh = hidden_gradient(dense, core_for(p, stack), sizes);
+  if (h.has_value()) dcore = core_gradient(dense, h->contiguous(), stack.core, sizes);
+  return {dh, dcore};
 }
 
 }  // namespace tcurlora::cuda

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
@@ -155,6 +156,18 @@ def test_compiled_as_one_graph_it_gives_the_same_numbers(make_case: Callable[...
             results.append((y, leaf.grad, layer.core.grad))
         for found, right in zip(*results, strict=True):
             assert_close(found, right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_autograd_gives_the_same_gradients(make_case: Callable[..., Any]) -> None:
+    """With other slices in a second call, which must not be taken for those of the first."""
+    for first in (0, 2):
+        eager, compiled = (make_case(S=6, n=2, first=first).training("x", "core") for _ in range(2))
+        torch.ops.tcurlora.linear(*eager.arguments).square().sum().backward()
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            torch.ops.tcurlora.linear(*compiled.arguments).square().sum().backward()
+        for name in ("x", "core"):
+            assert_close(getattr(compiled, name).grad, getattr(eager, name).grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -1,0 +1,11 @@
+// The phases of a layer, computed once: sines and cosines cost more than the rest of a call on few tokens.
+#pragma once
+
+#include "../middle.h"
+
+namespace tcurlora::cpu {
+
+// phase_of(groups, 0..count, layer), for as long as the process lives: 16 bytes a group, 400 a layer of UNETR's qkv.
+const Phase* phases_of(const Groups& groups, int64_t layer);
+
+}  // namespace tcurlora::cpu
