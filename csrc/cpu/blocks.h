@@ -122,8 +122,8 @@ TCURLORA_INLINE void rotate_back(
   }
 }
 
-// du[a, b] += sum over tokens of P[a] conj(h[b]), for `rows` x `columns` entries of one group: at most 2 x 2, whose sums
-// of 8 lanes are 8 vectors in registers. `blocks` blocks of 8 tokens, P and h each `step_c` and `step_r` vectors apart.
+// du[a, b] += sum over tokens of P[a] conj(h[b]), for `rows` x `columns` entries of one group: at most 2 x 2, whose real
+// and imaginary sums are 8 vectors in registers. `blocks` blocks of 8 tokens, `step_c` and `step_r` vectors apart.
 template <int64_t rows, int64_t columns, bool pair, typename acc>
 TCURLORA_INLINE void outer_some(
     const Vector<acc>* P, int64_t step_c, const Vector<acc>* h, int64_t step_r, int64_t blocks, int64_t c, int64_t r,
