@@ -26,6 +26,8 @@ WITHOUT = "tcurlora_ext: without its C++ extension"
 # Ampere, Hopper, Blackwell; PTX of the last for what comes after it.
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden"]
+# What at::parallel_for is built on in torch for Linux; without it the kernels would run on one thread.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def has_torch() -> bool:
@@ -50,7 +52,12 @@ def extension_options() -> dict[str, Any]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    cpu = CppExtension("tcurlora_ext._C", sources("csrc", "csrc/cpu"), extra_compile_args={"cxx": CXX_FLAGS})
+    cpu = CppExtension(
+        "tcurlora_ext._C",
+        sources("csrc", "csrc/cpu"),
+        extra_compile_args={"cxx": CXX_FLAGS + OPENMP},
+        extra_link_args=OPENMP,
+    )
     forms = [("its C++ extension", cpu)]
     if torch.version.cuda and CUDA_HOME:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
@@ -58,7 +65,8 @@ def extension_options() -> dict[str, Any]:
             "tcurlora_ext._C",
             sources("csrc", "csrc/cpu") + sources("csrc/cuda", suffixes=(".cpp", ".cu")),
             define_macros=[("TCURLORA_CUDA", None), ("TCURLORA_CUDA_ARCHITECTURES", f'"{architectures}"')],
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
+            extra_compile_args={"cxx": CXX_FLAGS + OPENMP, "nvcc": ["-O3"]},
+            extra_link_args=OPENMP,
         )
         forms.insert(0, ("CUDA kernels", cuda))
     elif torch.version.cuda:

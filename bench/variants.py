@@ -11,7 +11,6 @@ from torch.nn.functional import linear
 
 import tcurlora_ext as tcur
 from bench.cases import Layer
-from tcurlora_ext.operator.functional import tcur_linear
 
 # Of ||found - exact|| / ||exact||: a few roundings of the dtype, and the sums over up to 3,072 terms between them.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -79,7 +78,9 @@ def tcur_of(backend: str) -> Forward:
 
     def forward(inputs: Inputs) -> Tensor:
         i = inputs
-        return tcur_linear(i.x, i.weight, i.bias, i.col, i.core, i.row, 0, i.layer.slices, 1.0, backend)
+        return torch.ops.tcurlora.linear.default(
+            i.x, i.weight, i.bias, i.col, i.core, i.row, 0, i.layer.slices, 1.0, "dft", backend
+        )
 
     return forward
 

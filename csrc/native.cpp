@@ -1,5 +1,7 @@
 // The native backend, on every device: wide products by PyTorch's library, what lies between them by own kernels.
+#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
 
 #include "cpu/middle.h"
 #include "operator.h"
@@ -46,6 +48,19 @@ Tensor transposed(const Tensor& matrix) {
       matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
 }
 
+// a b and to += a b; on the CPU not through the dispatcher, about 0.2 us less each.
+Tensor product(const Tensor& a, const Tensor& b) { return a.is_cpu() ? at::cpu::mm(a, b) : at::mm(a, b); }
+Tensor sum(const Tensor& bias, const Tensor& a, const Tensor& b) {
+  return a.is_cpu() ? at::cpu::addmm(bias, a, b) : at::addmm(bias, a, b);
+}
+void accumulate(Tensor to, const Tensor& a, const Tensor& b) {
+  if (a.is_cpu()) {
+    at::cpu::addmm_(to, a, b);
+  } else {
+    to.addmm_(a, b);
+  }
+}
+
 // (T, n*columns) -> (T*n, columns), one row a token and slice.
 Tensor slices_of(const Tensor& tensor, const Stack& stack) {
   return stack.num_slices == 1 ? tensor : tensor.reshape({-1, stack.out_features()});
@@ -53,12 +68,12 @@ Tensor slices_of(const Tensor& tensor, const Stack& stack) {
 
 Tensor hidden_of(const Tensor& x, const Stack& stack) {
   const Stage stage("h = x row^T");
-  return at::mm(x, transposed(stack.row));
+  return product(x, transposed(stack.row));
 }
 
 Tensor projected(const Tensor& g_slices, const Stack& stack) {
   const Stage stage("p = g col");
-  return at::mm(g_slices, stack.col);
+  return product(g_slices, stack.col);
 }
 
 // The base as nn.Linear computes it, then the adapter accumulated onto it: a zero core gives the base bit for bit.
@@ -68,10 +83,10 @@ Tensor base_then_adapter(
   Tensor y;
   {
     const Stage stage("y = x W^T + bias");
-    y = bias.has_value() ? at::addmm(*bias, x, weight_t) : at::mm(x, weight_t);
+    y = bias.has_value() ? sum(*bias, x, weight_t) : product(x, weight_t);
   }
   const Stage stage("y += m col^T");
-  slices_of(y, stack).addmm_(m, transposed(stack.col));
+  accumulate(slices_of(y, stack), m, transposed(stack.col));
   return y;
 }
 
@@ -128,7 +143,8 @@ Gradients backward(
     if (needs_core) dcore = du;
     if (needs_x) {
       const Stage stage("dx = g W + dh row");
-      dx = at::mm(g2, weight).addmm_(dh, stack.row);
+      dx = product(g2, weight);
+      accumulate(dx, dh, stack.row);
       if (g.dim() != 2) dx = dx.view(with_last(g.sizes(), stack.row.size(1)));
     }
     if (needs_row) drow = at::mm(transposed(dh), saved_x());

@@ -31,6 +31,6 @@ def tcur_linear(
     ``transform`` is "dft" or "dct" (the folding that col, row and the core are in), ``backend`` a name of
     :func:`tcurlora_ext.backends`. Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    return torch.ops.tcurlora.linear(
+    return torch.ops.tcurlora.linear.default(
         x, weight, bias, col, core_fourier, row, first_slice, num_slices, scale, transform, backend
     )
