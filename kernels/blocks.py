@@ -1,0 +1,105 @@
+"""What the kernels share: masked tiles, virtual columns, and B_l built in registers. Jit functions only.
+
+Notation of docs/maths.md: h (T, r*S), m and p (n, T, c*S) with n fused slices, u the core (S, c, r) in float32. HALVES is
+2 for the DFT (a group has a real and an imaginary half) and 1 for the DCT; a tile holds GROUPS whole groups.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def slice_start(index, rows, DESCRIPTORS: tl.constexpr):
+    """index * rows: 64 bits wide for pointers, 32 for the coordinates of a tensor descriptor."""
+    if DESCRIPTORS:
+        start = index * rows
+    else:
+        start = (tl.zeros((), tl.int64) + index) * rows
+    return start
+
+
+@triton.jit
+def load_tile(
+    source, start, row, column, rows, columns, row_stride, column_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """source[start + row :, column :] as (ROWS, COLUMNS), zero outside of 0 <= row < rows and 0 <= column < columns.
+
+    ``source`` is a tensor descriptor, whose hardware fills the zeros, or a pointer. A descriptor knows the bounds of the
+    whole tensor only: rows of the next slice, beyond start + rows, are read as they are.
+    """
+    if DESCRIPTOR:
+        tile = source.load([start + row, column])
+    else:
+        i = row + tl.arange(0, ROWS)
+        j = column + tl.arange(0, COLUMNS)
+        inside = ((i >= 0) & (i < rows))[:, None] & ((j >= 0) & (j < columns))[None, :]
+        offsets = (start + i).to(tl.int64)[:, None] * row_stride + j.to(tl.int64)[None, :] * column_stride
+        tile = tl.load(source + offsets, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(target, tile, start, row, rows, columns, inside, row_stride, ROWS: tl.constexpr):
+    """target[start + row :, columns] = tile for row < rows and the columns that are ``inside``."""
+    i = row + tl.arange(0, ROWS)
+    offsets = (start + i).to(tl.int64)[:, None] * row_stride + columns[None, :]
+    tl.store(target + offsets, tile.to(target.dtype.element_ty), mask=(i < rows)[:, None] & inside[None, :])
+
+
+@triton.jit
+def count_groups(slices, HALVES: tl.constexpr):
+    if HALVES == 2:
+        groups = slices // 2 + 1
+    else:
+        groups = slices
+    return groups
+
+
+@triton.jit
+def first_column(tile, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+    """The column of the first virtual column of a tile of groups whose blocks are WIDTH wide; -WIDTH for tile 0."""
+    return tile * (GROUPS * HALVES * WIDTH) - (HALVES - 1) * WIDTH
+
+
+@triton.jit
+def group_columns(
+    tile, slices, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Columns (BLOCK,) of a tile of groups, and which of them exist and are the tile's own."""
+    local = tl.arange(0, BLOCK)
+    columns = first_column(tile, WIDTH, HALVES, GROUPS) + local
+    return columns, (local < GROUPS * HALVES * WIDTH) & (columns >= 0) & (columns < slices * WIDTH)
+
+
+@triton.jit
+def middle_block(
+    core, phases, o, i, tile, layer, slices, scale,
+    C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """scale * B_layer between the virtual columns ``o`` of m and ``i`` of h (local, broadcast against each other), float32.
+
+    Of a pair with phase re + i im: [[re u_re - im u_im, -(re u_im + im u_re)], [re u_im + im u_re, re u_re - im u_im]]. A
+    block alone is the real part u_re with im = 0 in the half where it lies; the other half is padding and zero. Entries
+    between different groups are zero. phases (S layers, groups, 2) float32.
+    """
+    local = o // (HALVES * C)
+    group = tile * GROUPS + local
+    groups = count_groups(slices, HALVES)
+    exists = (local < GROUPS) & (group < groups)
+    inside = exists & (local == i // (HALVES * R))
+    at = phases + (layer * groups + group) * 2
+    re = tl.load(at, mask=exists, other=0.0) * tl.cast(scale, tl.float32)
+    entry = (o % C) * R + i % R
+    if HALVES == 1:
+        block = re * tl.load(core + group * (C * R) + entry, mask=inside, other=0.0)
+    else:
+        im = tl.load(at + 1, mask=exists, other=0.0) * tl.cast(scale, tl.float32)
+        first = tl.maximum(2 * group - 1, 0)
+        pair = (group > 0) & (2 * group < slices)
+        u_re = tl.load(core + first * (C * R) + entry, mask=inside, other=0.0)
+        u_im = tl.load(core + (first + 1) * (C * R) + entry, mask=inside & pair, other=0.0)
+        # +1 below the diagonal of halves, -1 above it, 0 on it.
+        side = (o // C) % 2 - (i // R) % 2
+        block = tl.where(side == 0, re * u_re - im * u_im, side * (re * u_im + im * u_re))
+    return block
