@@ -21,30 +21,34 @@ def slice_start(index, rows, DESCRIPTORS: tl.constexpr):
 @triton.jit
 def load_tile(
     source, start, row, column, rows, columns, row_stride, column_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr, SHIFTED: tl.constexpr = False,
 ):  # fmt: skip
     """source[start + row :, column :] as (ROWS, COLUMNS), zero outside of 0 <= row < rows and 0 <= column < columns.
 
-    ``source`` is a tensor descriptor, whose hardware fills the zeros, or a pointer. A descriptor knows the bounds of the
-    whole tensor only: rows of the next slice, beyond start + rows, are read as they are.
+    Only a tile in virtual columns, SHIFTED, begins below 0. ``source`` is a tensor descriptor, whose hardware fills the zeros, or a pointer. A descriptor knows the bounds of the
+    whole tensor only: rows of the next slice, beyond start + rows, are read as they are. Offsets are 64 bits wide between
+    tiles and 32 within one, in half the registers: strides stay below 2^22 elements.
     """
     if DESCRIPTOR:
         tile = source.load([start + row, column])
     else:
-        i = row + tl.arange(0, ROWS)
-        j = column + tl.arange(0, COLUMNS)
-        inside = ((i >= 0) & (i < rows))[:, None] & ((j >= 0) & (j < columns))[None, :]
-        offsets = (start + i).to(tl.int64)[:, None] * row_stride + j.to(tl.int64)[None, :] * column_stride
-        tile = tl.load(source + offsets, mask=inside, other=0.0)
+        i = tl.arange(0, ROWS)
+        j = tl.arange(0, COLUMNS)
+        inside = (row + i < rows)[:, None] & (column + j < columns)[None, :]
+        if SHIFTED:
+            inside = inside & (row + i >= 0)[:, None] & (column + j >= 0)[None, :]
+        origin = (tl.zeros((), tl.int64) + start + row) * row_stride + (tl.zeros((), tl.int64) + column) * column_stride
+        tile = tl.load(source + origin + (i[:, None] * row_stride + j[None, :] * column_stride), mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
 def store_tile(target, tile, start, row, rows, columns, inside, row_stride, ROWS: tl.constexpr):
     """target[start + row :, columns] = tile for row < rows and the columns that are ``inside``."""
-    i = row + tl.arange(0, ROWS)
-    offsets = (start + i).to(tl.int64)[:, None] * row_stride + columns[None, :]
-    tl.store(target + offsets, tile.to(target.dtype.element_ty), mask=(i < rows)[:, None] & inside[None, :])
+    i = tl.arange(0, ROWS)
+    origin = (tl.zeros((), tl.int64) + start + row) * row_stride
+    mask = (row + i < rows)[:, None] & inside[None, :]
+    tl.store(target + origin + (i[:, None] * row_stride + columns[None, :]), tile.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -57,19 +61,38 @@ def count_groups(slices, HALVES: tl.constexpr):
 
 
 @triton.jit
-def first_column(tile, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
-    """The column of the first virtual column of a tile of groups whose blocks are WIDTH wide; -WIDTH for tile 0."""
+def first_virtual(tile, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+    """The column of the first virtual column of a tile of groups whose blocks are WIDTH wide; negative for tile 0."""
     return tile * (GROUPS * HALVES * WIDTH) - (HALVES - 1) * WIDTH
 
 
 @triton.jit
-def group_columns(
-    tile, slices, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+def first_column(tile, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+    """Where a tile is fetched from: its first virtual column, or up to 7 before it.
+
+    A multiple of 8 columns, so that loads are 16 bytes wide whatever WIDTH is, as tensor descriptors demand.
+    """
+    below: tl.constexpr = (WIDTH + 7) // 8 * 8
+    return (first_virtual(tile, WIDTH, HALVES, GROUPS) + below) // 8 * 8 - below
+
+
+@triton.jit
+def virtual_columns(
+    tile, start, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Columns (BLOCK,) of a tile of groups, and which of them exist and are the tile's own."""
-    local = tl.arange(0, BLOCK)
-    columns = first_column(tile, WIDTH, HALVES, GROUPS) + local
-    return columns, (local < GROUPS * HALVES * WIDTH) & (columns >= 0) & (columns < slices * WIDTH)
+    """Virtual columns (BLOCK,), counted from the tile's first, of a tile fetched from column ``start``."""
+    return start - first_virtual(tile, WIDTH, HALVES, GROUPS) + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def group_columns(
+    tile, start, slices, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Columns (BLOCK,) of a tile fetched from ``start``, and which of them exist and are the tile's own."""
+    columns = start + tl.arange(0, BLOCK)
+    virtual = virtual_columns(tile, start, WIDTH, HALVES, GROUPS, BLOCK)
+    own = (virtual >= 0) & (virtual < GROUPS * HALVES * WIDTH)
+    return columns, own & (columns >= 0) & (columns < slices * WIDTH)
 
 
 @triton.jit
@@ -77,7 +100,7 @@ def middle_block(
     core, phases, o, i, tile, layer, slices, scale,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """scale * B_layer between the virtual columns ``o`` of m and ``i`` of h (local, broadcast against each other), float32.
+    """scale * B_layer between virtual columns ``o`` of m and ``i`` of h of a tile, broadcast against each other, float32.
 
     Of a pair with phase re + i im: [[re u_re - im u_im, -(re u_im + im u_re)], [re u_im + im u_re, re u_re - im u_im]]. A
     block alone is the real part u_re with im = 0 in the half where it lies; the other half is padding and zero. Entries
@@ -86,8 +109,8 @@ def middle_block(
     local = o // (HALVES * C)
     group = tile * GROUPS + local
     groups = count_groups(slices, HALVES)
-    exists = (local < GROUPS) & (group < groups)
-    inside = exists & (local == i // (HALVES * R))
+    exists = (o >= 0) & (local < GROUPS) & (group < groups)
+    inside = exists & (i >= 0) & (local == i // (HALVES * R))
     at = phases + (layer * groups + group) * 2
     re = tl.load(at, mask=exists, other=0.0) * tl.cast(scale, tl.float32)
     entry = (o % C) * R + i % R

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+KERNELS = ("project", "project_back", "expand", "expand_back", "fused", "core_gradient")
 BY_COUNT = "not measured: chosen by count"
 
 
@@ -37,7 +38,7 @@ Rules = tuple[tuple[int | None, Config], ...]
 
 @dataclass(frozen=True)
 class Table:
-    """``rules[kernel, bytes of the dtype]`` for the kernels project, expand, fused and core_gradient.
+    """``rules[kernel, bytes of the dtype]`` for ``KERNELS``; fused is the same in both directions.
 
     ``fused_q`` and ``fused_flops`` limit the kernels of one launch: all groups in that many virtual columns, and no more
     than that many FLOPs for the h (or p) that every tile of columns computes again.
@@ -60,33 +61,42 @@ class Table:
 
 # float32 in ieee precision runs on the CUDA cores: accumulators and operands of a tile are registers, so tiles are small.
 _FLOAT32: dict[tuple[str, int], Rules] = {
-    ("project", 4): ((None, Config(32, 0, 32, 64, 4, 2)),),
-    ("expand", 4): ((None, Config(64, 64, 32, 0, 4, 3, programs=2, band=8)),),
-    ("fused", 4): ((None, Config(32, 64, 32, 128, 4, 2)),),
-    ("core_gradient", 4): ((None, Config(32, 0, 0, 64, 4, 2)),),
+    ("project", 4): ((None, Config(32, 0, 32, 64, 8, 3)),),
+    ("project_back", 4): ((None, Config(32, 0, 32, 64, 8, 3)),),
+    ("expand", 4): ((None, Config(64, 64, 32, 0, 8, 3, programs=2, band=8)),),
+    ("expand_back", 4): ((None, Config(64, 64, 32, 0, 8, 3, programs=2, band=8)),),
+    ("fused", 4): ((None, Config(32, 32, 16, 64, 8, 3)),),
+    ("core_gradient", 4): ((None, Config(32, 0, 0, 64, 8, 3)),),
 }
 
 # At most 99 KiB of shared memory, which every GPU since compute capability 8.0 gives a program.
 FALLBACK = Table(
     {
         ("project", 2): ((None, Config(64, 0, 64, 64, 4, 3)),),
+        ("project_back", 2): ((None, Config(64, 0, 64, 64, 4, 3)),),
         ("expand", 2): ((None, Config(128, 128, 32, 0, 8, 4, programs=1, band=8)),),
-        ("fused", 2): ((None, Config(64, 64, 32, 128, 4, 3)),),
+        ("expand_back", 2): ((None, Config(128, 128, 32, 0, 8, 4, programs=1, band=8)),),
+        ("fused", 2): ((None, Config(64, 128, 32, 128, 8, 3)),),
         ("core_gradient", 2): ((None, Config(64, 0, 0, 64, 4, 3)),),
         **_FLOAT32,
     }
 )
 
-# 132 multiprocessors: UNETR's 2,048 tokens are 32 tiles of 64 rows, times 4 to 7 tiles of groups of q = 384; 128 rows
-# would leave half of them idle. The wide product takes the tile with the most reuse that fills them.
+# 132 multiprocessors: UNETR's 2,048 tokens are 32 tiles of 64 rows, times the 7 tiles of 4 groups of q = 384; tiles twice
+# as high or wide would leave half of them idle. The wide product takes the tile with the most reuse that fills them.
 _HOPPER = Table(
     {
         ("project", 2): ((4096, Config(64, 0, 64, 64, 4, 4)), (None, Config(128, 0, 64, 128, 8, 3))),
+        ("project_back", 2): ((4096, Config(64, 0, 64, 64, 4, 4)), (None, Config(64, 0, 32, 128, 8, 4))),
         ("expand", 2): (
             (1024, Config(64, 128, 64, 0, 4, 4, programs=2, band=8)),
             (None, Config(128, 256, 64, 0, 8, 3, programs=1, band=8)),
         ),
-        ("fused", 2): ((1024, Config(64, 128, 64, 128, 8, 3)), (None, Config(128, 128, 64, 128, 8, 3))),
+        ("expand_back", 2): (
+            (1024, Config(64, 128, 64, 0, 4, 4, programs=2, band=8)),
+            (None, Config(128, 128, 64, 0, 8, 3, programs=2, band=8)),
+        ),
+        ("fused", 2): ((1024, Config(64, 128, 64, 128, 8, 3)), (None, Config(64, 256, 32, 128, 8, 4))),
         ("core_gradient", 2): ((None, Config(64, 0, 0, 64, 4, 4)),),
         **_FLOAT32,
     }

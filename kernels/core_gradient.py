@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import count_groups, first_column, group_columns, load_tile, slice_start
+from .blocks import count_groups, first_column, load_tile, slice_start, virtual_columns
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -29,14 +29,14 @@ def partial_gradient(
     total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     first = chunk * chunk_rows
     for t in range(first, tl.minimum(first + chunk_rows, tokens), BLOCK_T):
-        a = load_tile(p, p_start, t, c_column, tokens, slices * C, p_stride, 1, BLOCK_T, BLOCK_C, False)
-        b = load_tile(h, 0, t, r_column, tokens, slices * R, h_stride, 1, BLOCK_T, BLOCK_R, False)
+        a = load_tile(p, p_start, t, c_column, tokens, slices * C, p_stride, 1, BLOCK_T, BLOCK_C, False, True)
+        b = load_tile(h, 0, t, r_column, tokens, slices * R, h_stride, 1, BLOCK_T, BLOCK_R, False, True)
         total = tl.dot(a.T, b, total, input_precision=PRECISION)
-    o = tl.arange(0, BLOCK_C)[:, None]
-    i = tl.arange(0, BLOCK_R)[None, :]
+    o = virtual_columns(tile, c_column, C, HALVES, GROUPS, BLOCK_C)[:, None]
+    i = virtual_columns(tile, r_column, R, HALVES, GROUPS, BLOCK_R)[None, :]
     local = o // (HALVES * C)
     group = tile * GROUPS + local
-    inside = (local == i // (HALVES * R)) & (local < GROUPS) & (group < groups)
+    inside = (o >= 0) & (i >= 0) & (local == i // (HALVES * R)) & (local < GROUPS) & (group < groups)
     start = ((tl.zeros((), tl.int64) + chunk) * num_slices + j) * groups
     at = ((start + group) * (HALVES * C) + o % (HALVES * C)) * (HALVES * R) + i % (HALVES * R)
     tl.store(workspace + at, total, mask=inside)

@@ -2,13 +2,13 @@
 
 A program computes one tile of the result. It needs h (or p) of its tokens for all groups, so every tile of columns
 computes them again: (BLOCK_N + BLOCK_R) / BLOCK_N of the base product's work, against launches and round trips saved. The
-programs of the first tile of columns store them.
+programs of the first tile of columns store them. The one tile of groups is fetched from column 0, without padding.
 """
 
 import triton
 import triton.language as tl
 
-from .blocks import first_column, group_columns, load_tile, middle_block, slice_start, store_tile
+from .blocks import group_columns, load_tile, middle_block, slice_start, store_tile, virtual_columns
 
 
 @triton.jit(do_not_specialize=["tokens", "first_slice"])
@@ -32,7 +32,6 @@ def fused(
     j = within // columns_of_slice
     column = (within % columns_of_slice) * BLOCK_N
     weight_start = slice_start(j, out_features, DESCRIPTORS)
-    row_start = first_column(0, R, HALVES, GROUPS)
     base = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h_sum = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, in_features, BLOCK_K):
@@ -41,19 +40,19 @@ def fused(
             weight, weight_start, column, k, out_features, in_features, weight_row_stride, weight_column_stride,
             BLOCK_N, BLOCK_K, DESCRIPTORS,
         )  # fmt: skip
-        b = load_tile(row, 0, row_start, k, slices * R, in_features, row_stride, 1, BLOCK_R, BLOCK_K, DESCRIPTORS)
+        b = load_tile(row, 0, 0, k, slices * R, in_features, row_stride, 1, BLOCK_R, BLOCK_K, DESCRIPTORS)
         base = tl.dot(a, w.T, base, input_precision=PRECISION)
         h_sum = tl.dot(a, b.T, h_sum, input_precision=PRECISION)
-    columns, inside = group_columns(0, slices, R, HALVES, GROUPS, BLOCK_R)
+    columns, inside = group_columns(0, 0, slices, R, HALVES, GROUPS, BLOCK_R)
     h_tile = tl.where(inside[None, :], h_sum, 0.0).to(h.dtype.element_ty)
     store_tile(h, h_tile, 0, token, tl.where(within == 0, tokens, 0), columns, inside, h_stride, BLOCK_M)
 
-    o = tl.arange(0, BLOCK_C)[None, :]
-    i = tl.arange(0, BLOCK_R)[:, None]
+    o = virtual_columns(0, 0, C, HALVES, GROUPS, BLOCK_C)[None, :]
+    i = virtual_columns(0, 0, R, HALVES, GROUPS, BLOCK_R)[:, None]
     block = middle_block(core, phases, o, i, 0, first_slice + j, slices, scale, C, R, HALVES, GROUPS)
     m_tile = tl.dot(h_tile, block.to(h_tile.dtype), input_precision=PRECISION).to(h_tile.dtype)
     c = load_tile(
-        col, 0, column, first_column(0, C, HALVES, GROUPS), out_features, slices * C, col_stride, 1,
+        col, 0, column, 0, out_features, slices * C, col_stride, 1,
         BLOCK_N, BLOCK_C, DESCRIPTORS,
     )  # fmt: skip
     base = tl.dot(m_tile, c.T, base, input_precision=PRECISION)
@@ -82,10 +81,9 @@ def fused_back(
     token = (tl.program_id(0) // across) * BLOCK_M
     within = tl.program_id(0) % across
     column = within * BLOCK_N
-    col_start = first_column(0, C, HALVES, GROUPS)
-    columns, inside = group_columns(0, slices, C, HALVES, GROUPS, BLOCK_C)
-    o = tl.arange(0, BLOCK_C)[:, None]
-    i = tl.arange(0, BLOCK_R)[None, :]
+    columns, inside = group_columns(0, 0, slices, C, HALVES, GROUPS, BLOCK_C)
+    o = virtual_columns(0, 0, C, HALVES, GROUPS, BLOCK_C)[:, None]
+    i = virtual_columns(0, 0, R, HALVES, GROUPS, BLOCK_R)[None, :]
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in range(num_slices):
         p_sum = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -96,7 +94,7 @@ def fused_back(
                 weight, slice_start(j, out_features, DESCRIPTORS), k, column, out_features, in_features,
                 weight_row_stride, weight_column_stride, BLOCK_K, BLOCK_N, DESCRIPTORS,
             )  # fmt: skip
-            b = load_tile(col, 0, k, col_start, out_features, slices * C, col_stride, 1, BLOCK_K, BLOCK_C, DESCRIPTORS)
+            b = load_tile(col, 0, k, 0, out_features, slices * C, col_stride, 1, BLOCK_K, BLOCK_C, DESCRIPTORS)
             result = tl.dot(a, w, result, input_precision=PRECISION)
             p_sum = tl.dot(a, b, p_sum, input_precision=PRECISION)
         p_tile = tl.where(inside[None, :], p_sum, 0.0).to(p.dtype.element_ty)
@@ -105,7 +103,7 @@ def fused_back(
         block = middle_block(core, phases, o, i, 0, first_slice + j, slices, scale, C, R, HALVES, GROUPS)
         dh = tl.dot(p_tile, block.to(p_tile.dtype), input_precision=PRECISION).to(p_tile.dtype)
         r = load_tile(
-            row, 0, first_column(0, R, HALVES, GROUPS), column, slices * R, in_features, row_stride, 1,
+            row, 0, 0, column, slices * R, in_features, row_stride, 1,
             BLOCK_R, BLOCK_N, DESCRIPTORS,
         )  # fmt: skip
         result = tl.dot(dh, r, result, input_precision=PRECISION)

@@ -149,7 +149,7 @@ def fused_launch(
     config: Config, precision: str, descriptors: bool,
 ) -> Launch:  # fmt: skip
     """h and y in one launch, where all groups fit one tile."""
-    tiling = middle.tiling(config.block_q)
+    tiling = middle.whole()
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     out = col.shape[0]
     arguments = {
@@ -173,7 +173,7 @@ def fused_back_launch(
     config: Config, precision: str, descriptors: bool,
 ) -> Launch:  # fmt: skip
     """p and dx in one launch, where all groups fit one tile."""
-    tiling = middle.tiling(config.block_q)
+    tiling = middle.whole()
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     arguments = {
         "g": _operand(g, bm, bk, descriptors), "weight": _operand(weight, bk, bn, descriptors),

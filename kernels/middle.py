@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tcurlora_ext.maths.packing import MiddleBlocks, pair_blocks, single_blocks
 
-WIDEST_GROUP = 128  # virtual columns; one tile of a tensor core product with float32 accumulators in registers
+# Columns of a tile that holds one group. At 128 the accumulators and u of such a tile no longer fit the registers.
+WIDEST_GROUP = 64
 
 
 class Tiling(NamedTuple):
@@ -76,17 +77,27 @@ class Middle:
         return self.phases.shape[1]
 
     @property
-    def group_width(self) -> int:
-        """Virtual columns of a group, on its wider side."""
-        return self.halves * max(self.c, self.r)
+    def q(self) -> int:
+        """Columns of h or m, the wider of the two."""
+        return self.slices * max(self.c, self.r)
 
     @property
     def fits_a_tile(self) -> bool:
-        return self.group_width <= WIDEST_GROUP
+        return self._columns(1, max(self.c, self.r)) <= WIDEST_GROUP
+
+    def _columns(self, groups: int, width: int) -> int:
+        """Of a tile of groups with blocks ``width`` wide, fetched from a multiple of 8."""
+        return groups * self.halves * width + (7 if width % 8 else 0)
 
     def tiling(self, block_q: int) -> Tiling:
-        """As many whole groups as fit ``block_q`` virtual columns, at least one, at most all."""
-        groups = min(max(block_q // self.group_width, 1), self.groups)
+        """As many whole groups as fit ``block_q`` columns, at least one, at most all."""
+        widest = max(self.c, self.r)
+        room = block_q - self._columns(0, widest)
+        groups = min(max(room // (self.halves * widest), 1), self.groups)
         return Tiling(
-            groups, _power_of_two(groups * self.halves * self.c), _power_of_two(groups * self.halves * self.r)
+            groups, _power_of_two(self._columns(groups, self.c)), _power_of_two(self._columns(groups, self.r))
         )
+
+    def whole(self) -> Tiling:
+        """All groups, fetched from column 0."""
+        return Tiling(self.groups, _power_of_two(self.slices * self.c), _power_of_two(self.slices * self.r))

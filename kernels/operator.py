@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .configs import Table, table_for
+from .configs import KERNELS, Table, table_for
 from .middle import Middle
 from .wide import WideMiddle
 
@@ -89,7 +89,7 @@ class Call:
         self.device = device_of(data.device)
         self.table = self.device.table
         self.precision = precision()
-        self.configs = {kernel: self.table.config(kernel, self.dtype, self.tokens) for kernel, _ in self.table.rules}
+        self.configs = {kernel: self.table.config(kernel, self.dtype, self.tokens) for kernel in KERNELS}
         # The first coordinates of tiles of m, p, h and dh: rows of n slices.
         small = self.n * self.tokens < 2**31
         self.descriptors = self.device.descriptors and small and launch.describable(data, self.weight, col, row)
@@ -101,22 +101,16 @@ class Call:
 
     def fits_one_launch(self, depth: int, width: int) -> bool:
         """Whether all groups fit one tile, and what every tile of columns computes again is cheap; K and N of the base."""
-        config, middle = self.configs["fused"], self.middle
-        if not middle.fits_a_tile or middle.groups * middle.group_width > min(config.block_q, self.table.fused_q):
+        config, q = self.configs["fused"], self.middle.q
+        if q > min(config.block_q, self.table.fused_q):
             return False
-        again = 2.0 * self.tokens * depth * middle.groups * middle.group_width * -(-width // config.block_n)
-        return again <= self.table.fused_flops
+        return 2.0 * self.tokens * depth * q * -(-width // config.block_n) <= self.table.fused_flops
 
     @property
     def slice_descriptors(self) -> bool:
         """Descriptors where a tile of g must not reach into the next slice's columns."""
-        whole = all(self.col.shape[0] % self.configs[kernel].block_k == 0 for kernel in ("project", "fused"))
-        return self.columns_descriptors and (self.n == 1 or whole)
-
-    @property
-    def columns_descriptors(self) -> bool:
-        """Descriptors where tiles of col begin at virtual columns: multiples of c, which have to be 16 bytes aligned."""
-        return self.descriptors and self.middle.c * self.data.element_size() % 16 == 0
+        whole = all(self.col.shape[0] % self.configs[kernel].block_k == 0 for kernel in ("project_back", "fused"))
+        return self.descriptors and (self.n == 1 or whole)
 
 
 def forward(
@@ -147,7 +141,7 @@ def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
     if call.fits_one_launch(x.shape[1], y.shape[1]):
         launch.fused_launch(
             x, call.weight, bias, call.row, call.col, middle, h, y, call.configs["fused"], call.precision,
-            call.columns_descriptors,
+            call.descriptors,
         ).run()  # fmt: skip
         return
     m = call.padded(call.n, call.tokens, call.col.shape[1])
@@ -228,7 +222,7 @@ def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Te
         return p, dh
     if middle.fits_a_tile:
         launch.project_back_launch(
-            g, call.col, middle, p, dh, call.configs["project"], call.precision, call.slice_descriptors
+            g, call.col, middle, p, dh, call.configs["project_back"], call.precision, call.slice_descriptors
         ).run()
     else:
         p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))

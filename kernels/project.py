@@ -7,7 +7,16 @@ groups are the fast axis of the grid, so that programs that run together read th
 import triton
 import triton.language as tl
 
-from .blocks import count_groups, first_column, group_columns, load_tile, middle_block, slice_start, store_tile
+from .blocks import (
+    count_groups,
+    first_column,
+    group_columns,
+    load_tile,
+    middle_block,
+    slice_start,
+    store_tile,
+    virtual_columns,
+)
 
 
 @triton.jit(do_not_specialize=["tokens", "first_slice"])
@@ -29,16 +38,18 @@ def project(
     accumulator = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, in_features, BLOCK_K):
         a = load_tile(x, 0, token, k, tokens, in_features, x_stride, 1, BLOCK_M, BLOCK_K, DESCRIPTORS)
-        b = load_tile(row, 0, start, k, slices * R, in_features, row_stride, 1, BLOCK_R, BLOCK_K, DESCRIPTORS)
+        b = load_tile(row, 0, start, k, slices * R, in_features, row_stride, 1, BLOCK_R, BLOCK_K, DESCRIPTORS, True)
         accumulator = tl.dot(a, b.T, accumulator, input_precision=PRECISION)
-    columns, inside = group_columns(tile, slices, R, HALVES, GROUPS, BLOCK_R)
+    columns, inside = group_columns(tile, start, slices, R, HALVES, GROUPS, BLOCK_R)
     h_tile = tl.where(inside[None, :], accumulator, 0.0).to(h.dtype.element_ty)
     store_tile(h, h_tile, 0, token, tokens, columns, inside, h_stride, BLOCK_M)
 
-    columns, inside = group_columns(tile, slices, C, HALVES, GROUPS, BLOCK_C)
-    o = tl.arange(0, BLOCK_C)[None, :]
-    i = tl.arange(0, BLOCK_R)[:, None]
-    for j in range(num_slices):
+    i = virtual_columns(tile, start, R, HALVES, GROUPS, BLOCK_R)[:, None]
+    start = first_column(tile, C, HALVES, GROUPS)
+    o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)[None, :]
+    columns, inside = group_columns(tile, start, slices, C, HALVES, GROUPS, BLOCK_C)
+    # One stage: this loop's loads of u go to registers, staged copies of them would fill the shared memory.
+    for j in tl.range(0, num_slices, num_stages=1):
         block = middle_block(core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS)
         m_tile = tl.dot(h_tile, block.to(h_tile.dtype), input_precision=PRECISION)
         store_tile(m, m_tile, slice_start(j, tokens, False), token, tokens, columns, inside, m_stride, BLOCK_M)
@@ -61,20 +72,21 @@ def project_back(
     tile = tl.program_id(0) % tiles
     token = (tl.program_id(0) // tiles) * BLOCK_M
     start = first_column(tile, C, HALVES, GROUPS)
-    columns, inside = group_columns(tile, slices, C, HALVES, GROUPS, BLOCK_C)
-    o = tl.arange(0, BLOCK_C)[:, None]
-    i = tl.arange(0, BLOCK_R)[None, :]
+    dh_start = first_column(tile, R, HALVES, GROUPS)
+    columns, inside = group_columns(tile, start, slices, C, HALVES, GROUPS, BLOCK_C)
+    o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)[:, None]
+    i = virtual_columns(tile, dh_start, R, HALVES, GROUPS, BLOCK_R)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for j in range(num_slices):
         accumulator = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         end = (j + 1) * out_features
         for k in range(0, out_features, BLOCK_K):
             a = load_tile(g, 0, token, j * out_features + k, tokens, end, g_stride, 1, BLOCK_M, BLOCK_K, DESCRIPTORS)
-            b = load_tile(col, 0, k, start, out_features, slices * C, col_stride, 1, BLOCK_K, BLOCK_C, DESCRIPTORS)
+            b = load_tile(col, 0, k, start, out_features, slices * C, col_stride, 1, BLOCK_K, BLOCK_C, DESCRIPTORS, True)
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         p_tile = tl.where(inside[None, :], accumulator, 0.0).to(p.dtype.element_ty)
         store_tile(p, p_tile, slice_start(j, tokens, False), token, tokens, columns, inside, p_stride, BLOCK_M)
         block = middle_block(core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS)
         total = tl.dot(p_tile, block.to(p_tile.dtype), total, input_precision=PRECISION)
-    columns, inside = group_columns(tile, slices, R, HALVES, GROUPS, BLOCK_R)
+    columns, inside = group_columns(tile, dh_start, slices, R, HALVES, GROUPS, BLOCK_R)
     store_tile(dh, total, 0, token, tokens, columns, inside, dh_stride, BLOCK_M)
