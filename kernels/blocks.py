@@ -96,24 +96,23 @@ def group_columns(
 
 
 @triton.jit
-def middle_block(
-    core, phases, o, i, tile, layer, slices, scale,
+def _group_block(
+    core, phases, o, k, tile, layer, slices, scale,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """scale * B_layer between virtual columns ``o`` of m and ``i`` of h of a tile, broadcast against each other, float32.
+    """scale * B_layer from column ``k`` of a group of h to the virtual columns ``o`` of m in the same group, float32.
 
     Of a pair with phase re + i im: [[re u_re - im u_im, -(re u_im + im u_re)], [re u_im + im u_re, re u_re - im u_im]]. A
-    block alone is the real part u_re with im = 0 in the half where it lies; the other half is padding and zero. Entries
-    between different groups are zero. phases (S layers, groups, 2) float32.
+    block alone is the real part u_re with im = 0 in the half where it lies; the other half is padding.
     """
     local = o // (HALVES * C)
     group = tile * GROUPS + local
     groups = count_groups(slices, HALVES)
     exists = (o >= 0) & (local < GROUPS) & (group < groups)
-    inside = exists & (i >= 0) & (local == i // (HALVES * R))
+    inside = exists & (k < HALVES * R)
     at = phases + (layer * groups + group) * 2
     re = tl.load(at, mask=exists, other=0.0) * tl.cast(scale, tl.float32)
-    entry = (o % C) * R + i % R
+    entry = (o % C) * R + k % R
     if HALVES == 1:
         block = re * tl.load(core + group * (C * R) + entry, mask=inside, other=0.0)
     else:
@@ -123,6 +122,38 @@ def middle_block(
         u_re = tl.load(core + first * (C * R) + entry, mask=inside, other=0.0)
         u_im = tl.load(core + (first + 1) * (C * R) + entry, mask=inside & pair, other=0.0)
         # +1 below the diagonal of halves, -1 above it, 0 on it.
-        side = (o // C) % 2 - (i // R) % 2
+        side = (o // C) % 2 - (k // R) % 2
         block = tl.where(side == 0, re * u_re - im * u_im, side * (re * u_im + im * u_re))
     return block
+
+
+@triton.jit
+def middle_block(
+    core, phases, o, i, tile, layer, slices, scale,
+    C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BACKWARD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale * B_layer of a tile of groups: (o, i) in the backward form, (i, o) in the forward form, of type DTYPE.
+
+    ``o`` and ``i`` are the virtual columns of m and h, entries between different groups are zero. phases (S layers, groups,
+    2) float32. A dense tile of loads would need a pointer for each entry and spills; so the entries of one group, at most
+    BLOCK_G wide, are loaded and a product with a matrix of zeros and ones, which is exact, repeats them for every group.
+    """
+    k = tl.arange(0, BLOCK_G)
+    if BACKWARD:
+        group = _group_block(
+            core, phases, o[:, None], k[None, :], tile, layer, slices, scale, C, R, HALVES, GROUPS
+        )  # fmt: skip
+        spread = k[:, None] == (i % (HALVES * R))[None, :]
+        block = tl.dot(group.to(DTYPE), spread.to(DTYPE), input_precision=PRECISION)
+        same = (o // (HALVES * C))[:, None] == (i // (HALVES * R))[None, :]
+        own = (o >= 0)[:, None] & (i >= 0)[None, :]
+    else:
+        group = _group_block(
+            core, phases, o[None, :], k[:, None], tile, layer, slices, scale, C, R, HALVES, GROUPS
+        )  # fmt: skip
+        spread = (i % (HALVES * R))[:, None] == k[None, :]
+        block = tl.dot(spread.to(DTYPE), group.to(DTYPE), input_precision=PRECISION)
+        same = (i // (HALVES * R))[:, None] == (o // (HALVES * C))[None, :]
+        own = (i >= 0)[:, None] & (o >= 0)[None, :]
+    return tl.where(same & own, block, 0.0).to(DTYPE)

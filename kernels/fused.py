@@ -18,7 +18,7 @@ def fused(
     x_stride, weight_row_stride, weight_column_stride, row_stride, col_stride, h_stride, y_stride,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_G: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """y_j = x W_j^T + bias_j + m_j col^T (T, n*out) with m_j = scale h B_j^T, and h = x row^T (T, r*S).
 
@@ -47,10 +47,13 @@ def fused(
     h_tile = tl.where(inside[None, :], h_sum, 0.0).to(h.dtype.element_ty)
     store_tile(h, h_tile, 0, token, tl.where(within == 0, tokens, 0), columns, inside, h_stride, BLOCK_M)
 
-    o = virtual_columns(0, 0, C, HALVES, GROUPS, BLOCK_C)[None, :]
-    i = virtual_columns(0, 0, R, HALVES, GROUPS, BLOCK_R)[:, None]
-    block = middle_block(core, phases, o, i, 0, first_slice + j, slices, scale, C, R, HALVES, GROUPS)
-    m_tile = tl.dot(h_tile, block.to(h_tile.dtype), input_precision=PRECISION).to(h_tile.dtype)
+    o = virtual_columns(0, 0, C, HALVES, GROUPS, BLOCK_C)
+    i = virtual_columns(0, 0, R, HALVES, GROUPS, BLOCK_R)
+    block = middle_block(
+        core, phases, o, i, 0, first_slice + j, slices, scale, C, R, HALVES, GROUPS, BLOCK_G, False, h_tile.dtype,
+        PRECISION,
+    )  # fmt: skip
+    m_tile = tl.dot(h_tile, block, input_precision=PRECISION).to(h_tile.dtype)
     c = load_tile(
         col, 0, column, 0, out_features, slices * C, col_stride, 1,
         BLOCK_N, BLOCK_C, DESCRIPTORS,
@@ -69,7 +72,7 @@ def fused_back(
     g_stride, weight_row_stride, weight_column_stride, row_stride, col_stride, p_stride, dx_stride,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_G: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dx = sum_j g_j W_j + (scale p_j B_j) row (T, in) and p_j = g_j col (n, T, c*S).
 
@@ -82,8 +85,8 @@ def fused_back(
     within = tl.program_id(0) % across
     column = within * BLOCK_N
     columns, inside = group_columns(0, 0, slices, C, HALVES, GROUPS, BLOCK_C)
-    o = virtual_columns(0, 0, C, HALVES, GROUPS, BLOCK_C)[:, None]
-    i = virtual_columns(0, 0, R, HALVES, GROUPS, BLOCK_R)[None, :]
+    o = virtual_columns(0, 0, C, HALVES, GROUPS, BLOCK_C)
+    i = virtual_columns(0, 0, R, HALVES, GROUPS, BLOCK_R)
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in range(num_slices):
         p_sum = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -100,8 +103,11 @@ def fused_back(
         p_tile = tl.where(inside[None, :], p_sum, 0.0).to(p.dtype.element_ty)
         rows = tl.where(within == 0, tokens, 0)
         store_tile(p, p_tile, slice_start(j, tokens, False), token, rows, columns, inside, p_stride, BLOCK_M)
-        block = middle_block(core, phases, o, i, 0, first_slice + j, slices, scale, C, R, HALVES, GROUPS)
-        dh = tl.dot(p_tile, block.to(p_tile.dtype), input_precision=PRECISION).to(p_tile.dtype)
+        block = middle_block(
+            core, phases, o, i, 0, first_slice + j, slices, scale, C, R, HALVES, GROUPS, BLOCK_G, True, p_tile.dtype,
+            PRECISION,
+        )  # fmt: skip
+        dh = tl.dot(p_tile, block, input_precision=PRECISION).to(p_tile.dtype)
         r = load_tile(
             row, 0, 0, column, slices * R, in_features, row_stride, 1,
             BLOCK_R, BLOCK_N, DESCRIPTORS,

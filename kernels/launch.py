@@ -94,7 +94,7 @@ def project_launch(
     }  # fmt: skip
     constants = {
         **_groups(middle), "GROUPS": tiling.groups, "BLOCK_M": bm, "BLOCK_K": bk, "BLOCK_C": tiling.block_c,
-        "BLOCK_R": tiling.block_r, "PRECISION": precision, "DESCRIPTORS": descriptors,
+        "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g, "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
     programs = _cdiv(middle.groups, tiling.groups) * _cdiv(x.shape[0], bm)
     return Launch(project, programs, arguments, constants, config.num_warps, config.num_stages)
@@ -113,7 +113,7 @@ def project_back_launch(
     }  # fmt: skip
     constants = {
         **_groups(middle), "GROUPS": tiling.groups, "BLOCK_M": bm, "BLOCK_K": bk, "BLOCK_C": tiling.block_c,
-        "BLOCK_R": tiling.block_r, "PRECISION": precision, "DESCRIPTORS": descriptors,
+        "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g, "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
     programs = _cdiv(middle.groups, tiling.groups) * _cdiv(g.shape[0], bm)
     return Launch(project_back, programs, arguments, constants, config.num_warps, config.num_stages)
@@ -161,8 +161,8 @@ def fused_launch(
     }  # fmt: skip
     constants = {
         **_groups(middle), "GROUPS": tiling.groups, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk,
-        "BLOCK_C": tiling.block_c, "BLOCK_R": tiling.block_r, "HAS_BIAS": bias is not None, "PRECISION": precision,
-        "DESCRIPTORS": descriptors,
+        "BLOCK_C": tiling.block_c, "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g, "HAS_BIAS": bias is not None,
+        "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
     programs = _cdiv(x.shape[0], bm) * _cdiv(out, bn) * middle.num_slices
     return Launch(fused, programs, arguments, constants, config.num_warps, config.num_stages)
@@ -185,7 +185,7 @@ def fused_back_launch(
     }  # fmt: skip
     constants = {
         **_groups(middle), "GROUPS": tiling.groups, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk,
-        "BLOCK_C": tiling.block_c, "BLOCK_R": tiling.block_r, "PRECISION": precision, "DESCRIPTORS": descriptors,
+        "BLOCK_C": tiling.block_c, "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g, "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
     programs = _cdiv(g.shape[0], bm) * _cdiv(row.shape[1], bn)
     return Launch(fused_back, programs, arguments, constants, config.num_warps, config.num_stages)

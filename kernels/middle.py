@@ -16,11 +16,12 @@ WIDEST_GROUP = 64
 
 
 class Tiling(NamedTuple):
-    """A tile of whole groups: how many, and the powers of two that hold their columns of m and of h."""
+    """A tile of whole groups: how many, and the powers of two that hold their columns of m and of h, and one group of h."""
 
     groups: int
     block_c: int
     block_r: int
+    block_g: int
 
 
 @lru_cache(maxsize=256)
@@ -94,10 +95,13 @@ class Middle:
         widest = max(self.c, self.r)
         room = block_q - self._columns(0, widest)
         groups = min(max(room // (self.halves * widest), 1), self.groups)
-        return Tiling(
-            groups, _power_of_two(self._columns(groups, self.c)), _power_of_two(self._columns(groups, self.r))
-        )
+        return self._tiling(groups, self._columns(groups, self.c), self._columns(groups, self.r))
 
     def whole(self) -> Tiling:
         """All groups, fetched from column 0."""
-        return Tiling(self.groups, _power_of_two(self.slices * self.c), _power_of_two(self.slices * self.r))
+        return self._tiling(self.groups, self.slices * self.c, self.slices * self.r)
+
+    def _tiling(self, groups: int, columns_c: int, columns_r: int) -> Tiling:
+        return Tiling(
+            groups, _power_of_two(columns_c), _power_of_two(columns_r), _power_of_two(self.halves * self.r)
+        )

@@ -25,7 +25,7 @@ def project(
     x_stride, row_stride, h_stride, m_stride,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_G: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """h = x row^T (T, r*S), rounded to its dtype, and from it m_j = scale h B_j^T (n, T, c*S).
 
@@ -44,14 +44,17 @@ def project(
     h_tile = tl.where(inside[None, :], accumulator, 0.0).to(h.dtype.element_ty)
     store_tile(h, h_tile, 0, token, tokens, columns, inside, h_stride, BLOCK_M)
 
-    i = virtual_columns(tile, start, R, HALVES, GROUPS, BLOCK_R)[:, None]
+    i = virtual_columns(tile, start, R, HALVES, GROUPS, BLOCK_R)
     start = first_column(tile, C, HALVES, GROUPS)
-    o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)[None, :]
+    o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)
     columns, inside = group_columns(tile, start, slices, C, HALVES, GROUPS, BLOCK_C)
     # One stage: this loop's loads of u go to registers, staged copies of them would fill the shared memory.
     for j in tl.range(0, num_slices, num_stages=1):
-        block = middle_block(core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS)
-        m_tile = tl.dot(h_tile, block.to(h_tile.dtype), input_precision=PRECISION)
+        block = middle_block(
+            core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS, BLOCK_G, False, h_tile.dtype,
+            PRECISION,
+        )  # fmt: skip
+        m_tile = tl.dot(h_tile, block, input_precision=PRECISION)
         store_tile(m, m_tile, slice_start(j, tokens, False), token, tokens, columns, inside, m_stride, BLOCK_M)
 
 
@@ -61,7 +64,7 @@ def project_back(
     g_stride, col_stride, p_stride, dh_stride,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_G: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """p_j = g_j col (n, T, c*S), rounded to its dtype, and from it dh = scale sum_j p_j B_j (T, r*S).
 
@@ -74,8 +77,8 @@ def project_back(
     start = first_column(tile, C, HALVES, GROUPS)
     dh_start = first_column(tile, R, HALVES, GROUPS)
     columns, inside = group_columns(tile, start, slices, C, HALVES, GROUPS, BLOCK_C)
-    o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)[:, None]
-    i = virtual_columns(tile, dh_start, R, HALVES, GROUPS, BLOCK_R)[None, :]
+    o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)
+    i = virtual_columns(tile, dh_start, R, HALVES, GROUPS, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for j in range(num_slices):
         accumulator = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -86,7 +89,10 @@ def project_back(
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         p_tile = tl.where(inside[None, :], accumulator, 0.0).to(p.dtype.element_ty)
         store_tile(p, p_tile, slice_start(j, tokens, False), token, tokens, columns, inside, p_stride, BLOCK_M)
-        block = middle_block(core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS)
-        total = tl.dot(p_tile, block.to(p_tile.dtype), total, input_precision=PRECISION)
+        block = middle_block(
+            core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS, BLOCK_G, True, p_tile.dtype,
+            PRECISION,
+        )  # fmt: skip
+        total = tl.dot(p_tile, block, total, input_precision=PRECISION)
     columns, inside = group_columns(tile, dh_start, slices, R, HALVES, GROUPS, BLOCK_R)
     store_tile(dh, total, 0, token, tokens, columns, inside, dh_stride, BLOCK_M)
