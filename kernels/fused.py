@@ -88,7 +88,7 @@ def fused_back(
     o = virtual_columns(0, 0, C, HALVES, GROUPS, BLOCK_C)
     i = virtual_columns(0, 0, R, HALVES, GROUPS, BLOCK_R)
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for j in range(num_slices):
+    for j in tl.range(0, num_slices, num_stages=1, disable_licm=True):
         p_sum = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         end = (j + 1) * out_features
         for k in range(0, out_features, BLOCK_K):

@@ -43,6 +43,25 @@ class Launch:
         )
 
 
+# A tile spans at most 256 rows, and offsets within it are 32 bits wide.
+LONGEST_STRIDE = 2**22
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether vectors of 16 bytes can be loaded: bases, and the strides across the contiguous dimension. ValueError for
+    rows too far apart for the kernels' offsets."""
+    for t in tensors:
+        if max(t.stride()) > LONGEST_STRIDE:
+            raise ValueError(
+                f"a tensor {tuple(t.shape)} has strides {t.stride()}, the Triton kernels take at most {LONGEST_STRIDE:,}; "
+                "use backend='eager'"
+            )
+    return all(
+        min(t.stride()) <= 1 and max(t.stride()) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
 def describable(*tensors: Tensor) -> bool:
     """Whether tensor descriptors can address them: 16-byte aligned bases and row strides, contiguous rows, 32-bit sizes."""
     if TensorDescriptor is None:

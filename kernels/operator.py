@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .configs import KERNELS, Table, table_for
+from .configs import Config, Table, table_for
 from .middle import Middle
 from .wide import WideMiddle
 
@@ -29,10 +29,6 @@ class Device:
     name: str
     multiprocessors: int
     descriptors: bool
-
-    @property
-    def table(self) -> Table:
-        return table_for(self.name)
 
 
 @lru_cache(maxsize=64)
@@ -87,30 +83,32 @@ class Call:
         self.middle = Middle.of(core, first_slice, num_slices, scale, transform)
         self.wide = (core, first_slice, num_slices, scale, transform, data.dtype)
         self.device = device_of(data.device)
-        self.table = self.device.table
+        self.table: Table = table_for(self.device.name, launch.aligned(data, self.weight, self.col, self.row))
         self.precision = precision()
-        self.configs = {kernel: self.table.config(kernel, self.dtype, self.tokens) for kernel in KERNELS}
         # The first coordinates of tiles of m, p, h and dh: rows of n slices.
         small = self.n * self.tokens < 2**31
-        self.descriptors = self.device.descriptors and small and launch.describable(data, self.weight, col, row)
+        self.descriptors = self.device.descriptors and small and launch.describable(data, self.weight, self.col, self.row)
 
     def padded(self, *shape: int) -> Tensor:
         """Uninitialised, with rows 16 bytes aligned, so that a descriptor can address them."""
         width = -(-shape[-1] // 8) * 8
         return self.data.new_empty(*shape[:-1], width)[..., : shape[-1]]
 
-    def fits_one_launch(self, depth: int, width: int) -> bool:
-        """Whether all groups fit one tile, and what every tile of columns computes again is cheap; K and N of the base."""
-        config, q = self.configs["fused"], self.middle.q
-        if q > min(config.block_q, self.table.fused_q):
-            return False
-        return 2.0 * self.tokens * depth * q * -(-width // config.block_n) <= self.table.fused_flops
+    def config(self, kernel: str) -> Config:
+        return self.table.config(kernel, self.dtype, self.tokens)
 
-    @property
-    def slice_descriptors(self) -> bool:
+    def fits_one_launch(self, kernel: str, depth: int, width: int) -> bool:
+        """Whether all groups fit one tile, and what every tile of columns computes again is cheap; K and N of the base."""
+        q = self.middle.q
+        if q > self.table.fused_q:
+            return False
+        config = self.config(kernel)
+        again = 2.0 * self.tokens * depth * q * -(-width // config.block_n)
+        return q <= config.block_q and again <= self.table.fused_flops
+
+    def slice_descriptors(self, kernel: str) -> bool:
         """Descriptors where a tile of g must not reach into the next slice's columns."""
-        whole = all(self.col.shape[0] % self.configs[kernel].block_k == 0 for kernel in ("project_back", "fused"))
-        return self.descriptors and (self.n == 1 or whole)
+        return self.descriptors and (self.n == 1 or self.col.shape[0] % self.config(kernel).block_k == 0)
 
 
 def forward(
@@ -138,22 +136,22 @@ def forward(
 
 def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
     x, middle = call.data, call.middle
-    if call.fits_one_launch(x.shape[1], y.shape[1]):
+    if call.fits_one_launch("fused", x.shape[1], y.shape[1]):
         launch.fused_launch(
-            x, call.weight, bias, call.row, call.col, middle, h, y, call.configs["fused"], call.precision,
+            x, call.weight, bias, call.row, call.col, middle, h, y, call.config("fused"), call.precision,
             call.descriptors,
         ).run()  # fmt: skip
         return
     m = call.padded(call.n, call.tokens, call.col.shape[1])
     if middle.fits_a_tile:
         launch.project_launch(
-            x, call.row, middle, h, m, call.configs["project"], call.precision, call.descriptors
+            x, call.row, middle, h, m, call.config("project"), call.precision, call.descriptors
         ).run()
     else:
         torch.mm(x, call.row.T, out=h)
         m.copy_(WideMiddle(*call.wide).forward(h))
     launch.expand_launch(
-        x, call.weight, m, call.col, bias, y, call.n, False, call.configs["expand"], call.precision,
+        x, call.weight, m, call.col, bias, y, call.n, False, call.config("expand"), call.precision,
         call.descriptors, call.device.multiprocessors,
     ).run()  # fmt: skip
 
@@ -214,22 +212,22 @@ def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Te
     dh = call.padded(call.tokens, call.row.shape[0])
     if not call.tokens:
         return p, dh
-    if needs_x and not needs_dh and call.fits_one_launch(g.shape[1], dx.shape[1]):
+    if needs_x and not needs_dh and call.fits_one_launch("fused_back", g.shape[1], dx.shape[1]):
         launch.fused_back_launch(
-            g, call.weight, call.row, call.col, middle, p, dx, call.configs["fused"], call.precision,
-            call.slice_descriptors,
+            g, call.weight, call.row, call.col, middle, p, dx, call.config("fused_back"), call.precision,
+            call.slice_descriptors("fused_back"),
         ).run()  # fmt: skip
         return p, dh
     if middle.fits_a_tile:
         launch.project_back_launch(
-            g, call.col, middle, p, dh, call.configs["project_back"], call.precision, call.slice_descriptors
+            g, call.col, middle, p, dh, call.config("project_back"), call.precision, call.slice_descriptors("project_back")
         ).run()
     else:
         p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))
         dh.copy_(WideMiddle(*call.wide).backward(p))
     if needs_x:
         launch.expand_launch(
-            g, call.weight, dh[None], call.row, None, dx, 1, True, call.configs["expand"], call.precision,
+            g, call.weight, dh[None], call.row, None, dx, 1, True, call.config("expand_back"), call.precision,
             call.descriptors, call.device.multiprocessors,
         ).run()  # fmt: skip
     return p, dh
@@ -243,7 +241,7 @@ def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
         return WideMiddle(*call.wide).core_gradient(p, h)
     gradient = torch.empty_like(call.middle.core)
     for stage in launch.core_gradient_launches(
-        p, h, call.middle, gradient, call.configs["core_gradient"], call.precision
+        p, h, call.middle, gradient, call.config("core_gradient"), call.precision
     ):
         stage.run()
     return gradient

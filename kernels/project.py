@@ -49,7 +49,7 @@ def project(
     o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)
     columns, inside = group_columns(tile, start, slices, C, HALVES, GROUPS, BLOCK_C)
     # One stage: this loop's loads of u go to registers, staged copies of them would fill the shared memory.
-    for j in tl.range(0, num_slices, num_stages=1):
+    for j in tl.range(0, num_slices, num_stages=1, disable_licm=True):
         block = middle_block(
             core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS, BLOCK_G, False, h_tile.dtype,
             PRECISION,
@@ -80,7 +80,7 @@ def project_back(
     o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)
     i = virtual_columns(tile, dh_start, R, HALVES, GROUPS, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for j in range(num_slices):
+    for j in tl.range(0, num_slices, num_stages=1, disable_licm=True):
         accumulator = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         end = (j + 1) * out_features
         for k in range(0, out_features, BLOCK_K):
