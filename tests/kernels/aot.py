@@ -1,21 +1,26 @@
-"""Compiles kernels for a GPU that need not be there, and reads what came out. Not for a process that interprets Triton."""
+"""Compiles kernels for a GPU that need not be there, and reads what came out. A process of its own: ``aot.py PART PARTS``."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
+from cases import DTYPES, Spec, specs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tcurlora_ext.kernels import launch
 from tcurlora_ext.kernels.launch import Launch, TensorDescriptor
+from tcurlora_ext.kernels.middle import Middle
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -33,17 +38,17 @@ class Compiled:
     transposed: list[str] = field(default_factory=list)  # transpositions of a value that comes from a dot
 
 
-def source_of(launch: Launch) -> Any:
+def source_of(one: Launch) -> Any:
     """What Triton would compile for this launch: the types and the divisibility of its arguments."""
     signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(launch.constants)
+    constants: dict[str, Any] = dict(one.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    for index, parameter in enumerate(launch.kernel.params):
+    for index, parameter in enumerate(one.kernel.params):
         name = parameter.name
-        if name in launch.constants:
+        if name in one.constants:
             signature[name] = "constexpr"
             continue
-        value, specialise = launch.arguments[name], not parameter.do_not_specialize
+        value, specialise = one.arguments[name], not parameter.do_not_specialize
         divisible = False
         if value is None or (type(value) is int and value == 1 and specialise):
             signature[name], constants[name] = "constexpr", value
@@ -60,14 +65,17 @@ def source_of(launch: Launch) -> Any:
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    return ASTSource(one.kernel, signature, constants, attributes)
 
 
-def compile_for(launch: Launch, capability: int) -> Compiled:
+def compile_for(one: Launch, capability: int) -> Compiled:
     """Compile for ``capability`` (80, 90) and look into the result."""
+    return _compile(source_of(one), capability, one.num_warps, one.num_stages)
+
+
+def _compile(source: Any, capability: int, num_warps: int, num_stages: int) -> Compiled:
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(source_of(launch), target=target, options=options)
+    kernel = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -199,5 +207,73 @@ def transposed_dots(module: str) -> list[str]:
     return [line for operand, line in flow.transpositions if operand in reached]
 
 
-def compile_all(launches: list[tuple[str, Launch, int]], workers: int) -> dict[str, Compiled]:
-    raise NotImplementedError(json.dumps(len(launches)))
+def launches_of(spec: Spec) -> list[Launch]:
+    """The launches of a case on tensors without memory, as the operator makes them."""
+    dtype, n = DTYPES[spec.dtype], spec.n
+    one_tile = spec.kernel in ("fused", "fused_back")
+    slices = spec.whole if one_tile else spec.S
+    middle = Middle.of(torch.zeros(slices, spec.c, spec.r), 0, n, 0.5, spec.transform)
+    middle = replace(middle, core=middle.core.to("meta"), phases=middle.phases.to("meta"))
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def padded(*shape: int) -> torch.Tensor:
+        return new(*shape[:-1], -(-shape[-1] // 8) * 8)[..., : shape[-1]]
+
+    x, weight, bias = new(spec.T, spec.in_), new(n * spec.out, spec.in_), new(n * spec.out)
+    col, row, h = new(spec.out, spec.c * slices), new(spec.r * slices, spec.in_), new(spec.T, spec.r * slices)
+    m, dh, y, dx = padded(n, spec.T, spec.c * slices), padded(spec.T, spec.r * slices), new(spec.T, n * spec.out), x
+    config, how = spec.config, (spec.precision, spec.descriptors)
+    if spec.kernel == "project":
+        return [launch.project_launch(x, row, middle, h, m, config, *how)]
+    if spec.kernel == "project_back":
+        return [launch.project_back_launch(y, col, middle, m, dh, config, *how)]
+    if spec.kernel == "expand":
+        return [launch.expand_launch(x, weight, m, col, bias, y, n, False, config, *how, 132)]
+    if spec.kernel == "expand_back":
+        return [launch.expand_launch(y, weight, dh[None], row, None, dx, 1, True, config, *how, 132)]
+    if spec.kernel == "fused":
+        return [launch.fused_launch(x, weight, bias, row, col, middle, h, y, config, *how)]
+    if spec.kernel == "fused_back":
+        return [launch.fused_back_launch(y, weight, row, col, middle, m, dx, config, *how)]
+    return list(launch.core_gradient_launches(m, h, middle, middle.core, config, spec.precision))
+
+
+def main(part: int, parts: int) -> None:
+    """Compile every ``parts``-th case and print a line of JSON for each."""
+    for spec in specs()[part::parts]:
+        compiled = [asdict(compile_for(one, spec.capability)) for one in launches_of(spec)]
+        print(json.dumps({"name": spec.name, "compiled": compiled}), flush=True)
+    if part == 0:
+        for name, kernel in (("transposed", transposed_result), ("spilling", spilling)):
+            signature = {"x": "*bf16", "y": "*bf16"}
+            compiled = [asdict(_compile(ASTSource(kernel, signature, {}, {(0,): ALIGNED, (1,): ALIGNED}), 90, 4, 1))]
+            print(json.dumps({"name": name, "compiled": compiled}), flush=True)
+
+
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@triton.jit
+def transposed_result(x, y):
+    """A product of the transpose of a product: what no kernel may contain."""
+    i = tl.arange(0, 64)
+    at = i[:, None] * 64 + i[None, :]
+    a = tl.load(x + at)
+    product = tl.dot(a, a).to(tl.bfloat16)
+    tl.store(y + at, tl.dot(tl.trans(product), a).to(tl.bfloat16))
+
+
+@triton.jit
+def spilling(x, y):
+    """An accumulator of 256 x 256 numbers in the registers of 128 threads."""
+    i = tl.arange(0, 256)
+    k = tl.arange(0, 16)
+    a = tl.load(x + i[:, None] * 16 + k[None, :])
+    b = tl.load(x + k[:, None] * 256 + i[None, :])
+    tl.store(y + i[:, None] * 256 + i[None, :], tl.dot(a, b).to(tl.bfloat16))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
