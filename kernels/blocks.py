@@ -1,7 +1,7 @@
 """What the kernels share: masked tiles, virtual columns, and B_l built in registers. Jit functions only.
 
-Notation of docs/maths.md: h (T, r*S), m and p (n, T, c*S) with n fused slices, u the core (S, c, r) in float32. HALVES is
-2 for the DFT (a group has a real and an imaginary half) and 1 for the DCT; a tile holds GROUPS whole groups.
+Notation of docs/maths.md: h (T, r*S), m and p (n, T, c*S) with n fused slices, u the core (S, c, r) in float32. HALVES
+is 2 for the DFT (a group has a real and an imaginary half) and 1 for the DCT; a tile holds GROUPS whole groups.
 """
 
 import triton
@@ -11,11 +11,7 @@ import triton.language as tl
 @triton.jit
 def slice_start(index, rows, DESCRIPTORS: tl.constexpr):
     """index * rows: 64 bits wide for pointers, 32 for the coordinates of a tensor descriptor."""
-    if DESCRIPTORS:
-        start = index * rows
-    else:
-        start = (tl.zeros((), tl.int64) + index) * rows
-    return start
+    return index * rows if DESCRIPTORS else (tl.zeros((), tl.int64) + index) * rows
 
 
 @triton.jit
@@ -25,9 +21,10 @@ def load_tile(
 ):  # fmt: skip
     """source[start + row :, column :] as (ROWS, COLUMNS), zero outside of 0 <= row < rows and 0 <= column < columns.
 
-    Only a tile in virtual columns, SHIFTED, begins below 0. ``source`` is a tensor descriptor, whose hardware fills the zeros, or a pointer. A descriptor knows the bounds of the
-    whole tensor only: rows of the next slice, beyond start + rows, are read as they are. Offsets are 64 bits wide between
-    tiles and 32 within one, in half the registers: strides stay below 2^22 elements.
+    Only a tile in virtual columns, SHIFTED, begins below 0. ``source`` is a tensor descriptor, whose hardware fills the
+    zeros, or a pointer. A descriptor knows the bounds of the whole tensor only: rows of the next slice, beyond start +
+    rows, are read as they are. Offsets are 64 bits wide between tiles and 32 within one, in half the registers: strides
+    stay below 2^22 elements.
     """
     if DESCRIPTOR:
         tile = source.load([start + row, column])
@@ -48,16 +45,14 @@ def store_tile(target, tile, start, row, rows, columns, inside, row_stride, ROWS
     i = tl.arange(0, ROWS)
     origin = (tl.zeros((), tl.int64) + start + row) * row_stride
     mask = (row + i < rows)[:, None] & inside[None, :]
-    tl.store(target + origin + (i[:, None] * row_stride + columns[None, :]), tile.to(target.dtype.element_ty), mask=mask)
+    tl.store(
+        target + origin + (i[:, None] * row_stride + columns[None, :]), tile.to(target.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit
 def count_groups(slices, HALVES: tl.constexpr):
-    if HALVES == 2:
-        groups = slices // 2 + 1
-    else:
-        groups = slices
-    return groups
+    return slices // 2 + 1 if HALVES == 2 else slices
 
 
 @triton.jit
@@ -77,9 +72,7 @@ def first_column(tile, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.con
 
 
 @triton.jit
-def virtual_columns(
-    tile, start, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
-):
+def virtual_columns(tile, start, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """Virtual columns (BLOCK,), counted from the tile's first, of a tile fetched from column ``start``."""
     return start - first_virtual(tile, WIDTH, HALVES, GROUPS) + tl.arange(0, BLOCK)
 
@@ -102,8 +95,8 @@ def _group_block(
 ):  # fmt: skip
     """scale * B_layer from column ``k`` of a group of h to the virtual columns ``o`` of m in the same group, float32.
 
-    Of a pair with phase re + i im: [[re u_re - im u_im, -(re u_im + im u_re)], [re u_im + im u_re, re u_re - im u_im]]. A
-    block alone is the real part u_re with im = 0 in the half where it lies; the other half is padding.
+    Of a pair with phase re + i im: [[re u_re - im u_im, -(re u_im + im u_re)], [re u_im + im u_re, re u_re - im u_im]].
+    A block alone is the real part u_re with im = 0 in the half where it lies; the other half is padding.
     """
     local = o // (HALVES * C)
     group = tile * GROUPS + local
@@ -135,9 +128,10 @@ def middle_block(
 ):  # fmt: skip
     """scale * B_layer of a tile of groups: (o, i) in the backward form, (i, o) in the forward form, of type DTYPE.
 
-    ``o`` and ``i`` are the virtual columns of m and h, entries between different groups are zero. phases (S layers, groups,
-    2) float32. A dense tile of loads would need a pointer for each entry and spills; so the entries of one group, at most
-    BLOCK_G wide, are loaded and a product with a matrix of zeros and ones, which is exact, repeats them for every group.
+    ``o`` and ``i`` are the virtual columns of m and h, entries between different groups are zero. phases (S layers,
+    groups, 2) float32. A dense tile of loads would need a pointer for each entry and spills; so the entries of one
+    group, at most BLOCK_G wide, are loaded, and a product with a matrix of zeros and ones, which is exact, repeats them
+    for every group.
     """
     k = tl.arange(0, BLOCK_G)
     if BACKWARD:

@@ -1,4 +1,4 @@
-"""Tile sizes: a frozen table per GPU and a fallback, chosen by kernel, dtype and number of tokens. Nothing is tuned here.
+"""Tile sizes: a frozen table per GPU and a fallback, chosen by kernel, dtype and tokens. Nothing is tuned here.
 
 No entry is measured yet. ``basis`` of an entry says what it rests on.
 """
@@ -41,8 +41,8 @@ KERNELS = ("project", "project_back", "expand", "expand_back", "fused", "fused_b
 class Table:
     """``rules[kernel, bytes of the dtype]`` for ``KERNELS``.
 
-    ``fused_q`` and ``fused_flops`` limit the kernels of one launch: all groups in that many columns, and no more than that
-    many FLOPs for the h (or p) that every tile of columns computes again.
+    ``fused_q`` and ``fused_flops`` limit the kernels of one launch: all groups in that many columns, and no more than
+    that many FLOPs for the h (or p) that every tile of columns computes again.
     """
 
     rules: dict[tuple[str, int], Rules]
@@ -68,7 +68,8 @@ def _of(itemsize: int, rules: dict[str, Rules]) -> dict[tuple[str, int], Rules]:
     return {(kernel, itemsize): rule for kernel, rule in rules.items()}
 
 
-# float32 in ieee precision runs on the CUDA cores: accumulators and operands of a tile are registers, so tiles are small.
+# float32 in ieee precision runs on the CUDA cores: accumulators and operands of a tile are registers, so tiles are
+# small.
 _FLOAT32 = _of(
     4,
     _always(
@@ -94,7 +95,8 @@ _SMALL = _always(
 )
 FALLBACK = Table({**_of(2, _SMALL), **_FLOAT32})
 
-# Rows that are not 16 bytes aligned (an odd width): every element is loaded alone, with a pointer of its own in registers.
+# Rows that are not 16 bytes aligned (an odd width): every element is loaded alone, with a pointer of its own in
+# registers.
 _ODD = _always(
     project=Config(64, 0, 32, 64, 8, 2),
     project_back=Config(64, 0, 32, 64, 8, 2),
@@ -111,8 +113,9 @@ _ODD_FLOAT32 = _always(
 )
 UNALIGNED = Table({**_of(2, _ODD), **_of(4, _ODD_FLOAT32)}, fused_q=0)
 
-# 132 multiprocessors: UNETR's 2,048 tokens are 32 tiles of 64 rows, times the 7 tiles of 4 groups of q = 384; tiles twice
-# as high or wide would leave half of them idle. The wide product takes the tile with the most reuse that fills them.
+# 132 multiprocessors: UNETR's 2,048 tokens are 32 tiles of 64 rows, times the 7 tiles of 4 groups of q = 384; tiles
+# twice as high or wide would leave half of them idle. The wide product takes the tile with the most reuse that fills
+# them.
 _HOPPER = Table(
     {
         **_of(

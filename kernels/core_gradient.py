@@ -49,8 +49,8 @@ def reduce_gradient(
 ):  # fmt: skip
     """Stage 2: the core's gradient (S, c, r) float32 from the workspace of stage 1, chunks and slices in their order.
 
-    With A = D_re,re + D_im,im and B = D_im,re - D_re,im of a slice's summed block D: du_re = scale sum_j re_j A + im_j B and
-    du_im = scale sum_j re_j B - im_j A. Of a block alone one half is padding, im = 0 and only du_re exists.
+    With A = D_re,re + D_im,im and B = D_im,re - D_re,im of a slice's summed block D: du_re = scale sum_j re_j A + im_j
+    B and du_im = scale sum_j re_j B - im_j A. Of a block alone one half is padding, im = 0 and only du_re exists.
     """
     groups = count_groups(slices, HALVES)
     parts = tl.cdiv(C * R, BLOCK)

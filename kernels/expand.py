@@ -37,13 +37,15 @@ def expand(
 ):  # fmt: skip
     """result = [a, inner] [b, factor]^T + bias: one product whose K runs over two segments. Persistent.
 
-    forward    y_j = [x, m_j] [W_j, col]^T + bias_j    a = x (T, in), b = W (n*out, in), inner = m (n, T, c*S), factor = col
-    backward   dx = [g, dh] [W; row]                   a = g (T, n*out), b = W (n*out, in), inner = dh (T, r*S), factor = row
+    forward    y_j = [x, m_j] [W_j, col]^T + bias_j    a = x (T, in)       inner = m (n, T, c*S)    factor = col
+    backward   dx = [g, dh] [W; row]                   a = g (T, n*out)    inner = dh (T, r*S)      factor = row
 
-    ``width`` is the width of a slice of the result (out, or in), ``depth`` and ``inner_depth`` the two K segments. A tile
-    of columns never straddles two slices. Tiles go in bands of BAND rows of tiles, so that programs that run together
-    share their rows of a and columns of b in L2. a, b, inner, factor: pointers, or descriptors of (BLOCK_M, BLOCK_K) for a
-    and inner and (BLOCK_N, BLOCK_K), in the backward form (BLOCK_K, BLOCK_N), for b and factor.
+    b is W (n*out, in) in both.
+
+    ``width`` is the width of a slice of the result (out, or in), ``depth`` and ``inner_depth`` the two K segments. A
+    tile of columns never straddles two slices. Tiles go in bands of BAND rows of tiles, so that programs that run
+    together share their rows of a and columns of b in L2. a, b, inner, factor: pointers, or descriptors of (BLOCK_M,
+    BLOCK_K) for a and inner and (BLOCK_N, BLOCK_K), in the backward form (BLOCK_K, BLOCK_N), for b and factor.
     """
     rows = tl.cdiv(tokens, BLOCK_M)
     columns = tl.cdiv(width, BLOCK_N)
@@ -62,8 +64,8 @@ def expand(
             a_stride, b_row_stride, b_column_stride, BLOCK_M, BLOCK_N, BLOCK_K, BACKWARD, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         accumulator = _segment(
-            accumulator, inner, factor, slice_start(j, tokens, DESCRIPTORS), token, 0, column, tokens, width, inner_depth,
-            inner_stride, factor_stride, 1, BLOCK_M, BLOCK_N, BLOCK_K, BACKWARD, PRECISION, DESCRIPTORS,
+            accumulator, inner, factor, slice_start(j, tokens, DESCRIPTORS), token, 0, column, tokens, width,
+            inner_depth, inner_stride, factor_stride, 1, BLOCK_M, BLOCK_N, BLOCK_K, BACKWARD, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         n = column + tl.arange(0, BLOCK_N)
         if HAS_BIAS:

@@ -1,8 +1,8 @@
 """Everything of a layer in one launch, where all groups fit one tile. Jit functions only.
 
 A program computes one tile of the result. It needs h (or p) of its tokens for all groups, so every tile of columns
-computes them again: (BLOCK_N + BLOCK_R) / BLOCK_N of the base product's work, against launches and round trips saved. The
-programs of the first tile of columns store them. The one tile of groups is fetched from column 0, without padding.
+computes them again: (BLOCK_N + BLOCK_R) / BLOCK_N of the base product's work, against launches and round trips saved.
+The programs of the first tile of columns store them. The one tile of groups is fetched from column 0, without padding.
 """
 
 import triton

@@ -1,8 +1,9 @@
 """One function a kernel: its arguments, grid and configuration as a :class:`Launch`, which ``run`` hands to Triton.
 
-Shapes: x (T, in), g (T, n*out), weight (n*out, in), col (out, c*S), row (r*S, in), h and dh (T, r*S), m and p (n, T, c*S).
-Rows of x, g, col, row, h, dh, m, p are contiguous (last stride 1), rows may be any distance apart; the weight may have any
-strides. ``descriptors`` says that tiles are fetched through tensor descriptors; :func:`describable` says where they can.
+Shapes: x (T, in), g (T, n*out), weight (n*out, in), col (out, c*S), row (r*S, in), h and dh (T, r*S), m and p (n, T,
+c*S). Rows of x, g, col, row, h, dh, m, p are contiguous (last stride 1), rows may be any distance apart; the weight may
+have any strides. ``descriptors`` says that tiles are fetched through tensor descriptors; :func:`describable` says where
+they can.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ LONGEST_STRIDE = 2**22
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether vectors of 16 bytes can be loaded: bases, and the strides across the contiguous dimension. ValueError for
-    rows too far apart for the kernels' offsets."""
+    """Whether vectors of 16 bytes can be loaded: aligned bases and strides across the contiguous dimension.
+
+    ValueError for rows too far apart for the kernels' offsets.
+    """
     for t in tensors:
         if max(t.stride()) > LONGEST_STRIDE:
             raise ValueError(
-                f"a tensor {tuple(t.shape)} has strides {t.stride()}, the Triton kernels take at most {LONGEST_STRIDE:,}; "
-                "use backend='eager'"
+                f"a tensor {tuple(t.shape)} has strides {t.stride()}, the Triton kernels take at most "
+                f"{LONGEST_STRIDE:,}; use backend='eager'"
             )
     return all(
         min(t.stride()) <= 1 and max(t.stride()) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
@@ -63,7 +66,7 @@ def aligned(*tensors: Tensor) -> bool:
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can address them: 16-byte aligned bases and row strides, contiguous rows, 32-bit sizes."""
+    """Whether tensor descriptors can address them: 16-byte aligned bases and row strides, 32-bit sizes."""
     if TensorDescriptor is None:
         return False
     return all(
@@ -204,7 +207,8 @@ def fused_back_launch(
     }  # fmt: skip
     constants = {
         **_groups(middle), "GROUPS": tiling.groups, "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk,
-        "BLOCK_C": tiling.block_c, "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g, "PRECISION": precision, "DESCRIPTORS": descriptors,
+        "BLOCK_C": tiling.block_c, "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g,
+        "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
     programs = _cdiv(g.shape[0], bm) * _cdiv(row.shape[1], bn)
     return Launch(fused_back, programs, arguments, constants, config.num_warps, config.num_stages)

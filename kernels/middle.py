@@ -16,7 +16,7 @@ WIDEST_GROUP = 64
 
 
 class Tiling(NamedTuple):
-    """A tile of whole groups: how many, and the powers of two that hold their columns of m and of h, and one group of h."""
+    """A tile of whole groups: how many, and the powers of two that hold its columns of m, of h, and of a group."""
 
     groups: int
     block_c: int
@@ -102,6 +102,4 @@ class Middle:
         return self._tiling(self.groups, self.slices * self.c, self.slices * self.r)
 
     def _tiling(self, groups: int, columns_c: int, columns_r: int) -> Tiling:
-        return Tiling(
-            groups, _power_of_two(columns_c), _power_of_two(columns_r), _power_of_two(self.halves * self.r)
-        )
+        return Tiling(groups, _power_of_two(columns_c), _power_of_two(columns_r), _power_of_two(self.halves * self.r))

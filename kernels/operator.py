@@ -1,7 +1,7 @@
 """Forward and backward of a TCUR layer through the Triton kernels, with the contract of operator/eager.py.
 
-Shapes: x (..., in); weight (n*out, in), n slices stacked by rows; col (out, c*S); core (S, c, r); row (r*S, in). float32,
-float16 and bfloat16; the core in any floating dtype. Arguments are taken as checked.
+Shapes: x (..., in); weight (n*out, in), n slices stacked by rows; col (out, c*S); core (S, c, r); row (r*S, in).
+float32, float16 and bfloat16; the core in any floating dtype. Arguments are taken as checked.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def precision() -> str:
     if hasattr(matmul, "fp32_precision"):  # torch 2.9; asking in the old way raises once the new one was used
         setting = matmul.fp32_precision
         if setting == "none":
-            setting = torch.backends.fp32_precision
+            setting = getattr(torch.backends, "fp32_precision", "none")
         return "tf32" if setting == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
 
@@ -87,7 +87,9 @@ class Call:
         self.precision = precision()
         # The first coordinates of tiles of m, p, h and dh: rows of n slices.
         small = self.n * self.tokens < 2**31
-        self.descriptors = self.device.descriptors and small and launch.describable(data, self.weight, self.col, self.row)
+        self.descriptors = (
+            self.device.descriptors and small and launch.describable(data, self.weight, self.col, self.row)
+        )
 
     def padded(self, *shape: int) -> Tensor:
         """Uninitialised, with rows 16 bytes aligned, so that a descriptor can address them."""
@@ -98,7 +100,10 @@ class Call:
         return self.table.config(kernel, self.dtype, self.tokens)
 
     def fits_one_launch(self, kernel: str, depth: int, width: int) -> bool:
-        """Whether all groups fit one tile, and what every tile of columns computes again is cheap; K and N of the base."""
+        """Whether all groups fit one tile, and what every tile of columns computes again is cheap.
+
+        ``depth`` and ``width`` are K and N of the base product.
+        """
         q = self.middle.q
         if q > self.table.fused_q:
             return False
@@ -144,9 +149,7 @@ def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
         return
     m = call.padded(call.n, call.tokens, call.col.shape[1])
     if middle.fits_a_tile:
-        launch.project_launch(
-            x, call.row, middle, h, m, call.config("project"), call.precision, call.descriptors
-        ).run()
+        launch.project_launch(x, call.row, middle, h, m, call.config("project"), call.precision, call.descriptors).run()
     else:
         torch.mm(x, call.row.T, out=h)
         m.copy_(WideMiddle(*call.wide).forward(h))
@@ -220,7 +223,14 @@ def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Te
         return p, dh
     if middle.fits_a_tile:
         launch.project_back_launch(
-            g, call.col, middle, p, dh, call.config("project_back"), call.precision, call.slice_descriptors("project_back")
+            g,
+            call.col,
+            middle,
+            p,
+            dh,
+            call.config("project_back"),
+            call.precision,
+            call.slice_descriptors("project_back"),
         ).run()
     else:
         p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))

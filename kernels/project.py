@@ -51,8 +51,8 @@ def project(
     # One stage: this loop's loads of u go to registers, staged copies of them would fill the shared memory.
     for j in tl.range(0, num_slices, num_stages=1, disable_licm=True):
         block = middle_block(
-            core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS, BLOCK_G, False, h_tile.dtype,
-            PRECISION,
+            core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS, BLOCK_G, False,
+            h_tile.dtype, PRECISION,
         )  # fmt: skip
         m_tile = tl.dot(h_tile, block, input_precision=PRECISION)
         store_tile(m, m_tile, slice_start(j, tokens, False), token, tokens, columns, inside, m_stride, BLOCK_M)
@@ -85,7 +85,9 @@ def project_back(
         end = (j + 1) * out_features
         for k in range(0, out_features, BLOCK_K):
             a = load_tile(g, 0, token, j * out_features + k, tokens, end, g_stride, 1, BLOCK_M, BLOCK_K, DESCRIPTORS)
-            b = load_tile(col, 0, k, start, out_features, slices * C, col_stride, 1, BLOCK_K, BLOCK_C, DESCRIPTORS, True)
+            b = load_tile(
+                col, 0, k, start, out_features, slices * C, col_stride, 1, BLOCK_K, BLOCK_C, DESCRIPTORS, True
+            )
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         p_tile = tl.where(inside[None, :], accumulator, 0.0).to(p.dtype.element_ty)
         store_tile(p, p_tile, slice_start(j, tokens, False), token, tokens, columns, inside, p_stride, BLOCK_M)

@@ -1,7 +1,7 @@
 """The middle product in batched products of PyTorch: for groups too wide for one tile, and for rare gradients.
 
-A group of more than 64 columns (r or c above 32 for the DFT) is a matrix that a library product fills. Shapes: h (T, r*S),
-m and p (n, T, c*S), core (S, c, r).
+A group of more than 64 columns (r or c above 32 for the DFT) is a matrix that a library product fills. Shapes:
+h (T, r*S), m and p (n, T, c*S), core (S, c, r).
 """
 
 from __future__ import annotations

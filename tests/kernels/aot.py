@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that need not be there, and reads what came out. A process of its own: ``aot.py PART PARTS``."""
+"""Compiles kernels for a GPU that need not be there and reads what came out. Run as ``aot.py PART PARTS``."""
 
 from __future__ import annotations
 

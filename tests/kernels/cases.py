@@ -1,4 +1,4 @@
-"""Which kernels are compiled with which configurations, sizes and GPUs. Imports no Triton, so that any process may ask."""
+"""Which kernels are compiled with which configurations, sizes and GPUs. Imports no Triton: any process may ask."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 class Spec:
     """One compilation: ``index`` is the configuration's place among those of the kernel in its table.
 
-    T tokens, n slices of out x in, a stack of S slices, core blocks c x r; the fused kernels take ``whole`` slices in one
-    tile. ``descriptors``: tiles through tensor descriptors.
+    T tokens, n slices of out x in, a stack of S slices, core blocks c x r; the fused kernels take ``whole`` slices in
+    one tile. ``descriptors``: tiles through tensor descriptors.
     """
 
     table: str
