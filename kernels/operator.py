@@ -1,0 +1,263 @@
+"""Forward and backward of a TCUR layer through the Triton kernels, with the contract of operator/eager.py.
+
+Shapes: x (..., in); weight (n*out, in), n slices stacked by rows; col (out, c*S); core (S, c, r); row (r*S, in).
+float32, float16 and bfloat16; the core in any floating dtype. Arguments are taken as checked.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .configs import Config, Table, table_for
+from .middle import Middle
+from .wide import WideMiddle
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch depends on. ``descriptors``: the hardware has a tensor copy engine."""
+
+    name: str
+    multiprocessors: int
+    descriptors: bool
+
+
+@lru_cache(maxsize=64)
+def device_of(device: torch.device) -> Device:
+    """The GPU, or for a tensor on the CPU a small one that Triton's interpreter plays."""
+    if device.type != "cuda":
+        return Device("Triton's interpreter", 3, True)
+    properties = torch.cuda.get_device_properties(device)
+    copies = properties.major >= 9 and torch.version.hip is None
+    return Device(properties.name, properties.multi_processor_count, copies)
+
+
+def precision() -> str:
+    """What float32 products round their factors to, by PyTorch's setting for CUDA: "tf32", or not at all ("ieee")."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; asking in the old way raises once the new one was used
+        setting = matmul.fp32_precision
+        if setting == "none":
+            setting = getattr(torch.backends, "fp32_precision", "none")
+        return "tf32" if setting == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    """(..., width) -> (T, width) with contiguous rows."""
+    matrix = tensor.detach().reshape(-1, tensor.shape[-1])
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _check_dtype(tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(f"x is {tensor.dtype}, the Triton kernels compute in {names}; use backend='eager'")
+
+
+class Call:
+    """The operands of one call, and how its kernels run."""
+
+    def __init__(
+        self, data: Tensor, weight: Tensor, col: Tensor, core: Tensor, row: Tensor, first_slice: int, num_slices: int,
+        scale: float, transform: str,
+    ) -> None:  # fmt: skip
+        _check_dtype(data)
+        self.data, self.weight, self.n = data, weight.detach(), num_slices
+        self.col, self.row = _rows_of(col), _rows_of(row)
+        self.tokens, self.dtype = data.shape[0], data.dtype
+        self.middle = Middle.of(core, first_slice, num_slices, scale, transform)
+        self.wide = (core, first_slice, num_slices, scale, transform, data.dtype)
+        self.device = device_of(data.device)
+        self.table: Table = table_for(self.device.name, launch.aligned(data, self.weight, self.col, self.row))
+        self.precision = precision()
+        # The first coordinates of tiles of m, p, h and dh: rows of n slices.
+        small = self.n * self.tokens < 2**31
+        self.descriptors = (
+            self.device.descriptors and small and launch.describable(data, self.weight, self.col, self.row)
+        )
+
+    def padded(self, *shape: int) -> Tensor:
+        """Uninitialised, with rows 16 bytes aligned, so that a descriptor can address them."""
+        width = -(-shape[-1] // 8) * 8
+        return self.data.new_empty(*shape[:-1], width)[..., : shape[-1]]
+
+    def config(self, kernel: str) -> Config:
+        return self.table.config(kernel, self.dtype, self.tokens)
+
+    def fits_one_launch(self, kernel: str, depth: int, width: int) -> bool:
+        """Whether all groups fit one tile, and what every tile of columns computes again is cheap.
+
+        ``depth`` and ``width`` are K and N of the base product.
+        """
+        q = self.middle.q
+        if q > self.table.fused_q:
+            return False
+        config = self.config(kernel)
+        again = 2.0 * self.tokens * depth * q * -(-width // config.block_n)
+        return q <= config.block_q and again <= self.table.fused_flops
+
+    def slice_descriptors(self, kernel: str) -> bool:
+        """Descriptors where a tile of g must not reach into the next slice's columns."""
+        return self.descriptors and (self.n == 1 or self.col.shape[0] % self.config(kernel).block_k == 0)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    col: Tensor,
+    core: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    transform: str,
+) -> tuple[Tensor, Tensor]:
+    """y (..., n*out) and h (T, r*S)."""
+    x2 = _rows_of(x)
+    call = Call(x2, weight, col, core, row, first_slice, num_slices, scale, transform)
+    y = x2.new_empty(x2.shape[0], weight.shape[0])
+    h = x2.new_empty(x2.shape[0], row.shape[0])
+    if call.tokens:
+        with _on(x2):
+            _forward(call, None if bias is None else bias.detach().contiguous(), y, h)
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
+    x, middle = call.data, call.middle
+    if call.fits_one_launch("fused", x.shape[1], y.shape[1]):
+        launch.fused_launch(
+            x, call.weight, bias, call.row, call.col, middle, h, y, call.config("fused"), call.precision,
+            call.descriptors,
+        ).run()  # fmt: skip
+        return
+    m = call.padded(call.n, call.tokens, call.col.shape[1])
+    if middle.fits_a_tile:
+        launch.project_launch(x, call.row, middle, h, m, call.config("project"), call.precision, call.descriptors).run()
+    else:
+        torch.mm(x, call.row.T, out=h)
+        m.copy_(WideMiddle(*call.wide).forward(h))
+    launch.expand_launch(
+        x, call.weight, m, call.col, bias, y, call.n, False, call.config("expand"), call.precision,
+        call.descriptors, call.device.multiprocessors,
+    ).run()  # fmt: skip
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    col: Tensor,
+    core: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    needs: list[bool],
+    transform: str,
+) -> Gradients:
+    """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no.
+
+    Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
+    """
+    needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
+    empty = g.new_empty(0)
+    dx, dweight, dbias, dcol, drow = empty, empty, empty, empty, empty
+    dcore = core.new_empty(0)
+    g2 = _rows_of(g)
+    x2 = None if x is None else _rows_of(x)
+    if needs_weight:
+        dweight = g2.T @ _required(x2, "x")
+    if needs_bias:
+        dbias = g2.sum(0)
+    if not (needs_x or needs_col or needs_core or needs_row):
+        return dx, dweight, dbias, dcol, dcore, drow
+    call = Call(g2, weight, col, core, row, first_slice, num_slices, scale, transform)
+    if needs_x:
+        dx = g2.new_empty(call.tokens, row.shape[1])
+    if needs_core or needs_col:
+        h = _required(x2, "x or h") @ row.T if h is None else _rows_of(h)
+    with _on(g2):
+        p, dh = _backward(call, dx, needs_x, needs_row)
+        if needs_core:
+            dcore = _core_gradient(call, p, _required(h, "h")).to(core.dtype)
+    if needs_col:
+        m = WideMiddle(*call.wide).forward(_required(h, "h"))
+        dcol = g2.unflatten(1, (num_slices, -1)).permute(2, 1, 0).flatten(1) @ m.flatten(0, 1)
+    if needs_row:
+        drow = dh.T @ _required(x2, "x")
+    if needs_x:
+        dx = dx.view(*g.shape[:-1], row.shape[1])
+    return dx, dweight, dbias, dcol, dcore, drow
+
+
+def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Tensor, Tensor]:
+    """p (n, T, c*S) and, where needed, dh (T, r*S); fills ``dx`` (T, in)."""
+    g, middle = call.data, call.middle
+    p = call.padded(call.n, call.tokens, call.col.shape[1])
+    dh = call.padded(call.tokens, call.row.shape[0])
+    if not call.tokens:
+        return p, dh
+    if needs_x and not needs_dh and call.fits_one_launch("fused_back", g.shape[1], dx.shape[1]):
+        launch.fused_back_launch(
+            g, call.weight, call.row, call.col, middle, p, dx, call.config("fused_back"), call.precision,
+            call.slice_descriptors("fused_back"),
+        ).run()  # fmt: skip
+        return p, dh
+    if middle.fits_a_tile:
+        launch.project_back_launch(
+            g,
+            call.col,
+            middle,
+            p,
+            dh,
+            call.config("project_back"),
+            call.precision,
+            call.slice_descriptors("project_back"),
+        ).run()
+    else:
+        p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))
+        dh.copy_(WideMiddle(*call.wide).backward(p))
+    if needs_x:
+        launch.expand_launch(
+            g, call.weight, dh[None], call.row, None, dx, 1, True, call.config("expand_back"), call.precision,
+            call.descriptors, call.device.multiprocessors,
+        ).run()  # fmt: skip
+    return p, dh
+
+
+def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
+    """(S, c, r) float32."""
+    if not call.tokens:
+        return torch.zeros_like(call.middle.core)
+    if not call.middle.fits_a_tile:
+        return WideMiddle(*call.wide).core_gradient(p, h)
+    gradient = torch.empty_like(call.middle.core)
+    for stage in launch.core_gradient_launches(
+        p, h, call.middle, gradient, call.config("core_gradient"), call.precision
+    ):
+        stage.run()
+    return gradient
+
+
+def _required(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"{name} was not saved for this gradient")
+    return tensor

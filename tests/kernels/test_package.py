@@ -1,0 +1,78 @@
+"""The kernels' package without Triton: what it imports, its tables, and the phases it puts in memory."""
+
+from __future__ import annotations
+
+import cmath
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tcurlora_ext.kernels import configs
+from tcurlora_ext.kernels.middle import WIDEST_GROUP, Middle, phase_table
+
+IMPORTS = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import tcurlora_ext, tcurlora_ext.kernels, tcurlora_ext.kernels.configs, tcurlora_ext.kernels.middle
+"""
+
+
+def test_the_package_imports_without_triton() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("name", [*configs.TABLES, "another GPU", "unaligned rows"])
+def test_every_kernel_has_a_configuration_for_any_number_of_tokens(name: str) -> None:
+    table = configs.table_for(name, aligned=name != "unaligned rows")
+    kernels = {kernel for kernel, _ in table.rules}
+    assert kernels == {k for k in configs.KERNELS if table.fused_q or not k.startswith("fused")}
+    for (kernel, itemsize), rules in table.rules.items():
+        limits = [limit for limit, _ in rules]
+        assert limits[-1] is None
+        assert all(isinstance(limit, int) for limit in limits[:-1])
+        dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+        for tokens in (1, 1024, 1025, 2**20):
+            assert table.config(kernel, dtype, tokens) in table.configs(kernel, itemsize)
+
+
+def test_no_entry_claims_a_measurement() -> None:
+    tables = (*configs.TABLES.values(), configs.FALLBACK, configs.UNALIGNED)
+    assert {c.basis for t in tables for rules in t.rules.values() for _, c in rules} == {configs.BY_COUNT}
+
+
+@pytest.mark.parametrize("S", [1, 2, 3, 6, 7, 12])
+def test_phases_are_those_of_the_definition(S: int) -> None:
+    """w exp(2 pi i k l / S) of frequency k in layer l; the entries of the DCT matrix."""
+    cpu = torch.device("cpu")
+    table = phase_table(S, "dft", cpu)
+    assert table.dtype == torch.float32
+    assert table.shape == (S, S // 2 + 1, 2)
+    for layer in range(S):
+        for k in range(S // 2 + 1):
+            alone = k == 0 or 2 * k == S
+            right = cmath.exp(2j * math.pi * k * layer / S) * math.sqrt((1 if alone else 2) / S)
+            assert complex(*table[layer, k].tolist()) == pytest.approx(right, abs=1e-6)
+            dct = math.cos(math.pi / S * k * (layer + 0.5)) * math.sqrt((1 if k == 0 else 2) / S)
+            assert phase_table(S, "dct", cpu)[layer, k].tolist() == pytest.approx([dct, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("transform", ["dft", "dct"])
+@pytest.mark.parametrize(("S", "c", "r"), [(1, 1, 1), (48, 8, 8), (7, 3, 5), (6, 20, 32), (500, 1, 2)])
+def test_a_tile_holds_whole_groups_and_what_lies_before_them(S: int, c: int, r: int, transform: str) -> None:
+    middle = Middle.of(torch.zeros(S, c, r), 0, 1, 1.0, transform)
+    assert middle.fits_a_tile is (middle.halves * max(c, r) + (7 if max(c, r) % 8 else 0) <= WIDEST_GROUP)
+    for block_q in (16, 64, 128):
+        tiling = middle.tiling(block_q)
+        assert 1 <= tiling.groups <= middle.groups
+        for width, block in ((c, tiling.block_c), (r, tiling.block_r)):
+            assert block & (block - 1) == 0
+            for tile in range(-(-middle.groups // tiling.groups)):
+                first = tile * tiling.groups * middle.halves * width - (middle.halves - 1) * width
+                start = first // 8 * 8
+                assert first + tiling.groups * middle.halves * width <= start + block
+        if middle.fits_a_tile and block_q >= WIDEST_GROUP:
+            assert max(tiling.block_c, tiling.block_r) <= block_q
