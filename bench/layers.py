@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import TINY, UNETR, Layer
-from bench.variants import Forward, Inputs, check, trained, variants
+from bench.variants import Forward, Inputs, check, tcur_call, trained, variants
 from tcurlora_ext.segmentation.artifacts import write_csv
 
 
@@ -61,10 +61,10 @@ def training_step(forward: Forward, inputs: Inputs, wanted: list[Tensor]) -> Non
     torch.autograd.grad(forward(inputs), wanted, inputs.g)
 
 
-def repeat(forward: Forward, inputs: Inputs, calls: int) -> None:
-    """So many forward calls."""
+def repeat(call: Callable[[], Tensor], calls: int) -> None:
+    """So many calls."""
     for _ in range(calls):
-        forward(inputs)
+        call()
 
 
 def measure(layer: Layer, dtype: torch.dtype, device: torch.device, rounds: int) -> list[dict[str, Any]]:
@@ -98,13 +98,20 @@ def measure(layer: Layer, dtype: torch.dtype, device: torch.device, rounds: int)
 
 
 def host_times(device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Time of one forward call on tiny inputs whose tensors ask for gradients, in us: what the host does for a call."""
+    """Time of one forward call on tiny inputs whose tensors ask for gradients, in us: what the host does for a call.
+
+    Of tCUR the registered operator, of the others what a module calls.
+    """
     inputs = Inputs.random(TINY, torch.float32, device)
+    forwards = {
+        name: tcur_call(name.split()[1], inputs) if name.startswith("tcur") else partial(forward, inputs)
+        for name, forward in variants(device).items()
+    }
     calls, rows = 500, []
-    taken: dict[str, list[float]] = {name: [] for name in variants(device)}
+    taken: dict[str, list[float]] = {name: [] for name in forwards}
     for _ in range(rounds):
-        for name, forward in variants(device).items():
-            taken[name].append(1e6 / calls * seconds(partial(repeat, forward, inputs, calls), device))
+        for name, forward in forwards.items():
+            taken[name].append(1e6 / calls * seconds(partial(repeat, forward, calls), device))
     for name, times in taken.items():
         rows.append({"variant": name, "median_us": f"{statistics.median(times):.1f}", "least_us": f"{min(times):.1f}"})
     return rows

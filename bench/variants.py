@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,16 +74,16 @@ def lora(inputs: Inputs) -> Tensor:
     return linear(inputs.x, inputs.weight, inputs.bias) + linear(linear(inputs.x, down), up)
 
 
+def tcur_call(backend: str, inputs: Inputs) -> Callable[[], Tensor]:
+    """The operator with these arguments, by one of the backends."""
+    i = inputs
+    tensors = (i.x, i.weight, i.bias, i.col, i.core, i.row)
+    return partial(torch.ops.tcurlora.linear.default, *tensors, 0, i.layer.slices, 1.0, "dft", backend)
+
+
 def tcur_of(backend: str) -> Forward:
     """The adapter by one of its backends."""
-
-    def forward(inputs: Inputs) -> Tensor:
-        i = inputs
-        return torch.ops.tcurlora.linear.default(
-            i.x, i.weight, i.bias, i.col, i.core, i.row, 0, i.layer.slices, 1.0, "dft", backend
-        )
-
-    return forward
+    return lambda inputs: tcur_call(backend, inputs)()
 
 
 def variants(device: torch.device) -> dict[str, Forward]:
