@@ -73,12 +73,12 @@ def _of(itemsize: int, rules: dict[str, Rules]) -> dict[tuple[str, int], Rules]:
 _FLOAT32 = _of(
     4,
     _always(
-        project=Config(32, 0, 32, 64, 8, 3),
-        project_back=Config(32, 0, 32, 64, 8, 3),
+        project=Config(32, 0, 16, 32, 8, 3),
+        project_back=Config(32, 0, 16, 32, 8, 3),
         expand=Config(64, 64, 32, 0, 8, 3, programs=2, band=8),
-        expand_back=Config(64, 64, 32, 0, 8, 3, programs=2, band=8),
-        fused=Config(32, 32, 16, 64, 8, 3),
-        fused_back=Config(32, 32, 16, 64, 8, 3),
+        expand_back=Config(32, 64, 16, 0, 8, 3, programs=2, band=8),
+        fused=Config(16, 32, 16, 64, 8, 3),
+        fused_back=Config(16, 32, 16, 64, 8, 3),
         core_gradient=Config(32, 0, 0, 64, 8, 3),
     ),
 )
@@ -122,7 +122,7 @@ _HOPPER = Table(
             2,
             {
                 "project": ((4096, Config(64, 0, 64, 64, 4, 4)), (None, Config(128, 0, 64, 128, 8, 3))),
-                "project_back": ((4096, Config(64, 0, 64, 64, 4, 4)), (None, Config(64, 0, 32, 128, 8, 4))),
+                "project_back": ((4096, Config(64, 0, 64, 64, 8, 4)), (None, Config(64, 0, 32, 128, 8, 4))),
                 "expand": (
                     (1024, Config(64, 128, 64, 0, 4, 4, programs=2, band=8)),
                     (None, Config(128, 256, 64, 0, 8, 3, programs=1, band=8)),
