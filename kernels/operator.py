@@ -178,8 +178,8 @@ def backward(
     Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
     """
     needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
-    empty = g.new_empty(0)
-    dx, dweight, dbias, dcol, drow = empty, empty, empty, empty, empty
+    # Of their own: outputs of an operator must not share memory.
+    dx, dweight, dbias, dcol, drow = (g.new_empty(0) for _ in range(5))
     dcore = core.new_empty(0)
     g2 = _rows_of(g)
     x2 = None if x is None else _rows_of(x)

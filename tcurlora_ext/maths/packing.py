@@ -231,8 +231,9 @@ class MiddleBlocks:
     def core_gradient(self, single: Tensor, pair: Tensor) -> Tensor:
         """The gradient of the core (S, c, r) from those of ``single`` and ``pair``: the phases taken back."""
         _, c, r = self.core_shape
-        gradient = single.new_empty(self.core_shape)
-        gradient[self.single_at] = (self._single * single).sum(0)
+        alone = (self._single * single).sum(0)
+        gradient = alone.new_empty(self.core_shape)
+        gradient[self.single_at] = alone
         a = pair[..., :c, :r] + pair[..., c:, r:]
         b = pair[..., c:, :r] - pair[..., :c, r:]
         real = (self._cos * a + self._sin * b).sum(0)

@@ -347,3 +347,18 @@ def test_float32_products_follow_the_setting_of_pytorch(setting: str, expected: 
     torch.set_float32_matmul_precision(setting)
     assert operator.precision() == expected
     torch.set_float32_matmul_precision(before)
+
+
+def test_the_registered_operators_with_this_backend() -> None:
+    """Schemas, fakes and autograd by opcheck; outputs must not share memory, whatever gradients are asked for."""
+    case = build(S=6, n=2, backend="triton").to(torch.float32)
+    torch.library.opcheck(torch.ops.tcurlora.linear.default, case.training("x", "core").arguments)
+    y, h = torch.ops.tcurlora.forward(*case.arguments)
+    first, n, scale, transform, backend = case.arguments[6:]
+    arguments = {
+        "g": torch.randn_like(y), "x": case.x, "h": h, "weight": case.weight, "col": case.col, "core": case.core,
+        "row": case.row, "first_slice": first, "num_slices": n, "scale": scale, "transform": transform,
+        "backend": backend,
+    }  # fmt: skip
+    for needs in (ALL, [True, False, False, False, True, False], [False] * 6):
+        torch.library.opcheck(torch.ops.tcurlora.backward.default, (), arguments | {"needs": needs})

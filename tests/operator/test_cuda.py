@@ -77,6 +77,16 @@ def test_tensors_of_another_than_the_current_device(case: Any) -> None:
             assert_close(found.cpu(), right.cpu(), rtol=0, atol=0)
 
 
+def test_nothing_of_the_size_of_a_weight_is_allocated(make_case: Callable[..., Any]) -> None:
+    """64 tokens of a 2,048 x 2,048 layer: the outputs and what lies between are a tenth of a weight."""
+    case = make_case(S=4, out=2048, in_=2048, c=4, r=4, leading=(64,)).to(torch.float16).training("x", "core")
+    training(case)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    training(case)
+    assert torch.cuda.max_memory_allocated() - before < 2 * 2048 * 2048 / 2
+
+
 def test_offsets_beyond_32_bits(make_case: Callable[..., Any]) -> None:
     """m (T, n, c*S) of more than 2^31 numbers: 90 million tokens of 24; the last rows are those of a short call."""
     tokens, last = 90_000_000, 100

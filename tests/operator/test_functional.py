@@ -69,7 +69,7 @@ def test_whole_numbers_are_refused(make_case: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", ["weight", "bias", "col", "row", "core"])
 def test_a_wrong_device_is_named(make_case: Callable[..., Any], name: str) -> None:
     case = make_case()
-    with pytest.raises(ValueError, match=f"{name} is on meta, expected cpu as x"):
+    with pytest.raises(ValueError, match=f"{name} is on meta, expected {case.x.device} as x"):
         call(case.replaced(**{name: getattr(case, name).to("meta")}))
 
 

@@ -154,7 +154,10 @@ def test_a_zero_core_gives_the_base_output_bit_for_bit(
     case = make_case(S=4, out=33, in_=65, n=2, leading=leading, bias=bias).to(dtype)
     case = case.replaced(core=torch.zeros_like(case.core))
     base = torch.nn.functional.linear(case.x, case.weight, case.bias)
-    assert torch.equal(call(case), base)
+    if case.x.is_cuda and case.backend != "eager":  # the base is accumulated onto the adapter, or tiled otherwise
+        assert_close(call(case), base)
+    else:
+        assert torch.equal(call(case), base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -253,6 +256,24 @@ def test_the_core_gradient_of_half_precision_is_summed_in_float32(make_case: Cal
     case = case.replaced(x=ones(case.x), col=ones(case.col), row=ones(case.row))
     (gradient,) = torch.autograd.grad(call(case).sum(), case.core)
     assert float(gradient) == 4096.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("core", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_core_of_any_dtype_gets_a_gradient_of_its_own(
+    make_case: Callable[..., Any], dtype: torch.dtype, core: torch.dtype
+) -> None:
+    """Wider or narrower than the data."""
+    case = make_case(S=6, n=2).to(dtype, core).training("x", "core")
+    right = case.to(torch.float64, torch.float64).replaced(backend="eager").training("x", "core")
+    call(case).sum().backward()
+    call(right).sum().backward()
+    for name in ("x", "core"):
+        found, wanted = getattr(case, name).grad, getattr(right, name).grad
+        assert found.dtype == getattr(case, name).dtype
+        # A few roundings of the shorter of the two dtypes.
+        limit = 20 * max(torch.finfo(dtype).eps, torch.finfo(core).eps)
+        assert (found.double() - wanted).norm() <= limit * wanted.norm()
 
 
 def test_factors_of_the_identity_transform_are_not_for_the_operator(make_case: Callable[..., Any]) -> None:
