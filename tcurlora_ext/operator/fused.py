@@ -1,4 +1,4 @@
-"""The Triton kernels as an implementation of the operators: arguments as in eager.py, checked before any kernel."""
+"""The Triton kernels as an implementation of the operators, with the arguments of eager.py."""
 
 from __future__ import annotations
 
@@ -23,30 +23,16 @@ def forward(
     col: Tensor,
     core: Tensor,
     row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    transform: str,
+    first: int,
+    n: int,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., n*out) and h (T, r*S). Raises ValueError where the tensors do not fit together."""
-    eager.check(x, weight, bias, col, core, row, num_slices)
-    eager.check_slices(core.shape[0], first_slice, num_slices)
-    return _kernels().forward(x, weight, bias, col, core, row, first_slice, num_slices, scale, transform)
+    """As eager.forward. Raises ValueError where the tensors do not fit together, before any kernel is launched."""
+    eager.check(x, weight, bias, col, core, row, n)
+    eager.check_slices(core.shape[0], first, n)
+    return _kernels().forward(x, weight, bias, col, core, row, first, n, *rest)
 
 
-def backward(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Tensor,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    needs: list[bool],
-    transform: str,
-) -> eager.Gradients:
-    """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no."""
-    return _kernels().backward(g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform)
+def backward(*arguments: Any) -> eager.Gradients:
+    """As eager.backward."""
+    return _kernels().backward(*arguments)

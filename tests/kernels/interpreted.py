@@ -19,7 +19,6 @@ import pytest
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcurlora_ext.kernels import configs, launch, operator
 from tcurlora_ext.operator import eager
@@ -40,7 +39,8 @@ def _cases() -> ModuleType:
     return module
 
 
-build = _cases().build
+operator_cases = _cases()
+build, LargestNew = operator_cases.build, operator_cases.LargestNew
 ALL = [True] * 6
 NAMES = ("x", "weight", "bias", "col", "core", "row")
 
@@ -290,25 +290,6 @@ def test_the_core_gradient_of_half_precision_is_summed_in_float32() -> None:
     case = build(S=1, out=1, in_=1, c=1, r=1, leading=(4096,), scale=1.0).to(torch.float16)
     case = case.replaced(**{name: torch.ones_like(getattr(case, name)) for name in ("x", "col", "row")})
     assert float(run(operator, case, torch.ones(4096, 1).half())[6]) == 4096.0
-
-
-class LargestNew(TorchDispatchMode):
-    """The most elements of any tensor made inside that does not share memory with one made before."""
-
-    def __init__(self, *known: Tensor | None) -> None:
-        super().__init__()
-        self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
-        self.kept: list[Any] = []  # or the memory, and with it the address, would be used again
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                self.kept.append(tensor)
-                self.known.add(tensor.untyped_storage().data_ptr())
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("n", [1, 3])

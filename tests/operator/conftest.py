@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcurlora_ext.maths import packing, reference
 from tcurlora_ext.operator.available import missing
@@ -108,6 +109,30 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason:
         pytest.skip(reason)
     return request.param
+
+
+class LargestNew(TorchDispatchMode):
+    """The most elements of any tensor made inside that does not share memory with one made before."""
+
+    def __init__(self, *known: Tensor | None) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
+        self.kept: list[Any] = []  # or the memory, and with it the address, would be used again
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.kept.append(tensor)
+                self.known.add(tensor.untyped_storage().data_ptr())
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.fixture(scope="session")
+def largest_new() -> type[LargestNew]:
+    return LargestNew
 
 
 @pytest.hookimpl(wrapper=True)

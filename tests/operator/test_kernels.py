@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcurlora_ext.maths import packing
 from tcurlora_ext.operator import eager
@@ -171,39 +170,22 @@ def test_the_same_call_twice_gives_the_same_bits(make_case: Callable[..., Any], 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-class LargestNew(TorchDispatchMode):
-    """The most elements of any tensor made inside that does not share memory with one made before."""
-
-    def __init__(self, *known: Tensor | None) -> None:
-        super().__init__()
-        self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
-        self.kept: list[Any] = []  # or the memory, and with it the address, would be used again
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                self.kept.append(tensor)
-                self.known.add(tensor.untyped_storage().data_ptr())
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("n", [1, 3])
-def test_no_tensor_of_the_size_of_a_weight_is_made(make_case: Callable[..., Any], n: int) -> None:
+def test_no_tensor_of_the_size_of_a_weight_is_made(
+    make_case: Callable[..., Any], largest_new: Callable[..., Any], n: int
+) -> None:
     out, in_, T = 150, 170, 11
     case = make_case(S=5, out=out, in_=in_, c=3, r=2, n=n, leading=(T,))
     legitimate = max(T * n * out, T * in_, out * 15, in_ * 10)
     assert legitimate < out * in_  # or the test could not tell
     rest = (case.first_slice, case.num_slices, case.scale, case.transform)
     g = torch.randn(T, n * out, dtype=torch.float64)
-    with LargestNew(*case.tensors, g) as mode:
+    with largest_new(*case.tensors, g) as mode:
         _, h = eager.forward(*case.tensors, *rest)
         frozen = (case.weight, case.col, case.core, case.row)
         eager.backward(g, case.x, h, *frozen, *rest[:3], [True, False, True, True, True, True], rest[3])
     assert T * n * out <= mode.largest <= legitimate
-    with LargestNew(*case.tensors) as mode:  # the watch sees what it should refuse
+    with largest_new(*case.tensors) as mode:  # the watch sees what it should refuse
         torch.nn.functional.linear(case.x, case.weight + 1.0)
     assert mode.largest >= out * in_
 
