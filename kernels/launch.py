@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config
 from .core_gradient import partial_gradient, reduce_gradient
@@ -20,11 +21,6 @@ from .expand import expand
 from .fused import fused, fused_back
 from .middle import Middle
 from .project import project, project_back
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4
-    TensorDescriptor = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,6 @@ def aligned(*tensors: Tensor) -> bool:
 
 def describable(*tensors: Tensor) -> bool:
     """Whether tensor descriptors can address them: 16-byte aligned bases and row strides, 32-bit sizes."""
-    if TensorDescriptor is None:
-        return False
     return all(
         t.stride(1) == 1
         and t.stride(0) > 0
