@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -48,9 +48,6 @@ class Spec:
     @property
     def config(self) -> configs.Config:
         return TABLES[self.table].configs(self.kernel, DTYPES[self.dtype].itemsize)[self.index]
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 # Hopper's GPUs share one table, so one of them stands for it.
