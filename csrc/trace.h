@@ -1,6 +1,6 @@
 // Named ranges around the stages of the operator, so that a profile reads like the maths: user annotations of
-// torch.profiler, and NVTX ranges in the domain "tcurlora" where the CUDA toolkit has its header. tcurlora_ext/operator/
-// trace.py gives the stages in Python the same names.
+// torch.profiler, and NVTX ranges in the domain "tcurlora" where the CUDA toolkit has its header.
+// tcurlora_ext/trace.py gives the stages in Python the same names.
 #pragma once
 
 #include <ATen/record_function.h>

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tcurlora_ext.trace import stage
+
 from . import launch
 from .configs import Config, Table, table_for
 from .middle import Middle
@@ -142,21 +144,26 @@ def forward(
 def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
     x, middle = call.data, call.middle
     if call.fits_one_launch("fused", x.shape[1], y.shape[1]):
-        launch.fused_launch(
-            x, call.weight, bias, call.row, call.col, middle, h, y, call.config("fused"), call.precision,
-            call.descriptors,
-        ).run()  # fmt: skip
+        with stage("h = x row^T, m = h B^T, y = x W^T + bias + m col^T"):
+            launch.fused_launch(
+                x, call.weight, bias, call.row, call.col, middle, h, y, call.config("fused"), call.precision,
+                call.descriptors,
+            ).run()  # fmt: skip
         return
     m = call.padded(call.n, call.tokens, call.col.shape[1])
-    if middle.fits_a_tile:
-        launch.project_launch(x, call.row, middle, h, m, call.config("project"), call.precision, call.descriptors).run()
-    else:
-        torch.mm(x, call.row.T, out=h)
-        m.copy_(WideMiddle(*call.wide).forward(h))
-    launch.expand_launch(
-        x, call.weight, m, call.col, bias, y, call.n, False, call.config("expand"), call.precision,
-        call.descriptors, call.device.multiprocessors,
-    ).run()  # fmt: skip
+    with stage("h = x row^T, m = h B^T"):
+        if middle.fits_a_tile:
+            launch.project_launch(
+                x, call.row, middle, h, m, call.config("project"), call.precision, call.descriptors
+            ).run()
+        else:
+            torch.mm(x, call.row.T, out=h)
+            m.copy_(WideMiddle(*call.wide).forward(h))
+    with stage("y = x W^T + bias + m col^T"):
+        launch.expand_launch(
+            x, call.weight, m, call.col, bias, y, call.n, False, call.config("expand"), call.precision,
+            call.descriptors, call.device.multiprocessors,
+        ).run()  # fmt: skip
 
 
 def backward(
@@ -197,7 +204,8 @@ def backward(
     with _on(g2):
         p, dh = _backward(call, dx, needs_x, needs_row)
         if needs_core:
-            dcore = _core_gradient(call, p, _required(h, "h")).to(core.dtype)
+            with stage("dcore = diag(p^T h)"):
+                dcore = _core_gradient(call, p, _required(h, "h")).to(core.dtype)
     if needs_col:
         m = WideMiddle(*call.wide).forward(_required(h, "h"))
         dcol = g2.unflatten(1, (num_slices, -1)).permute(2, 1, 0).flatten(1) @ m.flatten(0, 1)
@@ -216,30 +224,27 @@ def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Te
     if not call.tokens:
         return p, dh
     if needs_x and not needs_dh and call.fits_one_launch("fused_back", g.shape[1], dx.shape[1]):
-        launch.fused_back_launch(
-            g, call.weight, call.row, call.col, middle, p, dx, call.config("fused_back"), call.precision,
-            call.slice_descriptors("fused_back"),
-        ).run()  # fmt: skip
+        with stage("p = g col, dh = p B, dx = g W + dh row"):
+            launch.fused_back_launch(
+                g, call.weight, call.row, call.col, middle, p, dx, call.config("fused_back"), call.precision,
+                call.slice_descriptors("fused_back"),
+            ).run()  # fmt: skip
         return p, dh
-    if middle.fits_a_tile:
-        launch.project_back_launch(
-            g,
-            call.col,
-            middle,
-            p,
-            dh,
-            call.config("project_back"),
-            call.precision,
-            call.slice_descriptors("project_back"),
-        ).run()
-    else:
-        p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))
-        dh.copy_(WideMiddle(*call.wide).backward(p))
+    with stage("p = g col, dh = p B"):
+        if middle.fits_a_tile:
+            launch.project_back_launch(
+                g, call.col, middle, p, dh, call.config("project_back"), call.precision,
+                call.slice_descriptors("project_back"),
+            ).run()  # fmt: skip
+        else:
+            p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))
+            dh.copy_(WideMiddle(*call.wide).backward(p))
     if needs_x:
-        launch.expand_launch(
-            g, call.weight, dh[None], call.row, None, dx, 1, True, call.config("expand_back"), call.precision,
-            call.descriptors, call.device.multiprocessors,
-        ).run()  # fmt: skip
+        with stage("dx = g W + dh row"):
+            launch.expand_launch(
+                g, call.weight, dh[None], call.row, None, dx, 1, True, call.config("expand_back"), call.precision,
+                call.descriptors, call.device.multiprocessors,
+            ).run()  # fmt: skip
     return p, dh
 
 
@@ -250,10 +255,8 @@ def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
     if not call.middle.fits_a_tile:
         return WideMiddle(*call.wide).core_gradient(p, h)
     gradient = torch.empty_like(call.middle.core)
-    for stage in launch.core_gradient_launches(
-        p, h, call.middle, gradient, call.config("core_gradient"), call.precision
-    ):
-        stage.run()
+    for one in launch.core_gradient_launches(p, h, call.middle, gradient, call.config("core_gradient"), call.precision):
+        one.run()
     return gradient
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tcurlora_ext.maths.packing import MiddleBlocks
-
-from .trace import stage
+from tcurlora_ext.trace import stage
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
