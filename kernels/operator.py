@@ -13,12 +13,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tcurlora_ext.maths.middle import BatchedMiddle
 from tcurlora_ext.trace import stage
 
 from . import launch
 from .configs import Config, Table, table_for
 from .middle import Middle
-from .wide import WideMiddle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -83,7 +83,7 @@ class Call:
         self.col, self.row = _rows_of(col), _rows_of(row)
         self.tokens, self.dtype = data.shape[0], data.dtype
         self.middle = Middle.of(core, first_slice, num_slices, scale, transform)
-        self.wide = (core, first_slice, num_slices, scale, transform, data.dtype)
+        self.options = (core, first_slice, num_slices, scale, transform, data.dtype)
         self.device = device_of(data.device)
         self.table: Table = table_for(self.device.name, launch.aligned(data, self.weight, self.col, self.row))
         self.precision = precision()
@@ -92,6 +92,10 @@ class Call:
         self.descriptors = (
             self.device.descriptors and small and launch.describable(data, self.weight, self.col, self.row)
         )
+
+    def batched_middle(self) -> BatchedMiddle:
+        """In PyTorch's products: for a group wider than a tile, a matrix that a library fills, and for dcol."""
+        return BatchedMiddle(*self.options)
 
     def padded(self, *shape: int) -> Tensor:
         """Uninitialised, with rows 16 bytes aligned, so that a descriptor can address them."""
@@ -158,7 +162,7 @@ def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
             ).run()
         else:
             torch.mm(x, call.row.T, out=h)
-            m.copy_(WideMiddle(*call.wide).forward(h))
+            m.copy_(call.batched_middle().forward(h).transpose(0, 1))
     with stage("y = x W^T + bias + m col^T"):
         launch.expand_launch(
             x, call.weight, m, call.col, bias, y, call.n, False, call.config("expand"), call.precision,
@@ -207,8 +211,8 @@ def backward(
             with stage("dcore = diag(p^T h)"):
                 dcore = _core_gradient(call, p, _required(h, "h")).to(core.dtype)
     if needs_col:
-        m = WideMiddle(*call.wide).forward(_required(h, "h"))
-        dcol = g2.unflatten(1, (num_slices, -1)).permute(2, 1, 0).flatten(1) @ m.flatten(0, 1)
+        m = call.batched_middle().forward(_required(h, "h"))
+        dcol = g2.reshape(-1, col.shape[0]).T @ m.flatten(0, 1)
     if needs_row:
         drow = dh.T @ _required(x2, "x")
     if needs_x:
@@ -238,7 +242,7 @@ def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Te
             ).run()  # fmt: skip
         else:
             p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))
-            dh.copy_(WideMiddle(*call.wide).backward(p))
+            dh.copy_(call.batched_middle().backward(p.transpose(0, 1)))
     if needs_x:
         with stage("dx = g W + dh row"):
             launch.expand_launch(
@@ -253,7 +257,7 @@ def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
     if not call.tokens:
         return torch.zeros_like(call.middle.core)
     if not call.middle.fits_a_tile:
-        return WideMiddle(*call.wide).core_gradient(p, h)
+        return call.batched_middle().core_gradient(p.transpose(0, 1), h)
     gradient = torch.empty_like(call.middle.core)
     for one in launch.core_gradient_launches(p, h, call.middle, gradient, call.config("core_gradient"), call.precision):
         one.run()

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from .config import TCURConfig
 from .fingerprint import PROBES, fingerprint
 from .inject import CONTAINER, adapted_layers, require_container, stacks
 from .stack import TCURStack
+from .tensorfile import read_tensors
 
 FORMAT = 1
 HEADER = "tcurlora"
@@ -104,14 +104,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     path = path / "adapter.safetensors" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such adapter file")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path}: found no whole safetensors file, expected an adapter saved by save_adapter ({error})"
-        ) from None
+    metadata, tensors = read_tensors(path, "an adapter saved by save_adapter")
     if HEADER not in metadata:
         raise ValueError(f"{path}: found a safetensors file without a {HEADER!r} header, expected one by save_adapter")
     try:

@@ -89,13 +89,14 @@ class TCURLayer(nn.Module):
         return range(self.first_slice, self.first_slice + self.num_slices)
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + dW, summed in float64 and rounded once to the weight's dtype: (num_slices*out, in), a new tensor.
-
-        Raises ValueError if it is not finite.
-        """
+    def summed_weight(self, dtype: torch.dtype) -> Tensor:
+        """W + dW, summed in float64 and rounded once to ``dtype``: (num_slices*out, in), a new tensor."""
         delta = self.stack.delta_weights(self.own_slices, torch.float64).flatten(0, 1)
-        total = delta.add_(self.weight_slices().flatten(0, 1)).to(self.weight.dtype)
+        return delta.add_(self.weight_slices().flatten(0, 1)).to(dtype)
+
+    def merged_weight(self) -> Tensor:
+        """:meth:`summed_weight` in the weight's dtype. Raises ValueError if it is not finite."""
+        total = self.summed_weight(self.weight.dtype)
         if not bool(torch.isfinite(total).all()):
             raise ValueError("the merged weight has NaN or infinite values; nothing was merged")
         return total

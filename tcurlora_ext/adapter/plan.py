@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.maths.packing import pair_blocks, single_blocks
+from tcurlora_ext.maths.flops import CallFlops
 
 from .config import TCURConfig, pair_of
 from .filesize import file_bytes, stack_file_bytes
@@ -259,9 +259,8 @@ def _stack(
         file=stack_file_bytes(name, members, config),
     )
     for target, call in zip(members, calls, strict=True):
-        product = 2 * call.tokens * target.slices * in_features * out_features
-        base += Cost(forward=product, backward=product)
         layer = _Layer(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
+        base += Cost(forward=layer.base(), backward=layer.base())
         numbers, keeps_x = layer.saved()
         tcur += Cost(
             forward=layer.forward(),
@@ -294,7 +293,7 @@ def _once(kept: set[object], call: Call, keeps_x: bool, in_features: int) -> int
 
 @dataclass(frozen=True)
 class _Layer:
-    """FLOPs and saved numbers of one tCUR layer with T tokens and n of the stack's S slices, step by step."""
+    """FLOPs and saved numbers of one tCUR layer with T tokens and n of the stack's S slices."""
 
     T: int
     n: int
@@ -314,48 +313,39 @@ class _Layer:
         return self.config.core_domain == "slice" and not self._independent
 
     @property
-    def _h(self) -> int:
-        # Independent cores have an h of r numbers a slice, a stack one of r*S that its slices share.
-        return self.n * self.r if self._independent else self.r * self.S
+    def _calls(self) -> int:
+        # Independent cores: a call a slice, each with a stack of that slice alone.
+        return self.n if self._independent else 1
+
+    @property
+    def _call(self) -> CallFlops:
+        n, S, transform = (1, 1, "dft") if self._independent else (self.n, self.S, self.config.transform)
+        return CallFlops(self.T, n, S, self.out, self.in_, self.c, self.r, transform)
 
     @property
     def _keeps_h(self) -> bool:
-        return (self.r if self._independent else self.r * self.S) <= self.in_
-
-    def _row_product(self) -> int:
-        return 2 * self.T * self._h * self.in_
-
-    def _middle_product(self) -> int:
-        if self._independent:
-            return 2 * self.T * self.n * self.c * self.r
-        pairs = pair_blocks(self.S, self.config.transform)
-        coupled = (pairs.stop - pairs.start) // 2
-        alone = len(range(self.S)[single_blocks(self.S, self.config.transform)])
-        return 2 * self.T * self.n * self.c * self.r * (alone + 4 * coupled)
-
-    def _column_product(self) -> int:
-        return 2 * self.T * self.n * self.c * (1 if self._independent else self.S) * self.out
+        return self.r * self._call.S <= self.in_
 
     def _core_transform(self) -> int:
         """U into the Fourier domain: once a call where the core is kept as slices."""
         return 2 * self.S * self.S * self.c * self.r if self._folds_core else 0
 
+    def base(self) -> int:
+        """Of the frozen layer: forward, or dx."""
+        return self._calls * self._call.base_product()
+
     def forward(self) -> int:
-        return self._row_product() + self._middle_product() + self._column_product() + self._core_transform()
+        return self._calls * self._call.forward() + self._core_transform()
 
     def backward(self) -> int:
-        # p, dh and dh row; dcore, and the way back of the core's transform.
-        flops = self._column_product() + self._middle_product() + self._row_product()
-        flops += self._middle_product() + self._core_transform()
-        if not self._keeps_h:
-            flops += self._row_product()
-        if self.config.trainable == "all":
-            flops += self._middle_product() + self._column_product() + self._row_product()  # dcol from m again, drow
-        return flops
+        trains_all = self.config.trainable == "all"
+        needs = (True, False, False, trains_all, True, trains_all)
+        return self._calls * self._call.backward(needs, self._keeps_h) + self._core_transform()
 
     def saved(self) -> tuple[int, bool]:
         """Numbers of h that are kept, and whether x is."""
-        return self.T * self._h if self._keeps_h else 0, not self._keeps_h or self.config.trainable == "all"
+        h = self._calls * self.T * self.r * self._call.S
+        return h if self._keeps_h else 0, not self._keeps_h or self.config.trainable == "all"
 
     def saved_casts(self, size: int) -> int:
         """Bytes of temporary copies that autograd keeps: a transformed core, trained factors in a short dtype."""

@@ -66,8 +66,7 @@ def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dic
     state = {name: value for name, value in model.state_dict().items() if CONTAINER not in name.split(".")}
     with torch.no_grad():
         for name, layer in adapted_layers(model):
-            delta = layer.stack.delta_weights(layer.own_slices, torch.float64).flatten(0, 1)
-            total = layer.weight_slices().flatten(0, 1).double().add_(delta).to(dtype)
+            total = layer.summed_weight(dtype)
             losses[names[id(layer.stack)]][name] = rounding_loss(layer, total)
             state[f"{name}.weight"] = layer.as_matrix(total)
         # Tied tensors are written under each of their names: safetensors refuses shared memory.

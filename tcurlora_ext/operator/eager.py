@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tcurlora_ext.maths.packing import MiddleBlocks
+from tcurlora_ext.maths.middle import BatchedMiddle
 from tcurlora_ext.trace import stage
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -61,58 +61,6 @@ def _rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-class _Middle:
-    """The middle product of one call: its blocks in the dtype of the data, with the scale folded in."""
-
-    def __init__(
-        self, core: Tensor, first_slice: int, num_slices: int, scale: float, transform: str, dtype: torch.dtype
-    ) -> None:
-        self.slices, self.c, self.r = core.shape
-        self.n = num_slices
-        self.scale = scale
-        self.blocks = MiddleBlocks(core, first_slice, num_slices, transform)
-        # Matrices of one batched product: (blocks, n*c, r) and (pairs, n*2c, 2r).
-        self.single = (scale * self.blocks.single).transpose(0, 1).flatten(1, 2).to(dtype)
-        self.pair = (scale * self.blocks.pair).transpose(0, 1).flatten(1, 2).to(dtype)
-
-    def _split(self, tensor: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """(T, ..., S*width) -> single blocks (blocks, T, ..., width) and pairs (pairs, T, ..., 2*width)."""
-        parts = tensor.unflatten(-1, (self.slices, width))
-        single = parts[..., self.blocks.single_at, :].movedim(-2, 0)
-        pairs = parts[..., self.blocks.pair_at, :].flatten(-2).unflatten(-1, (-1, 2 * width)).movedim(-2, 0)
-        return single, pairs
-
-    def _join(self, single: Tensor, pair: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-        """The inverse of :meth:`_split`, into a new tensor (*shape, S*width)."""
-        out = single.new_empty(*shape, self.slices, width)
-        out[..., self.blocks.single_at, :] = single.movedim(0, -2)
-        out[..., self.blocks.pair_at, :] = pair.movedim(0, -2).flatten(-2).unflatten(-1, (-1, width))
-        return out.flatten(-2)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """m = scale * h B^T: (T, r*S) -> (T, n, c*S)."""
-        single, pair = self._split(h, self.r)
-        single = torch.bmm(single, self.single.mT).unflatten(-1, (self.n, self.c))
-        pair = torch.bmm(pair, self.pair.mT).unflatten(-1, (self.n, 2 * self.c))
-        return self._join(single, pair, (h.shape[0], self.n), self.c)
-
-    def backward(self, p: Tensor) -> Tensor:
-        """dh = scale * p B: (T, n, c*S) -> (T, r*S)."""
-        single, pair = self._split(p, self.c)
-        single = torch.bmm(single.flatten(2), self.single)
-        pair = torch.bmm(pair.flatten(2), self.pair)
-        return self._join(single, pair, (p.shape[0],), self.r)
-
-    def core_gradient(self, p: Tensor, h: Tensor) -> Tensor:
-        """The core's gradient (S, c, r) from p (T, n, c*S) and h (T, r*S), summed in at least float32."""
-        wide = torch.promote_types(p.dtype, torch.float32)
-        p_single, p_pair = self._split(p.to(wide), self.c)
-        h_single, h_pair = self._split(h.to(wide), self.r)
-        single = torch.bmm(p_single.flatten(2).mT, h_single).unflatten(1, (self.n, self.c)).transpose(0, 1)
-        pair = torch.bmm(p_pair.flatten(2).mT, h_pair).unflatten(1, (self.n, 2 * self.c)).transpose(0, 1)
-        return self.scale * self.blocks.core_gradient(single, pair)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -132,7 +80,7 @@ def forward(
     with stage("h = x row^T"):
         h = x2 @ row.T
     with stage("m = h B^T"):
-        m = _Middle(core, first_slice, num_slices, scale, transform, x.dtype).forward(h)
+        m = BatchedMiddle(core, first_slice, num_slices, scale, transform, x.dtype).forward(h)
     # The base as nn.Linear computes it, then the adapter accumulated onto it: a zero core gives the base bit for bit.
     with stage("y = x W^T + bias"):
         y = torch.nn.functional.linear(x2, weight, bias)
@@ -170,7 +118,7 @@ def backward(
     if not (needs_x or needs_col or needs_core or needs_row):
         return _six(gradients)
 
-    middle = _Middle(core, first_slice, num_slices, scale, transform, g.dtype)
+    middle = BatchedMiddle(core, first_slice, num_slices, scale, transform, g.dtype)
     g_slices = g2.reshape(-1, col.shape[0])
     with stage("p = g col"):
         p = (g_slices @ col).view(-1, num_slices, col.shape[1])

@@ -6,7 +6,7 @@
 
 ``backend`` is "auto" or the name of an implementation: "eager", "native" or "triton". For the core's gradient the
 smaller of h and x is saved.
-The shape-only fakes, which torch.compile needs, are here for both.
+The shape-only fakes, which torch.compile needs, and what PyTorch's FLOP counter counts are the same for both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eager, fused, python
+from . import eager, flops, fused, python
 from .available import extension
 from .choice import override, plain
 
@@ -74,3 +74,4 @@ else:
     _extension.set_choices(plain)
 torch.library.register_fake("tcurlora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tcurlora::backward", _backward_fake, lib=_library)
+flops.register()

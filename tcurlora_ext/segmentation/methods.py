@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tcurlora_ext.adapter.atomic import write_bytes
+from tcurlora_ext.adapter.tensorfile import read_tensors
 from tcurlora_ext.segmentation.artifacts import require_package
 from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_linears
 from tcurlora_ext.segmentation.training import trainable
@@ -114,16 +115,13 @@ def _save_trained(model: nn.Module, path: Path, options: MethodOptions) -> None:
 
 @torch.no_grad()
 def _load_trained(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> None:
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected an adapter written by this command")
+    header, tensors = read_tensors(path, "an adapter written by this command")
     try:
-        with safe_open(path, framework="pt") as file:
-            options = MethodOptions(**json.loads((file.metadata() or {})["options"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not an adapter written by this command ({error})") from error
+        options = MethodOptions(**json.loads(header["options"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not an adapter written by this command ({error!r})") from None
     prepare(model, spec, options)
     parameters: Mapping[str, nn.Parameter] = trainable(model)
     other = [

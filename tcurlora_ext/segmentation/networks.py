@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.atomic import write_bytes
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.targets import find_targets
+from tcurlora_ext.adapter.tensorfile import read_tensors
 from tcurlora_ext.segmentation.artifacts import read_checkpoint, read_json, require_package, write_json
 
 Sizes = Mapping[str, Any]
@@ -218,13 +219,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected pretrained weights (.safetensors, .pt, .pth)")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        return read_tensors(path, "pretrained weights")[1]
     content = read_checkpoint(path)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content.get(key), dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -78,7 +79,9 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
 
 
-def measured(model: nn.Module, x: Tensor) -> tuple[int, int, int]:
+def measured(
+    model: nn.Module, x: Tensor, inside: Callable[[], AbstractContextManager[object]] = InsideOperators
+) -> tuple[int, int, int]:
     """FLOPs forward and backward, and bytes saved beyond parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
@@ -90,10 +93,10 @@ def measured(model: nn.Module, x: Tensor) -> tuple[int, int, int]:
         return tensor
 
     counter, backward_counter = flop_counter(), flop_counter()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter, InsideOperators():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter, inside():
         y = model(x)
     forward = counter.get_total_flops()
-    with backward_counter, InsideOperators():
+    with backward_counter, inside():
         y.sum().backward()
     return forward, backward_counter.get_total_flops(), sum(saved.values())
 
@@ -102,12 +105,16 @@ def leaf() -> Tensor:
     return torch.randn(5, 7, 32, requires_grad=True)
 
 
-def added(adapt: Callable[[nn.Module], object], block: type[nn.Module] = Block) -> tuple[int, int, int]:
+def added(
+    adapt: Callable[[nn.Module], object],
+    block: type[nn.Module] = Block,
+    inside: Callable[[], AbstractContextManager[object]] = InsideOperators,
+) -> tuple[int, int, int]:
     """What adapting a frozen model adds to FLOPs and saved bytes."""
     model, x = build(block).requires_grad_(False), leaf()
     before = measured(model, x)
     adapt(model)
-    after = measured(model, x)
+    after = measured(model, x, inside)
     forward, backward, saved = (a - b for a, b in zip(after, before, strict=True))
     return forward, backward, saved
 
@@ -143,6 +150,25 @@ def test_flops_are_those_pytorch_counts(options: dict[str, Any]) -> None:
     expected = plan(meta(), config, TOKENS).tcur
     forward, backward, _ = added(inject_with(config))
     assert (expected.forward, expected.backward) == (forward, backward)
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_pytorch_counts_the_same_without_a_look_into_the_operators(options: dict[str, Any]) -> None:
+    config = tcur.TCURConfig(**{"rank": 2} | options)
+    expected = plan(meta(), config, TOKENS).tcur
+    forward, backward, _ = added(inject_with(config), inside=nullcontext)
+    assert (expected.forward, expected.backward) == (forward, backward)
+
+
+def test_pytorch_counts_a_layer_of_its_own_as_planned() -> None:
+    linear = nn.Linear(32, 96).requires_grad_(False)
+    for trainable in ("core", "all"):
+        config = tcur.TCURConfig(rank=2, trainable=trainable, target_modules=["qkv"])
+        expected = plan(nn.ModuleDict({"qkv": linear}), config, TOKENS)
+        layer = tcur.TCURLinear.from_linear(linear, rank=2, slices=3, trainable=trainable)
+        forward, backward, _ = measured(layer, leaf(), nullcontext)
+        assert forward == expected.base.forward + expected.tcur.forward
+        assert backward == expected.base.backward + expected.tcur.backward
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)

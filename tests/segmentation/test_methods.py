@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tcurlora_ext as tcur
@@ -116,6 +117,16 @@ def test_a_damaged_or_missing_adapter_file_is_named(name: str, base: Path, tmp_p
     path.write_bytes(b"\x00" * 100)
     with pytest.raises(ValueError, match=r"adapter\.safetensors"):
         method.load(load_base(base.parent), path, get_spec("vit"), method.prepare)
+
+
+@pytest.mark.parametrize("header", [None, {"options": "{"}, {"options": '{"ranks": 3}'}], ids=str)
+def test_a_file_without_this_commands_options_is_named(
+    header: dict[str, str] | None, base: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_file({"out.weight": torch.zeros(1)}, path, header)
+    with pytest.raises(ValueError, match=r"adapter\.safetensors: not an adapter written by this command"):
+        METHODS["head"].load(load_base(base.parent), path, get_spec("vit"), METHODS["head"].prepare)
 
 
 @pytest.mark.parametrize("names", ["loar", "", "head,head", ["head", "none"]])
