@@ -135,12 +135,15 @@ Gradients backward(
   if (needs_bias) dbias = g2.sum(0);
   if (needs_x || needs_col || needs_core || needs_row) {
     const Tensor g_slices = slices_of(g2, stack);
-    const Tensor p = projected(g_slices, stack);
+    Tensor p = projected(g_slices, stack);
     OptionalTensor hidden;
     if (needs_col || needs_core) hidden = h.has_value() ? *h : hidden_of(saved_x(), stack);
     if (needs_col) dcol = at::mm(transposed(g_slices), middle_forward(*hidden, stack));
     const auto [dh, du] = middle_backward(p, needs_core ? hidden : std::nullopt, stack, needs_x || needs_row);
     if (needs_core) dcore = du;
+    // p has n*c*S numbers a token, for a fused projection more than x: gone before dx is made.
+    p.reset();
+    hidden.reset();
     if (needs_x) {
       const Stage stage("dx = g W + dh row");
       dx = product(g2, weight);

@@ -204,7 +204,8 @@ def backward(
     if needs_x:
         dx = g2.new_empty(call.tokens, row.shape[1])
     if needs_core or needs_col:
-        h = _required(x2, "x or h") @ row.T if h is None else _rows_of(h)
+        with nullcontext() if h is not None else stage("h = x row^T"):
+            h = _required(x2, "x or h") @ row.T if h is None else _rows_of(h)
     with _on(g2):
         p, dh = _backward(call, dx, needs_x, needs_row)
         if needs_core:

@@ -134,6 +134,7 @@ def backward(
     if needs_x or needs_row:
         with stage("dh = p B"):
             dh = middle.backward(p)
+        del p  # n*c*S numbers a token, for a fused projection more than x: gone before dx is made
         if needs_x:
             with stage("dx = g W + dh row"):
                 gradients[0] = (g2 @ weight).addmm_(dh, row).view(*g.shape[:-1], row.shape[1])
