@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 RUN ?= runs/demo
+CASE ?= unetr qkv
 RESULTS ?= bench/results
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 # Threads that wait sleep instead of spinning: beside one other busy process a training step took 0.6 s, not 3.8 s.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint ctest gpu clean
+.PHONY: demo test lint ctest bench gpu gpu-bench profile clean
 .DELETE_ON_ERROR:
 
 # Adapts a network to the embedded data and writes $(RUN)/report.html; called again, it goes on where it stopped.
@@ -34,9 +35,18 @@ ctest: $(BUILT)
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-# On a machine with a GPU, by the torch of $(PYTHON), which has to be a CUDA build; needs no network and no environment.
-gpu:
-	PYTHON=$(PYTHON) bench/gpu.sh $(RESULTS)
+# What the adapter costs on this machine: CSV in $(RESULTS), five minutes on two cores.
+bench: $(BUILT)
+	$(BIN)/tcurlora bench --output $(RESULTS)
+
+# On a machine with a GPU, by the torch of $(PYTHON), which has to be a CUDA build; need no network and no environment.
+# gpu-bench measures (eight minutes); gpu also tests, looks for bad accesses and profiles.
+gpu gpu-bench:
+	PYTHON=$(PYTHON) bench/gpu.sh $(RESULTS) $(if $(filter gpu-bench,$@),build doctor bench)
+
+# Where the time, or on a GPU the memory's bytes, of one step of $(CASE) go; docs/profiling.md.
+profile: $(BUILT)
+	$(BIN)/python -m tcurlora_ext.bench.profile "$(CASE)" --output $(RESULTS)
 
 # Removed and made anew when the dependencies change, so that nothing of an older set is left.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,34 +1,154 @@
-"""What is measured: layers by the sizes of the networks they come from."""
+"""What is measured: layers, stacks, blocks and whole networks, by the sizes of the models they come from.
+
+A case is a network, the tokens it reads, the tubal rank and whether it trains. Its stacks are those of the whole model:
+the layer alone, or one block of 32, multiplies by C and R of all S slices, and so does a case.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+MODES = ("training", "inference")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer: ``slices`` row blocks of ``out_features`` each, in a stack of ``stack`` slices."""
+    """A linear layer: ``slices`` row blocks of ``out_features`` each, in a stack of ``stack`` slices of that shape."""
 
     name: str
     in_features: int
     out_features: int
     slices: int
     stack: int
-    rank: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    network   "layer", "stack" (all of its layers, each on an input of its own), "encoder", "llama block", "unetr step"
+    layer     the layer of a layer's or stack's case
+    tokens    T, the rows of a layer's input; of a network, those of one of its layers
+    sweep     which growth curve it is a point of; empty for a case of its own
+    compiled  whether the forms that go through torch.compile, half a minute of compiling each, are among the forms
+    """
+
+    name: str
+    network: str
     tokens: int
+    layer: Layer | None = None
+    rank: int = 8
+    mode: str = "training"
+    dtype: str = "float32"
+    sweep: str = ""
+    compiled: bool = True
 
     @property
-    def width(self) -> int:
-        """q, the rank of the LoRA whose products are as wide."""
-        return self.rank * self.stack
+    def id(self) -> str:
+        """Name, rank, tokens, mode and dtype: what ``--cases`` matches."""
+        return f"{self.name} r={self.rank} T={self.tokens} {self.mode} {self.dtype}"
 
 
-# UNETR's ViT-B at rank 8 (arXiv 2501.02227): three stacks, two crops of 96^3 in patches of 16^3 are 432 tokens, four of
-# 128^3 are 2,048.
-UNETR = [
-    Layer("unetr qkv", 768, 768, 3, 48, 8, 2048),
-    Layer("unetr out_proj", 768, 768, 1, 48, 8, 2048),
-    Layer("unetr linear1", 768, 3072, 1, 12, 8, 2048),
-    Layer("unetr linear2", 3072, 768, 1, 12, 8, 2048),
-]
-TINY = Layer("tiny", 16, 16, 1, 4, 2, 4)
+# UNETR's ViT-B (arXiv 2501.02227): three stacks. Four crops of 128^3 in patches of 16^3 are 2,048 tokens.
+UNETR = (
+    Layer("unetr qkv", 768, 768, 3, 48),
+    Layer("unetr out_proj", 768, 768, 1, 48),
+    Layer("unetr linear1", 768, 3072, 1, 12),
+    Layer("unetr linear2", 3072, 768, 1, 12),
+)
+# ViT-L/16 with a fused qkv: 24 blocks; eight images of 224^2 are 1,576 tokens.
+VIT_L = (
+    Layer("vit-l qkv", 1024, 1024, 3, 96),
+    Layer("vit-l out_proj", 1024, 1024, 1, 96),
+    Layer("vit-l linear1", 1024, 4096, 1, 24),
+    Layer("vit-l linear2", 4096, 1024, 1, 24),
+)
+# 32 blocks each. Layers of one shape are one stack and cost the same, so they are one case.
+LLAMA_7B = (
+    Layer("llama-7b q,k,v,o", 4096, 4096, 1, 128),
+    Layer("llama-7b gate,up", 4096, 11008, 1, 64),
+    Layer("llama-7b down", 11008, 4096, 1, 32),
+)
+LLAMA_3_8B = (
+    Layer("llama-3-8b q,o", 4096, 4096, 1, 64),
+    Layer("llama-3-8b k,v", 4096, 1024, 1, 64),
+    Layer("llama-3-8b gate,up", 4096, 14336, 1, 64),
+    Layer("llama-3-8b down", 14336, 4096, 1, 32),
+)
+RANKS = (1, 4, 8, 16)
+TINY = Layer("tiny", 16, 16, 1, 4)  # its arithmetic is nothing: what is left is the host's work for a call
+
+
+def of_layer(layer: Layer, tokens: int, **rest: object) -> Case:
+    """The case of one layer."""
+    return replace(Case(layer.name, "layer", tokens, layer), **rest)  # type: ignore[arg-type]
+
+
+def quick() -> list[Case]:
+    """What two cores measure in five minutes: UNETR's layers, its encoder for a crop of 96^3, a Llama block."""
+    cases = [of_layer(layer, 2048) for layer in UNETR]
+    cases += [of_layer(UNETR[1], 2048, mode="inference")]
+    cases += [Case("unetr encoder", "encoder", 216), Case("llama-7b block", "llama block", 128)]
+    return [replace(case, compiled=case.name == "unetr out_proj") for case in cases]
+
+
+def full() -> list[Case]:
+    """Everything in float32 and bfloat16: hours on a CPU, for a GPU otherwise."""
+    cases = []
+    for dtype, mode in product(("float32", "bfloat16"), MODES):
+        common = {"dtype": dtype, "mode": mode}
+        cases += [of_layer(layer, 2048, rank=rank, **common) for layer in UNETR for rank in RANKS]
+        cases += [of_layer(layer, 1576, **common) for layer in VIT_L]
+        cases += [of_layer(layer, 2048, **common) for layer in (*LLAMA_7B, *LLAMA_3_8B)]
+        cases += [replace(case, **common) for case in networks()]  # type: ignore[arg-type]
+    cases += [of_layer(UNETR[1], tokens, mode=mode) for tokens in (1, 32, 512, 8192) for mode in MODES]
+    cases += [of_layer(layer, 2048, dtype="float16") for layer in UNETR]
+    return cases
+
+
+def networks() -> list[Case]:
+    """Whole stacks and models: UNETR's stacks, its encoder at 128^3 batch 4, a Llama block, a full training step."""
+    stacks = [Case(f"stack of {layer.name}", "stack", 2048, layer) for layer in UNETR[1:]]
+    encoder, block = Case("unetr encoder", "encoder", 2048), Case("llama-7b block", "llama block", 2048)
+    return [*stacks, encoder, block, Case("unetr step", "unetr step", 512, compiled=False)]
+
+
+def gpu() -> list[Case]:
+    """The eight minutes of ``make gpu-bench``: what the project's targets speak of first, then more in bfloat16."""
+    target = of_layer(LLAMA_3_8B[0], 8192, rank=4)  # q = 256
+    encoder, step, block = Case("unetr encoder", "encoder", 2048), networks()[-1], networks()[-2]
+    cases = [
+        target,
+        encoder,
+        step,
+        *(of_layer(layer, 2048) for layer in UNETR),
+        block,
+        replace(target, mode="inference"),
+    ]
+    return [replace(case, dtype="bfloat16", compiled=case in (target, encoder)) for case in cases]
+
+
+def growth() -> list[Case]:
+    """UNETR's out_proj with one number varied at a time: tokens, rank, slices of the stack, width of the model."""
+    middle = UNETR[1]
+    cases = [
+        of_layer(middle, tokens, mode=mode, sweep="tokens")
+        for mode in MODES
+        for tokens in (64, 128, 256, 384, 512, 1024, 2048, 4096)
+    ]
+    cases += [of_layer(middle, 2048, rank=rank, sweep="rank") for rank in (1, 2, 4, 8, 16)]
+    cases += [of_layer(replace(middle, stack=slices), 2048, sweep="slices") for slices in (6, 12, 24, 48, 96)]
+    for width in (256, 384, 768, 1536, 3072):
+        cases.append(of_layer(replace(middle, in_features=width, out_features=width), 2048, sweep="width"))
+    return [replace(case, compiled=False) for case in cases]
+
+
+SETS = {"quick": quick, "full": full, "gpu": gpu, "growth": growth}
+
+
+def every() -> Iterator[Case]:
+    """All cases of all sets, once each."""
+    return iter(dict.fromkeys(case for make in SETS.values() for case in make()))

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tcurlora_ext.cli.bench import bench
 from tcurlora_ext.cli.doctor import doctor
 from tcurlora_ext.cli.finetune import finetune
 from tcurlora_ext.cli.inspect import inspect
@@ -70,6 +71,7 @@ for _command, _summary in (
     (plan, "What an adapter costs on a model, without weights."),
     (inspect, "What an adapter chose and changes."),
     (merge, "Write the base model with the adapter merged."),
+    (bench, "What an adapter costs here, measured beside LoRA."),
     (doctor, "What is installed here and works."),
 ):
     app.command(short_help=_summary)(_command)

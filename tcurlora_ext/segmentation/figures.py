@@ -24,7 +24,7 @@ METHOD_COLOURS = {
 CLASS_COLOURS = ("#56b4e9", "#e69f00", "#cc79a7", "#009e73", "#f0e442", "#0072b2", "#d55e00")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """pyplot on the Agg canvas: no display is needed, and none is opened."""
     require_package("matplotlib")
     import matplotlib
@@ -37,7 +37,7 @@ def _pyplot() -> Any:
 
 def draw_curves(out: Path, methods: Sequence[str]) -> None:
     """curves.png: training loss (mean of 10 steps) and validation Dice by step, a line a seed."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for method in methods:
         colour = METHOD_COLOURS.get(method, "#000000")
@@ -99,7 +99,7 @@ def _grey(volume: Volume) -> NDArray[Any]:
 def draw_overlays(out: Path, volumes: Sequence[Volume], predictions: Mapping[str, Sequence[Tensor]],
                   classes: Sequence[str]) -> None:  # fmt: skip
     """overlays.png: a row a case; image, truth and every prediction on the slice with most foreground."""
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.patches import Patch
 
     rows = len(next(iter(predictions.values())))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tcurlora_ext.cli import app as module
 from tcurlora_ext.cli.app import app, main
 
-COMMANDS = ("finetune", "pretrain", "plan", "inspect", "merge", "doctor")
+COMMANDS = ("finetune", "pretrain", "plan", "inspect", "merge", "bench", "doctor")
 
 
 def test_the_module_is_the_command() -> None:

@@ -1,0 +1,102 @@
+"""The device that is measured: its name, its clock, its ceilings, and what every row of results says about the run."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("tcurlora_ext", "torch", "triton", "peft", "transformers", "monai")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name such as "cpu" or "cuda:1". ValueError where there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is '{name}', expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is '{name}', expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is '{name}', but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or GPU's name, with the threads in use of a processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def folder_name(name: str) -> str:
+    """A device's name as a folder's."""
+    return name.replace(",", "").replace("(R)", "").replace("(TM)", "").replace(" ", "-").lower()
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Device, versions and commit, for every row."""
+    found = {"device": device_name(device)} | {package: _version(package) for package in PACKAGES}
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found | {"commit": commit.stdout.strip() or "unknown"}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(steps: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds that some steps took, the device's work included, and until the host had asked for all of it."""
+    wait(device)
+    start = time.perf_counter()
+    steps()
+    asked = time.perf_counter() - start
+    wait(device)
+    return time.perf_counter() - start, asked
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device does at best: FLOP/s of a large product, bytes/s read and written by a large copy."""
+
+    flops: float
+    bytes: float
+
+    def limit(self, flops: float, moved: float) -> float:
+        """The least seconds that so many FLOPs and bytes take."""
+        return max(flops / self.flops, moved / self.bytes)
+
+
+def ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
+    """Measured now: the best of three products of 8192 (a CPU: 4096) cubed and of three copies of 1 GiB (256 MiB)."""
+    side, size = (8192, 2**30) if device.type == "cuda" else (4096, 2**28)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best = []
+    for call in (lambda: torch.mm(a, b, out=product), lambda: target.copy_(source)):
+        call()
+        best.append(min(timed(call, device)[0] for _ in range(3)))
+    return Ceilings(2 * side**3 / best[0], 2 * size / best[1])

@@ -1,0 +1,161 @@
+"""Adapted linear layers to compare with: LoRA in two orders, and tCUR and CURLoRA with a dense dW.
+
+Every form wraps a frozen ``nn.Linear`` and has ``delta_weight()``, its dW (out, in), differentiable: what the check
+before a measurement compares it by.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from tcurlora_ext.adapter.linear import TCURLinear
+from tcurlora_ext.maths.middle import BatchedMiddle
+
+
+class LoRA(nn.Module):
+    """Plain LoRA of rank q without dropout: the base, then (x A^T) B^T. B is not zero, so that nothing is skipped."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.empty_like(base.weight[:1]).repeat(rank, 1))
+        self.up = nn.Parameter(torch.empty_like(base.weight[:, :1]).repeat(1, rank))
+        randomise(self.down, self.up)
+
+    def delta_weight(self) -> Tensor:
+        return self.up @ self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.base.weight, self.base.bias) + linear(linear(x, self.down), self.up)
+
+
+class AdapterFirstLoRA(LoRA):
+    """The cheapest order in PyTorch operations: the adapter with the bias, then the base product onto it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        adapter = linear(linear(rows, self.down), self.up, self.base.bias)
+        return torch.addmm(adapter, rows, self.base.weight.T).unflatten(0, x.shape[:-1])
+
+
+def randomise(down: Tensor, up: Tensor) -> None:
+    """LoRA's A (rank, in) and B (out, rank) such that the entries of B A are as large as those of ``nn.Linear``."""
+    rank, in_features = down.shape
+    with torch.no_grad():
+        down.copy_(torch.randn_like(down, dtype=torch.float32) / math.sqrt(in_features))
+        up.copy_(torch.randn_like(up, dtype=torch.float32) / math.sqrt(3 * rank))
+
+
+class CURLoRA(nn.Module):
+    """W + C U R built densely in every forward pass: columns and rows of W itself, an r x r core for each layer."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        columns, rows = (torch.randperm(size)[:rank] for size in (base.in_features, base.out_features))
+        self.register_buffer("C", base.weight[:, columns].clone())
+        self.register_buffer("R", base.weight[rows].clone())
+        core = torch.randn(rank, rank, dtype=torch.float32, device=base.weight.device)
+        self.core = nn.Parameter((core * math.sqrt(3 * base.in_features) / rank).to(base.weight.dtype))
+
+    C: Tensor
+    R: Tensor
+
+    def delta_weight(self) -> Tensor:
+        return self.C @ self.core @ self.R
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.base.weight + self.delta_weight(), self.base.bias)
+
+
+class DenseTCUR(nn.Module):
+    """tCUR whose dW is built from the folded factors in every forward pass and kept for the backward pass."""
+
+    def __init__(self, layer: TCURLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def delta_weight(self) -> Tensor:
+        return self.layer.delta_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        stack, layer = self.layer.stack, self.layer
+        delta = dense(stack.core_fourier(), stack.col, stack.row, layer.first_slice, layer.num_slices, stack.scale)
+        return linear(x, layer.weight + delta, layer.bias)
+
+
+class TransientTCUR(DenseTCUR):
+    """tCUR whose W + dW is built in the forward pass, dropped, and built again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stack, layer = self.layer.stack, self.layer
+        at = (layer.first_slice, layer.num_slices, stack.scale)
+        return _Transient.apply(x, stack.core_fourier(), layer.weight, layer.bias, stack.col, stack.row, at)
+
+
+class StackTCUR(DenseTCUR):
+    """tCUR that takes its slices of dW of the whole stack, which :class:`StackDelta` builds once a step."""
+
+    def __init__(self, layer: TCURLinear, shared: StackDelta) -> None:
+        super().__init__(layer)
+        object.__setattr__(self, "shared", shared)  # not a child: every layer of the stack has the same one
+
+    shared: StackDelta
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        delta = self.shared.get()[layer.first_slice : layer.first_slice + layer.num_slices].flatten(0, 1)
+        return linear(x, layer.weight + delta, layer.bias)
+
+
+class StackDelta:
+    """C * U * R of a stack by FFTs along the slices, as the definition has it: built once a forward pass."""
+
+    def __init__(self, layer: TCURLinear) -> None:
+        self.stack = layer.stack
+        self.dtype = layer.weight.dtype
+        self.built: Tensor | None = None
+
+    def get(self) -> Tensor:
+        """The dense changes (S, out, in) of this forward pass."""
+        if self.built is None:
+            self.built = self.stack.delta_weights().to(self.dtype)
+        return self.built
+
+    def drop(self, *_: object) -> None:
+        """A forward hook: the pass is over, autograd keeps what it needs."""
+        self.built = None
+
+
+def dense(core: Tensor, col: Tensor, row: Tensor, first_slice: int, num_slices: int, scale: float) -> Tensor:
+    """dW (num_slices*out, in) of a layer as col B_l row, in the dtype of ``col``: 2q*out*in FLOPs a slice and a little.
+
+    Differentiable in the core. B_l row is the middle product of row^T.
+    """
+    middle = BatchedMiddle(core, first_slice, num_slices, scale, "dft", col.dtype)
+    inner = middle.forward(row.T)  # (in, num_slices, q_c)
+    return torch.einsum("oq,inq->noi", col, inner).flatten(0, 1)
+
+
+class _Transient(torch.autograd.Function):
+    """y = x (W + dW)^T + b that keeps x alone; dcore through the whole gradient of the weight, g^T x."""
+
+    @staticmethod
+    def forward(ctx, x, core, weight, bias, col, row, at):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, core, weight, col, row)
+        ctx.at = at
+        return linear(x, weight + dense(core, col, row, *at), bias)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        x, core, weight, col, row = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = core.detach().requires_grad_()
+            delta = dense(leaf, col, row, *ctx.at)
+        dx = g @ (weight + delta.detach()) if ctx.needs_input_grad[0] else None
+        (dcore,) = torch.autograd.grad(delta, leaf, g.flatten(0, -2).T @ x.flatten(0, -2))
+        return dx, dcore, None, None, None, None, None

@@ -1,0 +1,67 @@
+"""The host's time for a call: forward on a layer so small that its arithmetic is nothing, gradients asked for."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from tcurlora_ext.adapter.linear import TCURLinear
+
+from .cases import TINY, of_layer
+from .devices import timed
+from .networks import build
+from .reference import Reference
+from .run import Row, number
+from .variants import Problem, prepare, variants
+
+CALLS = 500
+
+
+def host_times(device: torch.device, rounds: int) -> list[Row]:
+    """A row a form: median and least time of a call in us, on one thread, by interleaved rounds of 500 calls.
+
+    Of tCUR by each backend also the registered operator alone, without the module around it.
+    """
+    case = of_layer(TINY, 4, rank=2, compiled=False)
+    network, reference = build(case, device), Reference()
+    calls: dict[str, Callable[[], Any]] = {}
+    for variant in variants(device):
+        if variant.fits(case, network):
+            problem = prepare(variant, case, network)
+            reference.check(problem)
+            calls[variant.name] = partial(problem.plain.get_submodule("plain0"), network.runs[0].inputs[0])
+            if variant.name.startswith("tcur ") and isinstance(problem.plain.get_submodule("plain0"), TCURLinear):
+                calls[f"{variant.name}, operator"] = operator_call(problem, variant.name.removeprefix("tcur "))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds + 1):  # the first warms up
+            for name, call in calls.items():
+                taken[name].append(1e6 / CALLS * timed(partial(several, call), device)[1])
+    finally:
+        torch.set_num_threads(threads)
+    return [
+        {"variant": name, "median_us": number(statistics.median(times[1:])), "least_us": number(min(times[1:]))}
+        for name, times in taken.items()
+    ]
+
+
+def operator_call(problem: Problem, backend: str) -> Callable[[], Any]:
+    """``torch.ops.tcurlora.linear`` with the layer's own arguments."""
+    layer = problem.plain.get_submodule("plain0")
+    assert isinstance(layer, TCURLinear)
+    stack, x = layer.stack, problem.network.runs[0].inputs[0]
+    tensors = (x, layer.weight, layer.bias, stack.col, stack.core_fourier(), stack.row)
+    numbers = (layer.first_slice, layer.num_slices, stack.scale, stack.transform, backend)
+    return partial(torch.ops.tcurlora.linear.default, *tensors, *numbers)
+
+
+def several(call: Callable[[], Any]) -> None:
+    """500 calls."""
+    for _ in range(CALLS):
+        call()

@@ -1,0 +1,122 @@
+"""What a step keeps and allocates: bytes saved for the backward pass, and the peak over what was there before."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import DeviceType
+
+from .variants import Problem
+
+# The profiler announces every start and stop on stderr otherwise; read when it is first used.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
+def owned(module: nn.Module) -> dict[int, int]:
+    """Storages of the parameters and buffers of a module: address -> bytes."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def saved_tensors(problem: Problem) -> dict[int, int]:
+    """What autograd keeps from the forward to the backward pass, parameters and buffers aside: address -> bytes.
+
+    A storage that several layers keep counts once, in full. Empty for inference.
+    """
+    if problem.case.mode != "training":
+        return {}
+    frozen = owned(problem.plain)
+    kept: dict[int, int] = {}
+    alive = []  # or an address would be given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = problem.network.runs[0].inputs
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = problem.outputs(inputs)
+    del outputs
+    return kept
+
+
+# Operators that make a view, an empty tensor or nothing; what they call where they have to copy counts.
+_FREE = re.compile(
+    r"(aten::)?(as_strided|view|t|transpose|permute|select|slice|narrow|expand|unsqueeze|squeeze|flatten|unflatten|reshape"
+    r"|_reshape_alias|_unsafe_view|detach|unbind|split|chunk|alias|movedim|numpy_T|empty.*|new_empty.*|resolve_.*|to"
+    r"|lift_fresh|item|_local_scalar_dense|set_|resize_)_?|autograd::.*|torch::autograd::.*|.*Backward\d*"
+)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a step did.
+
+    peak      the most bytes that it held beyond what was allocated before it
+    launches  kernels, copies and fills on a GPU; on a CPU, operators and stages that compute something: of operators
+              that call others the innermost, and of the native backend, which calls products below the dispatcher, the
+              operator's stages
+    """
+
+    peak: int
+    launches: int
+
+
+def observe(step: Callable[[], Any], device: torch.device) -> Observed:
+    """Run a step under the profiler.
+
+    The peak on a CPU is PyTorch's allocator's: what libraries keep for themselves is not in it.
+    """
+    gc.collect()
+    return _on_gpu(step, device) if device.type == "cuda" else _on_cpu(step)
+
+
+def _on_gpu(step: Callable[[], Any], device: torch.device) -> Observed:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    on_gpu = [e for e in profile.events() or [] if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return Observed(peak, len(on_gpu))
+
+
+def _on_cpu(step: Callable[[], Any]) -> Observed:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None
+    results = profile.profiler.kineto_results
+    assert results is not None
+    held = peak = 0
+    records = [event for event in results.events() if event.name() == "[memory]"]
+    for record in sorted(records, key=lambda event: event.start_ns()):
+        held += record.nbytes()
+        peak = max(peak, held)
+    return Observed(peak, sum(1 for _ in innermost(profile.events() or [])))
+
+
+def innermost(events: Iterable[Any]) -> Iterator[Any]:
+    """Of a CPU profile's events, those that compute something and hold no other that does."""
+    for event in events:
+        if event.cpu_parent is None:
+            yield from _innermost(event)
+
+
+def _innermost(event: Any) -> list[Any]:
+    inside = [found for child in event.cpu_children for found in _innermost(child)]
+    return inside or [event] * (_FREE.fullmatch(event.name) is None and event.name != "[memory]")

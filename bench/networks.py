@@ -1,0 +1,165 @@
+"""The networks that cases measure, frozen, with random inputs and output gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .cases import Case, Layer
+
+# Inputs are rotated, so that a step finds none in a cache: 256 MiB is more than any GPU's L2 (H100: 50, H200: 60,
+# B200: 126 MiB) and than most processors' L3. A network of several layers moves more than that in one step by itself.
+ROTATED_BYTES = 2**28
+MOST_INPUTS = 64  # for a few tokens the weights are what fills the cache
+
+
+@dataclass(frozen=True)
+class Run:
+    """The arguments of one forward pass, and the gradients of its outputs (None: 1, for a loss)."""
+
+    inputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A plain frozen network.
+
+    targets   names of the layers that adapters go into; ``fused``: how many slices a name's last component holds
+    repeats   how many such networks the whole model has: its stacks are so many times as tall
+    trained   parameters that train beside the adapter, by the beginning of their names; their step is AdamW's
+    """
+
+    module: nn.Module
+    runs: list[Run]
+    targets: list[str]
+    fused: dict[str, int]
+    repeats: int = 1
+    trained: tuple[str, ...] = ()
+
+
+class Bank(nn.Module):
+    """Layers side by side, each on an input of its own, as they would find it in a network."""
+
+    def __init__(self, layer: Layer, count: int) -> None:
+        super().__init__()
+        name = "fused" if layer.slices > 1 else "plain"
+        for index in range(count):
+            self.add_module(f"{name}{index}", nn.Linear(layer.in_features, layer.slices * layer.out_features))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        # An injected model also has a container of stacks among its children.
+        return tuple(layer(x) for layer, x in zip(self.children(), inputs, strict=False))
+
+
+class LlamaBlock(nn.Module):
+    """One decoder block of Llama-7B of random weights on (1, T, 4096)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+        config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32)
+        config._attn_implementation = "sdpa"
+        self.block = LlamaDecoderLayer(config, 0)
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        return self.block(x, position_embeddings=self.rotary(x, positions))
+
+
+class UnetrLoss(nn.Module):
+    """UNETR at 128^3 and the Dice and cross-entropy loss of its training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from monai.losses import DiceCELoss
+        from monai.networks.nets import UNETR
+
+        self.unetr = UNETR(in_channels=1, out_channels=3, img_size=(128, 128, 128))
+        self.loss = DiceCELoss(to_onehot_y=True, softmax=True)
+
+    def forward(self, image: Tensor, label: Tensor) -> Tensor:
+        return self.loss(self.unetr(image), label)
+
+
+def build(case: Case, device: torch.device) -> Network:
+    """The network of a case, on the device, in its dtype; the same numbers every time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        network = _BUILDERS[case.network](case)
+    network.module.to(getattr(torch, case.dtype)).requires_grad_(False)
+    return network
+
+
+def _normal(case: Case, *shape: int, wants_gradient: bool = False) -> Tensor:
+    return torch.randn(*shape).to(getattr(torch, case.dtype)).requires_grad_(wants_gradient)
+
+
+def _linear_names(module: nn.Module) -> list[str]:
+    return [name for name, layer in module.named_modules() if type(layer) is nn.Linear]
+
+
+def _bank(case: Case) -> Network:
+    layer = case.layer
+    assert layer is not None
+    count = layer.stack // layer.slices if case.network == "stack" else 1
+    if count * layer.slices > layer.stack or layer.stack % (count * layer.slices):
+        raise ValueError(f"{case.name}: {count} x {layer.slices} slices do not fill a stack of {layer.stack}")
+    bank = Bank(layer, count)
+    rows = layer.slices * layer.out_features
+    trains = case.mode == "training"
+    size = getattr(torch, case.dtype).itemsize * count * case.tokens * (layer.in_features + trains * rows)
+    runs = [
+        Run(
+            tuple(_normal(case, case.tokens, layer.in_features, wants_gradient=trains) for _ in range(count)),
+            tuple(_normal(case, case.tokens, rows) for _ in range(count)) if trains else None,
+        )
+        for _ in range(min(MOST_INPUTS, -(-ROTATED_BYTES // size)))
+    ]
+    names = _linear_names(bank)
+    return Network(bank, runs, names, dict.fromkeys(names, layer.slices), layer.stack // (count * layer.slices))
+
+
+def _encoder(case: Case) -> Network:
+    from monai.networks.blocks.transformerblock import TransformerBlock
+
+    encoder = nn.Sequential(*(TransformerBlock(768, 3072, 12) for _ in range(12)), nn.LayerNorm(768))
+    # 512 tokens a crop of 128^3: as many crops as there are tokens for.
+    shape = (max(1, case.tokens // 512), min(case.tokens, 512), 768)
+    return _tokens_in_and_out(case, encoder, shape, {"qkv": 3}, 1)
+
+
+def _llama_block(case: Case) -> Network:
+    return _tokens_in_and_out(case, LlamaBlock(), (1, case.tokens, 4096), {}, 32)
+
+
+def _tokens_in_and_out(
+    case: Case, module: nn.Module, shape: tuple[int, ...], fused: dict[str, int], repeats: int
+) -> Network:
+    """A network whose output has its input's shape, as it stands behind an embedding: its input wants a gradient."""
+    trains = case.mode == "training"
+    run = Run((_normal(case, *shape, wants_gradient=trains),), (_normal(case, *shape),) if trains else None)
+    return Network(module, [run], _linear_names(module), fused, repeats)
+
+
+def _unetr_step(case: Case) -> Network:
+    module = UnetrLoss()
+    crops = max(1, case.tokens // 512)
+    label = torch.randint(0, 3, (crops, 1, 128, 128, 128)).to(getattr(torch, case.dtype))
+    run = Run((_normal(case, crops, 1, 128, 128, 128), label), None)
+    targets = [name for name in _linear_names(module) if ".vit.blocks." in name]
+    return Network(module, [run], targets, {"qkv": 3}, 1, ("unetr.decoder", "unetr.out"))
+
+
+_BUILDERS = {
+    "layer": _bank,
+    "stack": _bank,
+    "encoder": _encoder,
+    "llama block": _llama_block,
+    "unetr step": _unetr_step,
+}

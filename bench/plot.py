@@ -1,0 +1,246 @@
+"""Figures of the README and the docs, from result files alone.
+
+    python -m tcurlora_ext.bench.plot [RESULTS] [--output FOLDER]
+
+For every device's folder in RESULTS, of what is there: quick-time.png and quick-memory.png from quick.csv, the same
+from gpu.csv, growth.png from growth.csv. A picture names its file and that file's hash in its metadata and holds no
+date, so that drawing the same numbers again changes nothing and a picture of other numbers can be found
+(:func:`source`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tcurlora_ext.segmentation.artifacts import write_with
+from tcurlora_ext.segmentation.figures import pyplot
+
+from .crossover import DENSE, TRANSIENT, Crossover, crossovers, curves
+from .rows import Row, by_case, labels, number, read_results, tcur_backend, value
+from .run import FLOOR, LORA
+from .styles import style, style_order
+
+COMMAND = "python -m tcurlora_ext.bench.plot"
+# Independent of a user's matplotlibrc; sizes are for a page 9 inches wide.
+LOOK = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "legend.fontsize": 9, "figure.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6, "axes.axisbelow": True, "savefig.dpi": 120,
+}  # fmt: skip
+PANELS = (
+    ("tokens", "training", "tokens T, training"),
+    ("tokens", "inference", "tokens T, inference"),
+    ("rank", "training", "tubal rank r"),
+    ("slices", "training", "slices S of the stack"),
+    ("width", "training", "width of the layer, in = out"),
+)
+POINT = {"slices": "stack", "width": "in"}  # the column of a sweep's axis, where it is not the sweep's name
+
+
+def draw(results: Path, output: Path) -> list[Path]:
+    """All figures of a folder of results, as output/<device folder>/<figure>.png; what was written.
+
+    Raises OSError or ValueError, naming a file, what was found and what was expected.
+    """
+    if not results.is_dir():
+        raise FileNotFoundError(f"{results}: no such folder, expected a folder for each device in it")
+    written = []
+    for file, name, make in _drawings():
+        for path in sorted(results.glob(f"*/{file}")):
+            rows = read_results(path)
+            plt = pyplot()
+            with plt.rc_context({**plt.rcParamsDefault, "backend": "agg", **LOOK}):
+                try:
+                    figure = make(plt, rows)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+                target = output / path.parent.name / name
+                about = {"Software": None, "Source": source(path)}
+                write_with(target, partial(figure.savefig, metadata=about))
+                plt.close(figure)
+            written.append(target)
+    if not written:
+        raise FileNotFoundError(f"{results}: found no */quick.csv, */gpu.csv or */growth.csv, expected one at least")
+    return written
+
+
+def source(path: Path) -> str:
+    """What a picture's metadata says of the file it was drawn from: device folder, name and hash."""
+    return f"{path.parent.name}/{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _drawings() -> Iterator[tuple[str, str, Any]]:
+    """File of results, picture, and what draws it from pyplot and rows."""
+    for name in ("quick", "gpu"):
+        yield f"{name}.csv", f"{name}-time.png", times
+        yield f"{name}.csv", f"{name}-memory.png", memory
+    yield "growth.csv", "growth.png", growth
+
+
+def times(plt: Any, rows: list[Row]) -> Any:
+    """Time over the frozen floor, a panel a case, a line a variant; whiskers from the 20th to the 80th percentile."""
+    cases = by_case(rows)
+    names, shared = labels(rows)
+    variants = sorted({row["variant"] for row in rows} - {FLOOR}, key=style_order)
+    across = min(4, len(cases))
+    down = -(-len(cases) // across)
+    figure, grid = plt.subplots(
+        down, across, figsize=(9, 0.9 + down * (0.5 + 0.19 * len(variants))), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes, (at, forms) in zip(grid.flat, cases.items(), strict=False):
+        axes.set_title(names[at].replace(" T=", "\nT="))
+        axes.axvline(1, color=style(FLOOR)[0], lw=1)
+        for place, name in enumerate(variants):
+            if name in forms and value(forms[name], "over_frozen") is not None:
+                _dot(axes, place, forms[name])
+        axes.set_xlim(left=min(0.95, axes.get_xlim()[0]))
+    for axes in grid.flat[len(cases) :]:
+        axes.set_visible(False)
+    for index in range(across):
+        below = max(row for row in range(down) if row * across + index < len(cases))
+        grid[below, index].set_xlabel("time / frozen")
+    _variant_axis(grid[0, 0], variants)
+    figure.suptitle(f"Time of a step over that of the frozen network ({shared}), median and 20th to 80th percentile")
+    return figure
+
+
+def _dot(axes: Any, place: int, row: Row) -> None:
+    colour, marker = style(row["variant"])
+    low, middle, high = (number(row, f"over_frozen{end}") for end in ("_p20", "", "_p80"))
+    axes.plot([low, high], [place, place], color="#555555", lw=1.2, zorder=2)
+    axes.plot(middle, place, marker=marker, color=colour, mec="#333333", mew=0.6, ms=6, ls="", zorder=3)
+
+
+def _variant_axis(axes: Any, variants: Sequence[str]) -> None:
+    """Names of the variants at the left, the first at the top. Shared axes follow."""
+    axes.set_yticks(range(len(variants)), variants)
+    axes.set_ylim(len(variants) - 0.5, -0.5)
+
+
+def memory(plt: Any, rows: list[Row]) -> Any:
+    """Extra peak and bytes saved for the backward pass by variant, a row of panels a network (else a case)."""
+    networks = [row for row in rows if row["network"] not in ("layer", "stack")] or rows
+    cases = by_case([row for row in networks if row["mode"] == "training"] or networks)
+    names, shared = labels(rows)
+    variants = sorted({row["variant"] for row in networks}, key=style_order)
+    figure, grid = plt.subplots(
+        len(cases), 2, figsize=(9, 0.7 + len(cases) * (0.6 + 0.19 * len(variants))), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    labels_ = {
+        "extra_peak_mib": "peak of a step over the frozen network's, MiB",
+        "saved_mib": "saved for backward, MiB",
+    }
+    for line, (at, forms) in zip(grid, cases.items(), strict=True):
+        for axes, (column, label) in zip(line, labels_.items(), strict=True):
+            points = {name: value(row, column) for name, row in forms.items()}
+            if column == "extra_peak_mib":
+                points.pop(FLOOR, None)  # 0 by definition
+            found = {name: amount for name, amount in points.items() if amount is not None}
+            for name, amount in found.items():
+                colour, marker = style(name)
+                axes.plot(
+                    amount, variants.index(name), marker=marker, color=colour, mec="#333333", mew=0.6, ms=6, ls=""
+                )
+            if found and min(found.values()) > 0 and max(found.values()) > 8 * min(found.values()):
+                axes.set_xscale("log")
+                _plain_ticks(plt, axes.xaxis)
+            axes.set(title=names[at], xlabel=label)
+    _variant_axis(grid[0, 0], variants)
+    figure.suptitle(f"Memory ({shared}); compiled forms do not show what they save")
+    return figure
+
+
+def growth(plt: Any, rows: list[Row]) -> Any:
+    """Time and peak memory of a step against tokens, rank, slices and width, and where building dW becomes cheaper."""
+    swept = [row for row in rows if row["sweep"]]
+    if not swept:
+        raise ValueError("found no row of a sweep, expected some of tokens, rank, slices and width")
+    backend = tcur_backend(swept)
+    points = {
+        (sweep, mode): [r for r in swept if (r["sweep"], r["mode"]) == (sweep, mode)] for sweep, mode, _ in PANELS
+    }
+    panels = [panel for panel in PANELS if points[panel[:2]]]
+    figure, grid = plt.subplots(
+        len(panels), 2, figsize=(9, 1.0 + 2.1 * len(panels)), squeeze=False, layout="constrained"
+    )  # fmt: skip
+    crossings = {(one.mode, one.dense): one for one in crossovers(swept)}
+    variants = [FLOOR, LORA, backend, DENSE, TRANSIENT]
+    for (left, right), (sweep, mode, label) in zip(grid, panels, strict=True):
+        there = [name for name in variants if any(row["variant"] == name for row in points[sweep, mode])]
+        for name in there:
+            at, (side,) = curves(points[sweep, mode], [name], POINT.get(sweep, sweep))
+            colour, marker = style(name)
+            for axes, column in ((left, "median_ms"), (right, "peak_mib")):
+                axes.plot(
+                    at, [number(row, column) for row in side], color=colour, marker=marker, ms=4, lw=1.4, label=name
+                )
+        for axes, unit in ((left, "time, ms"), (right, "peak memory, MiB")):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set(xlabel=label, ylabel=unit)
+            axes.set_xticks(at, [f"{x:,.0f}" for x in at])
+            axes.xaxis.minorticks_off()
+            _plain_ticks(plt, axes.yaxis)
+        if sweep == "tokens" and (mode, DENSE) in crossings:
+            _mark(left, crossings[mode, DENSE])
+    usual = {
+        column: statistics.mode(row[column] for row in swept) for column in ("tokens", "rank", "stack", "in", "out")
+    }
+    about = "{case}, {dtype}; unless it varies T={tokens}, r={rank}, S={stack}, {in} to {out} features"
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), title=about.format(**swept[0] | usual), title_fontsize=10,
+        loc="outside upper center", ncols=len(variants), frameon=False,
+    )  # fmt: skip
+    return figure
+
+
+def _plain_ticks(plt: Any, axis: Any) -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis, written as numbers; a finer series where it spans little."""
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(
+        plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 6))
+    )
+    axis.set_major_formatter(plt.matplotlib.ticker.StrMethodFormatter("{x:,g}"))
+    axis.minorticks_off()
+
+
+def _mark(axes: Any, one: Crossover) -> None:
+    """The crossover as two lines: where the medians cross, and where counted FLOPs do; one off the axis is left out."""
+    lines = sorted([(one.measured, "-", "measured"), (one.counted, "--", "by FLOPs")])
+    colour = style(one.dense)[0]
+    for (at, line, name), left in zip(lines, (True, False), strict=True):
+        if one.lowest <= at <= one.highest:
+            axes.axvline(at, color=colour, lw=1, ls=line)
+            axes.annotate(
+                f"{name}\n{at:,.0f}", (at, 0.98 if left else 0.02), xycoords=("data", "axes fraction"),
+                xytext=(-4 if left else 4, 0), textcoords="offset points", fontsize=8, color=colour,
+                va="top" if left else "bottom", ha="right" if left else "left",
+            )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draws all figures; exit code 2 for an error."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Draws the figures of the docs from result files.")
+    parser.add_argument("results", nargs="?", type=Path, default=Path("bench/results"), metavar="RESULTS")
+    parser.add_argument("--output", type=Path, default=Path("docs/figures"), metavar="FOLDER")
+    given = parser.parse_args(arguments)
+    try:
+        written = draw(given.results, given.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, written)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Files of results as rows of text: reading them, what tells rows apart, numbers and names of a row."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from tcurlora_ext.segmentation.artifacts import read_csv
+
+from .devices import PACKAGES
+
+Row = dict[str, str]
+PROVENANCE = ("device", *PACKAGES, "commit")
+# What a row measures; a stack's height and a layer's width tell the points of a growth sweep apart.
+KEY = ("case", "sweep", "mode", "dtype", "tokens", "rank", "in", "out", "slices", "stack", "variant")
+# What no result file lacks: what its readers use. A cell may be empty.
+NUMBERS = (
+    "tokens", "rank", "rounds", "p20_ms", "median_ms", "p80_ms", "over_frozen_p20", "over_frozen", "over_frozen_p80",
+    "over_lora", "over_peft_r32", "gflop", "fewest_mib", "share_of_limit", "peak_mib", "saved_mib", "adapter_mib",
+    "trained", "launches", "extra_peak_mib",
+)  # fmt: skip
+POSITIVE = ("_ms", "tokens", "rounds", "over_frozen", "over_frozen_p20", "over_frozen_p80")
+NEEDED = (*PROVENANCE, *KEY, "q", "network", *NUMBERS)
+
+
+def read_results(path: Path) -> list[Row]:
+    """The rows of a result file of cases, all values as text.
+
+    OSError where there is no such file. ValueError where it holds no rows, lacks a column, has two rows of one case and
+    variant, or a cell that is no number where a number belongs.
+    """
+    rows = read_rows(path, NEEDED)
+    seen: set[tuple[str, ...]] = set()
+    for row in rows:
+        if key(row) in seen:
+            raise ValueError(f"{path}: found {title(row)}, {row['variant']} twice, expected one row of each")
+        seen.add(key(row))
+        for column in NUMBERS:
+            if row[column] and not _is_amount(row[column], column.endswith(POSITIVE)):
+                raise ValueError(
+                    f"{path}: found {row[column]!r} as {column} of {title(row)}, {row['variant']}, expected a number"
+                    f"{' above 0' if column.endswith(POSITIVE) else ''} or nothing"
+                )
+    return rows
+
+
+def read_rows(path: Path, needed: tuple[str, ...]) -> list[Row]:
+    """The rows of a CSV file that has the columns ``needed`` and one row at least. OSError or ValueError otherwise."""
+    try:
+        rows = read_csv(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; expected results of a benchmark there") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: found no CSV ({error}), expected results of a benchmark") from error
+    if not rows:
+        raise ValueError(f"{path}: found no rows, expected results of a benchmark")
+    lacking = [name for name in needed if name not in rows[0]]
+    if lacking:
+        found = ", ".join(str(name)[:40] for name in list(rows[0])[:6])
+        raise ValueError(
+            f"{path}: found columns {found}, ... without {', '.join(lacking)}, expected results of a benchmark"
+        )
+    for line, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, row {line}: found more or fewer cells than columns, expected one a column")
+    return rows
+
+
+def _is_amount(text: str, positive: bool) -> bool:
+    try:
+        found = float(text)
+    except ValueError:
+        return False
+    return math.isfinite(found) and (found > 0 or not positive)
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What tells a row from the others of a file and finds its like in another file."""
+    return tuple(row[name] for name in KEY)
+
+
+def value(row: Row, column: str) -> float | None:
+    """A number of a row; None where the cell is empty."""
+    return float(row[column]) if row[column] else None
+
+
+def number(row: Row, column: str) -> float:
+    """A number of a row that has to be there. ValueError naming row and column where it is not."""
+    try:
+        return float(row[column])
+    except ValueError as error:
+        raise ValueError(
+            f"{title(row)}, {row['variant']}: found {row[column]!r} as {column}, expected a number"
+        ) from error
+
+
+def title(row: Row) -> str:
+    """What was measured, without the variant."""
+    return " ".join(_parts(row))
+
+
+def _parts(row: Row) -> list[str]:
+    point = {"slices": [f"S={row['stack']}"], "width": [f"width={row['in']}"]}.get(row["sweep"], [])
+    return [row["case"], *point, f"r={row['rank']}", f"T={row['tokens']}", row["mode"], row["dtype"]]
+
+
+def labels(rows: list[Row]) -> tuple[dict[str, str], str]:
+    """Short names of the cases of some rows by their titles, and what all of them share, which the names leave out."""
+    parts = {title(row): _parts(row) for row in rows}
+    shared = set.intersection(*(set(found[1:]) for found in parts.values()))
+    first = next(iter(parts.values()))
+    names = {at: " ".join(part for part in found if part not in shared) for at, found in parts.items()}
+    return names, ", ".join(part for part in first if part in shared)
+
+
+def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by title, then by variant, in the file's order."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(title(row), {})[row["variant"]] = row
+    return found
+
+
+def tcur_backend(rows: list[Row]) -> str:
+    """The variant "tcur <backend>" that takes the least time in all over the cases that every backend ran.
+
+    ValueError where no backend is among the rows.
+    """
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["variant"] in ("tcur eager", "tcur native", "tcur triton"):
+            times.setdefault(row["variant"], {})[" ".join(key(row)[:-1])] = number(row, "median_ms")
+    if not times:
+        raise ValueError("found no row of 'tcur eager', 'tcur native' or 'tcur triton', expected one of them at least")
+    common = set.intersection(*(set(found) for found in times.values()))
+    return min(times, key=lambda name: sum(times[name][case] for case in common))

@@ -1,0 +1,165 @@
+"""Runs cases: every form is checked, then timed beside the others round by round, then counted. Rows are plain text."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .cases import Case
+from .counts import fewest_bytes, flops
+from .devices import PACKAGES, Ceilings, ceilings, timed, wait
+from .memory import observe, saved_tensors
+from .networks import build
+from .reference import Reference
+from .variants import Problem, Variant, prepare, variants
+
+LAYER_COLUMNS = ("in", "out", "slices", "stack", "q")
+FLOOR, LORA, PAPER = "frozen", "lora", "peft lora r=32"
+# Steps between two looks at the clock add up to this much on a GPU, so that launches run ahead of it as in training.
+BATCH_SECONDS = 0.02
+
+Row = dict[str, Any]
+Keep = Callable[[Variant, Case], bool]
+
+
+def run(
+    cases: Sequence[Case], device: torch.device, rounds: int, keep: Keep, say: Callable[[str], None]
+) -> Iterator[list[Row]]:
+    """Case by case its rows, one a variant that ``keep`` wants; the floor and LoRA of rank q always run.
+
+    ``rounds`` is at least 2. A case that does not fit into the memory, or whose network's package is missing, is
+    skipped, and ``say`` is told so.
+    """
+    found: dict[str, Ceilings] = {}
+    for case in cases:
+        if case.dtype not in found:
+            found[case.dtype] = ceilings(getattr(torch, case.dtype), device)
+        try:
+            yield measure(case, device, rounds, keep, found[case.dtype])
+        except torch.OutOfMemoryError:
+            say(f"{case.id}: skipped, {device} has too little memory for it")
+        except ModuleNotFoundError as error:
+            if error.name not in PACKAGES:
+                raise
+            say(f"{case.id}: skipped, the package '{error.name}' is not installed")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure(case: Case, device: torch.device, rounds: int, keep: Keep, limits: Ceilings) -> list[Row]:
+    """The rows of one case. RuntimeError where a form's result is wrong; then nothing of the case is timed."""
+    network = build(case, device)
+    reference = Reference()
+    problems: list[Problem] = []
+    errors: list[float] = []
+    for variant in variants(device):
+        if variant.fits(case, network) and (variant.name in (FLOOR, LORA) or keep(variant, case)):
+            problems.append(prepare(variant, case, network))
+            errors.append(reference.check(problems[-1]))
+    del reference
+    if case.network not in ("layer", "stack"):
+        rounds = max(2, rounds // 2)  # a network's step is long and spreads less
+    times, asked = interleaved(problems, device, rounds)
+    rows = [
+        about(case) | {"variant": problem.variant.name, "rounds": rounds}
+        | time_columns(name, times) | cost_columns(problem, device, statistics.median(times[name]), limits)
+        | {"host_ms": number(1e3 * statistics.median(asked[name])), "error": f"{error:.0e}"}
+        for (name, problem), error in zip(named(problems), errors, strict=True)
+    ]  # fmt: skip
+    floor = rows[0]
+    for row in rows:
+        row["extra_peak_mib"] = number(float(row["peak_mib"]) - float(floor["peak_mib"]))
+    return rows
+
+
+def named(problems: Sequence[Problem]) -> list[tuple[str, Problem]]:
+    return [(problem.variant.name, problem) for problem in problems]
+
+
+def interleaved(
+    problems: Sequence[Problem], device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds a step by variant and round, and seconds until the host had asked for it."""
+    counts = {}
+    for name, problem in named(problems):
+        problem.step()
+        wait(device)
+        once = timed(problem.step, device)[0]
+        counts[name] = max(1, math.ceil(BATCH_SECONDS / once)) if device.type == "cuda" else 1
+    times: dict[str, list[float]] = {name: [] for name, _ in named(problems)}
+    asked: dict[str, list[float]] = {name: [] for name, _ in named(problems)}
+    for _ in range(rounds):
+        for name, problem in named(problems):
+            taken, host = timed(partial(several, problem, counts[name]), device)
+            times[name].append(taken / counts[name])
+            asked[name].append(host / counts[name])
+    return times, asked
+
+
+def several(problem: Problem, steps: int) -> None:
+    """So many steps."""
+    for _ in range(steps):
+        problem.step()
+
+
+def about(case: Case) -> Row:
+    """The columns that say what was measured; those of a layer are empty for a network."""
+    layer = case.layer
+    shape = [""] * 5 if layer is None else [
+        layer.in_features, layer.out_features, layer.slices, layer.stack, case.rank * layer.stack
+    ]  # fmt: skip
+    return {
+        "case": case.name, "network": case.network, "sweep": case.sweep, "mode": case.mode, "dtype": case.dtype,
+        "tokens": case.tokens, "rank": case.rank, **dict(zip(LAYER_COLUMNS, shape, strict=True)),
+    }  # fmt: skip
+
+
+def time_columns(name: str, times: dict[str, list[float]]) -> Row:
+    """Median and fifths of the time, and of its ratio, round by round, to the floor and to LoRA."""
+    taken = times[name]
+    row: Row = dict(zip(("p20_ms", "median_ms", "p80_ms"), map(number, middle([1e3 * t for t in taken])), strict=True))
+    for key, other in (("over_frozen", FLOOR), ("over_lora", LORA), ("over_peft_r32", PAPER)):
+        ratios = [t / o for t, o in zip(taken, times[other], strict=True)] if other in times else []
+        found = map(number, middle(ratios)) if ratios else ("", "", "")
+        row |= dict(zip((f"{key}_p20", key, f"{key}_p80"), found, strict=True))
+    extra = [(t - f) / (w - f) for t, f, w in zip(taken, times[FLOOR], times[LORA], strict=True) if w > f]
+    return row | {"extra_over_lora": number(statistics.median(extra)) if extra and name != FLOOR else ""}
+
+
+def middle(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th percentile, the median and the 80th."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def cost_columns(problem: Problem, device: torch.device, seconds: float, limits: Ceilings) -> Row:
+    """Counts, shares of the ceilings, memory and launches."""
+    saved = saved_tensors(problem)
+    work, moved = flops(problem), fewest_bytes(problem, saved)
+    observed = observe(problem.step, device)
+    compiled = problem.variant.compiled  # saved tensors of a compiled function cannot be watched
+    adapter = sum(p.nbytes for p in problem.plain.parameters()) + sum(b.nbytes for b in problem.plain.buffers())
+    adapter -= sum(p.nbytes for p in problem.network.module.parameters())
+    adapter -= sum(b.nbytes for b in problem.network.module.buffers())
+    return {
+        "gflop": number(work / 1e9), "fewest_mib": number(moved / 2**20),
+        "share_of_flops": number(work / limits.flops / seconds),
+        "share_of_bytes": number(moved / limits.bytes / seconds),
+        "share_of_limit": number(limits.limit(work, moved) / seconds),
+        "peak_mib": number(observed.peak / 2**20),
+        "saved_mib": "" if compiled else number(sum(saved.values()) / 2**20),
+        "adapter_mib": number(adapter / 2**20),
+        "trained": sum(p.numel() for p in problem.trained),
+        "launches": observed.launches,
+        "ceiling_gflops": number(limits.flops / 1e9), "ceiling_gbs": number(limits.bytes / 1e9),
+    }  # fmt: skip
+
+
+def number(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"

@@ -1,0 +1,111 @@
+"""``tcurlora bench``: what the adapter costs on this device, beside LoRA, dense forms and the device's limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tcurlora_ext.cli.options import words
+
+if TYPE_CHECKING:
+    from tcurlora_ext.bench.cases import Case
+
+COLUMNS = {
+    "variant": "form", "median_ms": "ms", "p20_ms": "p20", "p80_ms": "p80", "over_frozen": "x frozen",
+    "over_lora": "x LoRA", "over_peft_r32": "x PEFT r=32", "share_of_limit": "of limit", "extra_peak_mib": "extra MiB",
+    "saved_mib": "saved MiB", "trained": "trained", "launches": "launches",
+}  # fmt: skip
+
+
+def bench(
+    full: Annotated[bool, typer.Option("--full", help="Everything, in two dtypes: hours on a CPU.")] = False,
+    growth: Annotated[bool, typer.Option("--growth", help="Cost against tokens, rank, slices and width.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="What a GPU measures in eight minutes, in bfloat16.")] = False,
+    cases: Annotated[str | None, typer.Option(help="Only cases with one of these words, comma separated.")] = None,
+    variants: Annotated[str | None, typer.Option(help="Only these forms (and frozen and lora), the same way.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least 2.")] = 10,
+    output: Annotated[Path, typer.Option(help="Folder of results; a device has a folder of its own in it.")] = Path(
+        "bench/results"
+    ),
+    list_cases: Annotated[bool, typer.Option("--list", help="Show the cases and forms, measure nothing.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two result files: what differs and what is noise.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="With --compare: also what is noise.")] = False,
+) -> None:
+    """Measure the adapter on this device, in less than five minutes on two cores, and write CSV.
+
+    Every form's outputs and gradients are checked first; one that computes something else is not timed.
+    """
+    from tcurlora_ext.bench.devices import choose_device
+
+    if compare is not None:
+        _compare(*compare, everything)
+        return
+    if full + growth + gpu > 1:
+        raise ValueError("--full, --growth and --gpu are three sets of cases, expected at most one of them")
+    if rounds < 2:
+        raise ValueError(f"--rounds is {rounds}, expected at least 2")
+    name = "full" if full else "growth" if growth else "gpu" if gpu else "quick"
+    wanted = _cases(name, words(cases))
+    target = choose_device(device)
+    forms = _forms(words(variants), target)
+    if list_cases:
+        _list(name, wanted, forms, target)
+        return
+    _measure(name, wanted if cases else None, forms, target, rounds, output)
+
+
+def _cases(name: str, parts: tuple[str, ...] | None) -> list[Case]:
+    from tcurlora_ext.bench.cases import SETS
+    from tcurlora_ext.bench.results import selected
+
+    return SETS[name]() if parts is None else selected(SETS[name](), parts)
+
+
+def _forms(parts: tuple[str, ...] | None, device: Any) -> list[str]:
+    """Names of the forms that run."""
+    from tcurlora_ext.bench.variants import variants
+
+    known = [variant.name for variant in variants(device)]
+    found = [name for name in known if parts is None or any(part in name for part in parts)]
+    if not found:
+        raise ValueError(f"--variants: found none with {', '.join(parts or ())}, expected part of {', '.join(known)}")
+    return found
+
+
+def _list(name: str, cases: list[Case], forms: list[str], device: Any) -> None:
+    typer.echo(f"set {name}, {len(cases)} cases")
+    for case in cases:
+        typer.echo(f"  {case.id}" + (f", sweep of {case.sweep}" if case.sweep else ""))
+    typer.echo(f"forms on {device}: {', '.join(forms)}")
+
+
+def _measure(name: str, cases: list[Case] | None, forms: list[str], device: Any, rounds: int, output: Path) -> None:
+    from tcurlora_ext.adapter.table import text_table
+    from tcurlora_ext.bench.results import write_host, write_set
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        first = rows[0]
+        typer.echo(f"{first['case']}, r={first['rank']}, T={first['tokens']}, {first['mode']}, {first['dtype']}")
+        typer.echo(text_table(list(COLUMNS.values()), [[str(row[key]) for key in COLUMNS] for row in rows]) + "\n")
+
+    path = write_set(
+        name, device, output, cases, rounds, keep=lambda variant, case: variant.name in forms, say=typer.echo, show=show
+    )
+    if cases is None and name != "growth":
+        host = write_host(device, output, rounds)
+        typer.echo("the host's time for a forward call, us")
+        typer.echo(
+            text_table(["form", "median", "least"], [[r["variant"], r["median_us"], r["least_us"]] for r in host])
+        )
+    typer.echo(f"written to {path.parent}")
+
+
+def _compare(a: Path, b: Path, everything: bool) -> None:
+    from tcurlora_ext.bench.compare import compare
+
+    typer.echo(compare(a, b).text(everything))

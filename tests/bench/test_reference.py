@@ -1,0 +1,113 @@
+"""The check before a measurement: every form passes it, a form that computes something else does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from tcurlora_ext.bench.cases import Case, Layer, of_layer
+from tcurlora_ext.bench.networks import Network, Run, build
+from tcurlora_ext.bench.reference import Reference
+from tcurlora_ext.bench.run import run
+from tcurlora_ext.bench.variants import Problem, prepare, variants
+
+CPU = torch.device("cpu")
+
+
+def checked(case: Case, network: Network) -> dict[str, float]:
+    """Errors of all forms that there are of a case."""
+    reference = Reference()
+    forms = [variant for variant in variants(CPU) if variant.fits(case, network)]
+    return {variant.name: reference.check(prepare(variant, case, network)) for variant in forms}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_every_form_of_a_layer_computes_what_it_says(case: Case, mode: str, dtype: str) -> None:
+    case = replace(case, mode=mode, dtype=dtype)
+    errors = checked(case, build(case, CPU))
+    assert {"frozen", "lora", "peft lora", "tcur eager", "tcur dense layer", "curlora dense"} <= set(errors)
+    assert ("tcur transient" in errors) == (mode == "training")
+    assert all(error > 0 for error in errors.values())
+
+
+def test_every_form_of_a_whole_stack() -> None:
+    case = Case("stack", "stack", 16, Layer("plain", 16, 40, 1, 5), rank=3, compiled=False)
+    assert "tcur dense stack" in checked(case, build(case, CPU))
+
+
+def test_every_form_where_x_is_smaller_than_h() -> None:
+    case = of_layer(Layer("wide", 8, 16, 1, 12), 16, rank=2, compiled=False)  # q = 24 > 8: x is kept, not h
+    checked(case, build(case, CPU))
+
+
+def test_forms_that_are_compiled(case: Case) -> None:
+    case = replace(case, compiled=True)
+    assert {"lora compiled", "tcur compiled"} <= set(checked(case, build(case, CPU)))
+
+
+def test_every_form_of_a_network_with_attention_and_norms() -> None:
+    from monai.networks.blocks.transformerblock import TransformerBlock
+
+    torch.manual_seed(0)
+    module = nn.Sequential(TransformerBlock(24, 48, 2), nn.LayerNorm(24)).requires_grad_(False)
+    run = Run((torch.randn(2, 5, 24, requires_grad=True),), (torch.randn(2, 5, 24),))
+    names = [name for name, layer in module.named_modules() if type(layer) is nn.Linear]
+    case = Case("block", "encoder", 10, rank=2, compiled=False)
+    errors = checked(case, Network(module, [run], names, {"qkv": 3}))
+    assert "tcur dense stack" in errors
+
+
+def test_an_adapter_is_as_large_as_the_base(problem: Callable[..., Problem]) -> None:
+    """Or a form that loses its adapter could pass for one that rounds it away."""
+    plain = problem("frozen")
+    inputs = plain.network.runs[0].inputs
+    (base,) = (y.detach() for y in plain.outputs(inputs))
+    for name in ("lora", "peft lora", "tcur eager", "curlora dense"):
+        (y,) = (y.detach() for y in problem(name).outputs(inputs))
+        assert 0.2 < float((y - base).norm() / base.norm()) < 5, name
+
+
+def wrong_output(stack: nn.Module) -> None:
+    adapt = stack.adapt
+    object.__setattr__(stack, "adapt", lambda *arguments: 1.001 * adapt(*arguments))
+
+
+def wrong_gradient(stack: nn.Module) -> None:
+    core = stack.core_fourier
+
+    def half_detached() -> torch.Tensor:
+        return core().detach() + 0.5 * (core() - core().detach())
+
+    object.__setattr__(stack, "core_fourier", half_detached)
+
+
+@pytest.mark.parametrize(("spoil", "where"), [(wrong_output, "output 0"), (wrong_gradient, "the gradient of .*core")])
+def test_a_wrong_form_is_refused(
+    problem: Callable[..., Problem], spoil: Callable[[nn.Module], None], where: str
+) -> None:
+    reference = Reference()
+    reference.check(problem("tcur native"))  # the family's reference
+    adapted = problem("tcur eager")
+    spoil(adapted.plain.get_submodule("fused0").stack)
+    with pytest.raises(
+        RuntimeError, match=f"fused r=2 T=32 training float32, tcur eager: {where} is off by .*not timed"
+    ):
+        reference.check(adapted)
+
+
+def test_nothing_of_a_wrong_case_is_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Problem] = []
+    monkeypatch.setattr(Problem, "step", steps.append)
+    monkeypatch.setattr(
+        "tcurlora_ext.bench.forms.LoRA.forward",
+        lambda self, x: self.base(x) + 0.999 * linear(linear(x, self.down), self.up),
+    )
+    with pytest.raises(RuntimeError, match="lora: output 0 is off"):
+        list(run([case], CPU, 2, lambda variant, case: False, print))
+    assert not steps
