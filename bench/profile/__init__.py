@@ -1,0 +1,1 @@
+"""One step of a case under a profiler: Nsight Compute, Nsight Systems or torch.profiler, stage by stage."""

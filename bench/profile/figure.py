@@ -1,0 +1,64 @@
+"""A picture of a profile: what each stage took beside the least that it has to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tcurlora_ext.segmentation.artifacts import write_with
+from tcurlora_ext.segmentation.figures import pyplot
+
+from ..run import Row
+from .measured import TOTAL
+
+# Okabe and Ito's colours, told apart by readers with any colour vision.
+MEASURED, SECOND, LEAST = "#0072b2", "#56b4e9", "#e69f00"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Writes the PNG: bytes read and written beside the fewest, or time beside the least where none were counted."""
+    plt = pyplot()
+    shown = [row for row in rows if row["stage"] != TOTAL]
+    total = rows[-1]
+    counted_bytes = any(row["read_mib"] for row in shown)
+    series = (
+        [("read_mib", "read", MEASURED), ("written_mib", "written", SECOND)]
+        if counted_bytes
+        else [("time_ms", "measured", MEASURED)]
+    )
+    least, unit = ("fewest_mib", "MiB") if counted_bytes else ("least_ms", "ms")
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.55 * len(shown)), layout="constrained")
+    places = range(len(shown))
+    starts = [0.0] * len(shown)
+    for column, label, colour in series:
+        widths = [float(row[column] or 0) for row in shown]
+        bars = axes.barh([y - 0.2 for y in places], widths, 0.38, left=starts, color=colour, label=label)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    axes.bar_label(bars, [f"{end:.3g}" for end in starts], padding=3, fontsize=8)
+    floors = [row[least] for row in shown]
+    bars = axes.barh([y + 0.2 for y in places], [float(x or 0) for x in floors], 0.38, color=LEAST, hatch="///",
+                     edgecolor="white", label="least, by count")  # fmt: skip
+    axes.bar_label(bars, [f"{float(x):.3g}" if x else "" for x in floors], padding=3, fontsize=8)
+    axes.set_yticks(places, [_label(row) for row in shown], fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    what = "device memory" if counted_bytes else "time"
+    axes.set_xlabel(f"{what} of one step, {unit}, by {total['tool']}")
+    axes.set_title(
+        f"{total['case']}, {total['variant']}: {total['tokens']} tokens, r = {total['rank']}, {total['dtype']}, "
+        f"{total['mode']}\n{total['device']}, {total['time_ms']} ms in all",
+        fontsize=10,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25, lw=0.6)
+    axes.set_axisbelow(True)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    write_with(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    plt.close(figure)
+
+
+def _label(row: dict[str, Any]) -> str:
+    """A stage with the number of its calls, a merged one with a line for each of its parts."""
+    calls = f", {row['calls']} calls" if row["calls"] not in ("", 1) else ""
+    return str(row["stage"]).replace(", ", "\n") + calls
