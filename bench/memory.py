@@ -25,29 +25,35 @@ def owned(module: nn.Module) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def saved_tensors(problem: Problem) -> dict[int, int]:
-    """What autograd keeps from the forward to the backward pass, parameters and buffers aside: address -> bytes.
+@dataclass(frozen=True)
+class Passed:
+    """What a forward pass left behind.
 
-    A storage that several layers keep counts once, in full. Empty for inference.
+    saved     storages that autograd keeps for the backward pass, parameters and buffers aside: address -> bytes; one
+              that several layers keep counts once, in full
+    outputs   bytes of the outputs
     """
-    if problem.case.mode != "training":
-        return {}
+
+    saved: dict[int, int]
+    outputs: int
+
+
+def forward_pass(problem: Problem) -> Passed:
+    """Run the first input forward and see what is kept: nothing for inference."""
     frozen = owned(problem.plain)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     alive = []  # or an address would be given out twice
 
     def pack(tensor: Tensor) -> Tensor:
         alive.append(tensor)
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in frozen:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    inputs = problem.network.runs[0].inputs
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = problem.outputs(inputs)
-    del outputs
-    return kept
+        outputs = problem.outputs(problem.network.runs[0].inputs)
+    return Passed(saved, sum(y.nbytes for y in outputs))
 
 
 # Operators that make a view, an empty tensor or nothing; what they call where they have to copy counts.

@@ -12,8 +12,8 @@ import torch
 
 from .cases import Case
 from .counts import fewest_bytes, flops
-from .devices import PACKAGES, Ceilings, ceilings, timed, wait
-from .memory import observe, saved_tensors
+from .devices import PACKAGES, Ceilings, ceilings, timed
+from .memory import forward_pass, observe
 from .networks import build
 from .reference import Reference
 from .variants import Problem, Variant, prepare, variants
@@ -84,13 +84,8 @@ def named(problems: Sequence[Problem]) -> list[tuple[str, Problem]]:
 def interleaved(
     problems: Sequence[Problem], device: torch.device, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds a step by variant and round, and seconds until the host had asked for it."""
-    counts = {}
-    for name, problem in named(problems):
-        problem.step()
-        wait(device)
-        once = timed(problem.step, device)[0]
-        counts[name] = max(1, math.ceil(BATCH_SECONDS / once)) if device.type == "cuda" else 1
+    """Seconds a step by variant and round, and seconds until the host had asked for it. All have run once before."""
+    counts = {name: _steps_a_look(problem, device) for name, problem in named(problems)}
     times: dict[str, list[float]] = {name: [] for name, _ in named(problems)}
     asked: dict[str, list[float]] = {name: [] for name, _ in named(problems)}
     for _ in range(rounds):
@@ -99,6 +94,13 @@ def interleaved(
             times[name].append(taken / counts[name])
             asked[name].append(host / counts[name])
     return times, asked
+
+
+def _steps_a_look(problem: Problem, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    problem.step()
+    return math.ceil(BATCH_SECONDS / timed(problem.step, device)[0])
 
 
 def several(problem: Problem, steps: int) -> None:
@@ -139,8 +141,8 @@ def middle(values: Sequence[float]) -> tuple[float, float, float]:
 
 def cost_columns(problem: Problem, device: torch.device, seconds: float, limits: Ceilings) -> Row:
     """Counts, shares of the ceilings, memory and launches."""
-    saved = saved_tensors(problem)
-    work, moved = flops(problem), fewest_bytes(problem, saved)
+    passed = forward_pass(problem)
+    work, moved = flops(problem), fewest_bytes(problem, passed)
     observed = observe(problem.step, device)
     compiled = problem.variant.compiled  # saved tensors of a compiled function cannot be watched
     adapter = sum(p.nbytes for p in problem.plain.parameters()) + sum(b.nbytes for b in problem.plain.buffers())
@@ -152,7 +154,7 @@ def cost_columns(problem: Problem, device: torch.device, seconds: float, limits:
         "share_of_bytes": number(moved / limits.bytes / seconds),
         "share_of_limit": number(limits.limit(work, moved) / seconds),
         "peak_mib": number(observed.peak / 2**20),
-        "saved_mib": "" if compiled else number(sum(saved.values()) / 2**20),
+        "saved_mib": "" if compiled else number(sum(passed.saved.values()) / 2**20),
         "adapter_mib": number(adapter / 2**20),
         "trained": sum(p.numel() for p in problem.trained),
         "launches": observed.launches,

@@ -30,6 +30,8 @@ MEASURE = "tcurlora bench"  # writes the files
 MARKED = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 OPENED = re.compile(r"^\s*<!-- (?:table:|end)", re.M)
 SAID = {"rounds": "{} rounds", "torch": "torch {}", "commit": "commit {}"}
+PROFILE = "python -m tcurlora_ext.bench.profile"
+STAGES = ("stage", "launches", "time_ms", "least_ms", "gflop", "fewest_mib")
 HOST = ("variant", "median_us", "least_us")
 
 Table = list[list[str]]  # the header, then rows
@@ -63,11 +65,13 @@ def _section(marker: str, root: Path) -> str:
 def _source(file: str, rows: list[Row]) -> str:
     """Where a table is from: its file, what the cases share, device, rounds, versions, commit."""
     shared = labels(rows)[1] if "case" in rows[0] else ""
-    option = "" if Path(file).stem in ("quick", "host") else f" --{Path(file).stem}"
+    stem = Path(file).stem
+    command = PROFILE if stem.startswith("profile") else MEASURE
+    option = f" --{stem}" if stem in ("growth", "full", "gpu") else ""
     about = {name: ", ".join(dict.fromkeys(row.get(name, "") for row in rows)) for name in (*PROVENANCE, "rounds")}
     said = [shared, about["device"]]
     said += [text.format(about[name]) for name, text in SAID.items() if about[name]]
-    return "; ".join([f"`{file}`, measured by `{MEASURE}{option}`", *filter(None, said)]) + "."
+    return "; ".join([f"`{file}`, measured by `{command}{option}`", *filter(None, said)]) + "."
 
 
 def markdown(table: Table) -> str:
@@ -191,6 +195,11 @@ def host(rows: list[Row]) -> Table:
     return [["", "median, µs", "least, µs"], *([row[name] for name in HOST] for row in rows)]
 
 
+def profile(rows: list[Row]) -> Table:
+    """A row a stage, as the file has it."""
+    return [list(STAGES), *([f"`{row['stage']}`", *(row[name] for name in STAGES[1:])] for row in rows)]
+
+
 def _times(row: Row, column: str) -> str:
     found = value(row, column)
     return "" if found is None else f"{found:.2f}"
@@ -233,6 +242,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], Table], tuple[str, ...] | None]] =
     "crossover": (crossover, None),
     "backends": (backends, None),
     "summary": (summary, None),
+    "profile": (profile, STAGES),
     "host": (host, HOST),
 }
 

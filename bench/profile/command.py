@@ -23,7 +23,7 @@ from tcurlora_ext.segmentation.artifacts import write_csv
 from ..cases import DTYPES, MODES, Case, every
 from ..counts import fewest_bytes, flops
 from ..devices import Ceilings, ceilings, choose_device, device_name, folder_name, provenance, wait
-from ..memory import saved_tensors
+from ..memory import forward_pass
 from ..networks import build
 from ..run import Row, about, number
 from ..variants import Problem, prepare, variants
@@ -117,7 +117,7 @@ def rows_of(
         stage: (c.calls, c.flops, c.fewest_bytes) for stage, c in counts.items()
     }
     counted[OUTSIDE] = ("", work - sum(c.flops for c in counts.values()), None)
-    counted[TOTAL] = ("", work, fewest_bytes(problem, saved_tensors(problem)))
+    counted[TOTAL] = ("", work, fewest_bytes(problem, forward_pass(problem)))
     source = {"tool": tool} | provenance(device)
     rows = []
     for stage in (*stages, OUTSIDE, TOTAL):

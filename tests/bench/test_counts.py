@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tcurlora_ext.bench.cases import Case, Layer, of_layer
 from tcurlora_ext.bench.counts import fewest_bytes, flops
-from tcurlora_ext.bench.memory import observe, saved_tensors
-from tcurlora_ext.bench.variants import Problem
+from tcurlora_ext.bench.memory import forward_pass, observe
+from tcurlora_ext.bench.networks import Network, Run
+from tcurlora_ext.bench.variants import Problem, variants
 
 CPU = torch.device("cpu")
 Make = Callable[..., Problem]
@@ -21,11 +23,11 @@ WIDE = 2 * T * q * (k + n * m)  # x A^T and its B, or x row^T and m col^T
 
 
 def saved(problem: Problem) -> int:
-    return sum(saved_tensors(problem).values())
+    return sum(forward_pass(problem).saved.values())
 
 
 def fewest(problem: Problem) -> int:
-    return fewest_bytes(problem, saved_tensors(problem))
+    return fewest_bytes(problem, forward_pass(problem))
 
 
 def test_flops_of_the_floor_and_of_lora(problem: Make, case: Case) -> None:
@@ -39,6 +41,19 @@ def test_flops_of_the_floor_and_of_lora(problem: Make, case: Case) -> None:
 def test_flops_of_tcur_are_the_wide_products_and_the_middle(problem: Make) -> None:
     middle = 2 * T * n * 2 * 2 * (2 + 4 * 5)  # S = 12: two frequencies alone, five pairs of four blocks
     assert flops(problem("tcur native")) == flops(problem("tcur eager")) == 2 * BASE + 2 * WIDE + 3 * middle
+
+
+def test_flops_of_attention_fused_on_a_cpu() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    shape = (1, 2, 64, 16)  # a batch of one, two heads, 64 tokens, 16 features
+    run = Run((torch.randn(shape, requires_grad=True),), (torch.randn(shape),))
+    case, module = Case("attention", "encoder", 64), Attention()
+    attention = Problem(variants(CPU)[0], case, Network(module, [run], [], {}), module, module)
+    product = 2 * 2 * 64 * 64 * 16
+    assert flops(attention) == 2 * product + 5 * product  # q k^T and its v; again q k^T and four gradients
 
 
 def test_dense_forms_pay_for_dw_and_not_by_token(problem: Make, layer: Layer) -> None:

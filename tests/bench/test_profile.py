@@ -14,7 +14,7 @@ from torch import nn
 from tcurlora_ext.bench.cases import Case, Layer, of_layer
 from tcurlora_ext.bench.counts import fewest_bytes, flops
 from tcurlora_ext.bench.devices import Ceilings
-from tcurlora_ext.bench.memory import saved_tensors
+from tcurlora_ext.bench.memory import forward_pass
 from tcurlora_ext.bench.networks import build
 from tcurlora_ext.bench.profile import command
 from tcurlora_ext.bench.profile.annotated import STEP, Event, cpu_work, gpu_work
@@ -51,7 +51,7 @@ def test_the_stages_have_the_flops_of_the_step(variant: str, mode: str, layer: L
     counts = count(layer_calls(problem))
     assert sum(stage.flops for stage in counts.values()) == flops(problem)
     # Stages hand h, m, p and dh over through memory; the step as a whole need not.
-    assert sum(stage.fewest_bytes for stage in counts.values()) > fewest_bytes(problem, saved_tensors(problem))
+    assert sum(stage.fewest_bytes for stage in counts.values()) > fewest_bytes(problem, forward_pass(problem))
 
 
 def test_h_is_counted_again_where_it_is_not_kept() -> None:
