@@ -34,6 +34,7 @@ class Case:
     tokens    T, the rows of a layer's input; of a network, those of one of its layers
     sweep     which growth curve it is a point of; empty for a case of its own
     compiled  whether the forms that go through torch.compile, half a minute of compiling each, are among the forms
+    forms     these alone, by their names, beside the frozen network and LoRA; empty for all
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     dtype: str = "float32"
     sweep: str = ""
     compiled: bool = True
+    forms: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -78,6 +80,7 @@ LLAMA_3_8B = (
     Layer("llama-3-8b gate,up", 4096, 14336, 1, 64),
     Layer("llama-3-8b down", 14336, 4096, 1, 32),
 )
+GROWING = ("tcur native", "tcur triton", "tcur dense layer", "tcur transient")
 RANKS = (1, 4, 8, 16)
 TINY = Layer("tiny", 16, 16, 1, 4)  # its arithmetic is nothing: what is left is the host's work for a call
 
@@ -92,7 +95,7 @@ def quick() -> list[Case]:
     cases = [of_layer(layer, 2048) for layer in UNETR]
     cases += [of_layer(UNETR[1], 2048, mode="inference")]
     cases += [Case("unetr encoder", "encoder", 216), Case("llama-7b block", "llama block", 128)]
-    return [replace(case, compiled=case.name == "unetr out_proj") for case in cases]
+    return [replace(case, compiled=(case.name, case.mode) == ("unetr out_proj", "training")) for case in cases]
 
 
 def full() -> list[Case]:
@@ -143,7 +146,7 @@ def growth() -> list[Case]:
     cases += [of_layer(replace(middle, stack=slices), 2048, sweep="slices") for slices in (6, 12, 24, 48, 96)]
     for width in (256, 384, 768, 1536, 3072):
         cases.append(of_layer(replace(middle, in_features=width, out_features=width), 2048, sweep="width"))
-    return [replace(case, compiled=False) for case in cases]
+    return [replace(case, compiled=False, forms=GROWING) for case in cases]
 
 
 SETS = {"quick": quick, "full": full, "gpu": gpu, "growth": growth}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from .cases import MODES
 from .rows import Row, number, tcur_backend
-from .run import FLOOR
+from .variants import FLOOR
 
 DENSE, TRANSIENT, STACK = "tcur dense layer", "tcur transient", "tcur dense stack"
 

@@ -16,7 +16,7 @@ from tcurlora_ext.adapter.linear import TCURLinear
 from tcurlora_ext.maths.middle import BatchedMiddle
 
 
-class LoRA(nn.Module):
+class PlainLoRA(nn.Module):
     """Plain LoRA of rank q without dropout: the base, then (x A^T) B^T. B is not zero, so that nothing is skipped."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
@@ -33,7 +33,7 @@ class LoRA(nn.Module):
         return linear(x, self.base.weight, self.base.bias) + linear(linear(x, self.down), self.up)
 
 
-class AdapterFirstLoRA(LoRA):
+class AdapterFirstLoRA(PlainLoRA):
     """The cheapest order in PyTorch operations: the adapter with the bias, then the base product onto it."""
 
     def forward(self, x: Tensor) -> Tensor:

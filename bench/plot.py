@@ -24,8 +24,8 @@ from tcurlora_ext.segmentation.figures import pyplot
 
 from .crossover import DENSE, TRANSIENT, Crossover, crossovers, curves
 from .rows import Row, by_case, labels, number, read_results, tcur_backend, value
-from .run import FLOOR, LORA
 from .styles import style, style_order
+from .variants import FLOOR, LORA
 
 COMMAND = "python -m tcurlora_ext.bench.plot"
 # Independent of a user's matplotlibrc; sizes are for a page 9 inches wide.

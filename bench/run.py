@@ -16,10 +16,10 @@ from .devices import PACKAGES, Ceilings, ceilings, timed
 from .memory import forward_pass, observe
 from .networks import build
 from .reference import Reference
-from .variants import Problem, Variant, prepare, variants
+from .variants import FLOOR, LORA, PAPER_RANK, Problem, Variant, prepare, variants
 
 LAYER_COLUMNS = ("in", "out", "slices", "stack", "q")
-FLOOR, LORA, PAPER = "frozen", "lora", "peft lora r=32"
+PAPER = f"peft lora r={PAPER_RANK}"
 # Steps between two looks at the clock add up to this much on a GPU, so that launches run ahead of it as in training.
 BATCH_SECONDS = 0.02
 
@@ -63,7 +63,7 @@ def measure(case: Case, device: torch.device, rounds: int, keep: Keep, limits: C
             errors.append(reference.check(problems[-1]))
     del reference
     if case.network not in ("layer", "stack"):
-        rounds = max(2, rounds // 2)  # a network's step is long and spreads less
+        rounds = max(2, rounds // 3)  # a network's step is long and spreads less
     times, asked = interleaved(problems, device, rounds)
     rows = [
         about(case) | {"variant": problem.variant.name, "rounds": rounds}

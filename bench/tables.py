@@ -23,7 +23,8 @@ from tcurlora_ext.adapter.atomic import write_bytes
 
 from .crossover import DENSE, STACK, TRANSIENT, crossovers, merge
 from .rows import PROVENANCE, Row, by_case, labels, number, read_results, read_rows, tcur_backend, value
-from .run import FLOOR, LORA, PAPER
+from .run import PAPER
+from .variants import FLOOR, LORA
 
 COMMAND = "python -m tcurlora_ext.bench.tables"
 MEASURE = "tcurlora bench"  # writes the files

@@ -22,10 +22,11 @@ from tcurlora_ext.maths.selection import Selection
 from tcurlora_ext.operator.available import missing
 
 from .cases import Case
-from .forms import AdapterFirstLoRA, CURLoRA, DenseTCUR, LoRA, StackDelta, StackTCUR, TransientTCUR, randomise
+from .forms import AdapterFirstLoRA, CURLoRA, DenseTCUR, PlainLoRA, StackDelta, StackTCUR, TransientTCUR, randomise
 from .networks import Network
 
 Adapt = Callable[[nn.Module, Network, Case], nn.Module]
+FLOOR, LORA = "frozen", "lora"
 PAPER_RANK = 32  # of the LoRA that the paper compares with
 
 
@@ -35,7 +36,7 @@ class Variant:
 
     compiled    goes through torch.compile
     whole       needs every slice of its stack to be in the network
-    training    whether it is a form of its own in training alone
+    transient   whether it differs from another form in the training of layers alone
     """
 
     name: str
@@ -43,13 +44,15 @@ class Variant:
     adapt: Adapt
     compiled: bool = False
     whole: bool = False
-    training: bool = False
+    transient: bool = False
 
     def fits(self, case: Case, network: Network) -> bool:
-        """Whether there is such a form of this case."""
-        if self.compiled and not case.compiled:
-            return False
-        return not (self.whole and network.repeats > 1) and not (self.training and case.mode != "training")
+        """Whether there is such a form of this case, and the case wants it."""
+        unwanted = case.forms and self.name not in (FLOOR, LORA, *case.forms)
+        compiled = self.compiled and not case.compiled
+        partial_stack = self.whole and network.repeats > 1
+        other = self.transient and (case.mode != "training" or case.network not in ("layer", "stack"))
+        return not (unwanted or compiled or partial_stack or other)
 
 
 @dataclass
@@ -120,16 +123,16 @@ def variants(device: torch.device) -> list[Variant]:
     """All forms that work on this device with the packages that are there, the floor first."""
     backends = [name for name in tcur.backends() if not missing(name, device.type)]
     found = [
-        Variant("frozen", "frozen", lambda module, network, case: module),
-        Variant("lora", "lora", partial(_wrap, LoRA)),
+        Variant(FLOOR, FLOOR, lambda module, network, case: module),
+        Variant(LORA, LORA, partial(_wrap, PlainLoRA)),
         Variant("lora adapter first", "lora", partial(_wrap, AdapterFirstLoRA)),
-        Variant("lora compiled", "lora", partial(_wrap, LoRA), compiled=True),
+        Variant("lora compiled", "lora", partial(_wrap, PlainLoRA), compiled=True),
         Variant("peft lora", "peft lora", partial(_peft, None)),
         Variant(f"peft lora r={PAPER_RANK}", f"peft lora r={PAPER_RANK}", partial(_peft, PAPER_RANK)),
         *(Variant(f"tcur {name}", "tcur", partial(_tcur, name)) for name in backends),
         Variant("tcur compiled", "tcur", partial(_tcur, "auto"), compiled=True),
         Variant("tcur dense layer", "tcur", partial(_dense, DenseTCUR)),
-        Variant("tcur transient", "tcur", partial(_dense, TransientTCUR), training=True),
+        Variant("tcur transient", "tcur", partial(_dense, TransientTCUR), transient=True),
         Variant("tcur dense stack", "tcur", _dense_stack, whole=True),
         Variant("curlora dense", "curlora", _curlora),
     ]

@@ -105,7 +105,7 @@ def test_nothing_of_a_wrong_case_is_timed(case: Case, monkeypatch: pytest.Monkey
     steps: list[Problem] = []
     monkeypatch.setattr(Problem, "step", steps.append)
     monkeypatch.setattr(
-        "tcurlora_ext.bench.forms.LoRA.forward",
+        "tcurlora_ext.bench.forms.PlainLoRA.forward",
         lambda self, x: self.base(x) + 0.999 * linear(linear(x, self.down), self.up),
     )
     with pytest.raises(RuntimeError, match="lora: output 0 is off"):
