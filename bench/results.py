@@ -16,7 +16,7 @@ from .rows import Row, key
 from .run import Keep, run
 
 RESULTS = Path("bench/results")
-ROUNDS = 10
+ROUNDS = 9
 
 
 def write_set(

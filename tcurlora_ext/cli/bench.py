@@ -26,7 +26,7 @@ def bench(
     cases: Annotated[str | None, typer.Option(help="Only cases with one of these words, comma separated.")] = None,
     variants: Annotated[str | None, typer.Option(help="Only these forms (and frozen and lora), the same way.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least 2.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least 2.")] = 9,
     output: Annotated[Path, typer.Option(help="Folder of results; a device has a folder of its own in it.")] = Path(
         "bench/results"
     ),
