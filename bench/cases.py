@@ -83,7 +83,8 @@ LLAMA_3_8B = (
 GROWING = ("tcur native", "tcur triton", "tcur dense layer", "tcur transient")
 # What a network's memory is compared by: LoRA as the paper has it, the operator, and what builds dW.
 MEMORY = (
-    "peft lora r=32", "tcur eager", "tcur native", "tcur triton", "tcur dense layer", "tcur dense stack", "curlora dense"
+    "peft lora r=32", "tcur eager", "tcur native", "tcur triton", "tcur dense layer", "tcur dense stack",
+    "curlora dense",
 )  # fmt: skip
 RANKS = (1, 4, 8, 16)
 TINY = Layer("tiny", 16, 16, 1, 4)  # its arithmetic is nothing: what is left is the host's work for a call

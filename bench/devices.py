@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+WRITTEN = (":!bench/results", ":!docs", ":!README.md")  # by a measurement and by what makes pages of it
 PACKAGES = ("tcurlora_ext", "torch", "triton", "peft", "transformers", "monai")
 
 
@@ -48,9 +49,17 @@ def folder_name(name: str) -> str:
 def provenance(device: torch.device) -> dict[str, str]:
     """Device, versions and commit, for every row."""
     found = {"device": device_name(device)} | {package: _version(package) for package in PACKAGES}
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found | {"commit": commit.stdout.strip() or "unknown"}
+    return found | {"commit": _commit()}
+
+
+def _commit() -> str:
+    """The commit that runs, with "-dirty" where files other than results and pages differ from it."""
+    git = ["git", "-C", str(REPOSITORY)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *WRITTEN], check=False).returncode
+    return head.stdout.strip() + ("-dirty" if changed else "")
 
 
 def _version(package: str) -> str:
