@@ -120,7 +120,7 @@ def full() -> list[Case]:
 
 def networks() -> list[Case]:
     """Whole stacks and models: UNETR's stacks, its encoder at 128^3 batch 4, a Llama block, a full training step."""
-    stacks = [Case(f"stack of {layer.name}", "stack", 2048, layer) for layer in UNETR[1:]]
+    stacks = [Case(f"{layer.name} stack", "stack", 2048, layer) for layer in UNETR[1:]]
     encoder, block = Case("unetr encoder", "encoder", 2048), Case("llama-7b block", "llama block", 2048)
     return [*stacks, encoder, block, Case("unetr step", "unetr step", 512, compiled=False)]
 
