@@ -29,9 +29,9 @@ part doctor "$python" -m tcurlora_ext doctor
 part tests env TCURLORA_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail 20 -p no:cacheprovider \
   tests/operator tests/kernels --ignore tests/operator/test_without_extension.py
 # Races are looked for in this project's CUDA kernels, all of which are instances of steps_of.
-part memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m bench.sanitize
+part memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m tcurlora_ext.bench.sanitize
 part racecheck compute-sanitizer --tool racecheck --error-exitcode 1 --kernel-regex kns=steps_of \
-  "$python" -m bench.sanitize
-part layers "$python" -m bench.layers --device cuda --dtype bfloat16 --rounds 30 --output "$results"
+  "$python" -m tcurlora_ext.bench.sanitize
+part layers "$python" -m tcurlora_ext.bench.layers --device cuda --dtype bfloat16 --rounds 30 --output "$results"
 printf '%s\n' "" "${summary[@]}"
 exit $((failed > 0))

@@ -1,6 +1,6 @@
 """One layer's training step (forward and backward) beside the frozen layer and plain LoRA of the same width.
 
-    python -m bench.layers [--rounds 20] [--dtype float32] [--device cpu] [--output bench/results]
+    python -m tcurlora_ext.bench.layers [--rounds 20] [--dtype float32] [--device cpu] [--output bench/results]
 
 Every variant is first checked against float64. Rounds interleave the variants, so that a ratio compares runs that
 stand side by side. ``extra`` is the time over the frozen layer's. Writes layers.csv and host.csv for this device.
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import TINY, UNETR, Layer
-from bench.variants import Forward, Inputs, check, tcur_call, trained, variants
+from tcurlora_ext.bench.cases import TINY, UNETR, Layer
+from tcurlora_ext.bench.variants import Forward, Inputs, check, tcur_call, trained, variants
 from tcurlora_ext.segmentation.artifacts import write_csv
 
 

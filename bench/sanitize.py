@@ -9,8 +9,8 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 
-from bench.cases import Layer
-from bench.variants import Inputs, check, trained, variants
+from tcurlora_ext.bench.cases import Layer
+from tcurlora_ext.bench.variants import Inputs, check, trained, variants
 
 # Ragged in every size; ranks with kernels of their own and without; one tile of groups and several.
 LAYERS = [Layer(f"rank {r}, {s} slices", 72, 56, n, s, r, 67) for r in (1, 2, 3, 8, 16) for s, n in ((1, 1), (12, 3))]

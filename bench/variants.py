@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import tcurlora_ext as tcur
-from bench.cases import Layer
+from tcurlora_ext.bench.cases import Layer
 
 # Of ||found - exact|| / ||exact||: a few roundings of the dtype, and the sums over up to 3,072 terms between them.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

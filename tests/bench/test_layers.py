@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import layers
-from bench.cases import TINY, UNETR
-from bench.variants import Inputs, check, frozen, tcur_of, variants
+from tcurlora_ext.bench import layers
+from tcurlora_ext.bench.cases import TINY, UNETR
+from tcurlora_ext.bench.variants import Inputs, check, frozen, tcur_of, variants
 
 CPU = torch.device("cpu")
 
