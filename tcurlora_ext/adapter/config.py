@@ -24,6 +24,8 @@ class TCURConfig:
     """How :func:`tcurlora_ext.inject` adapts a model.
 
     rank            r, or (c, r): c columns and r rows of every stack.
+    rank_pattern    regex for the whole name of a module, or end of a name -> rank of its stack in place of ``rank``;
+                    the first that matches counts.
     target_modules  None: the attention and MLP projections of MONAI's and transformers' blocks; a list: names or ends
                     of names, whole components; a string: a regex that the whole name has to match.
     exclude_modules the same forms; what matches stays as it is.
@@ -54,6 +56,7 @@ class TCURConfig:
     seed: int = 0
     alpha: float = 1.0
     core_domain: str = "fourier"
+    rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pair_of(self.rank)
@@ -70,10 +73,10 @@ class TCURConfig:
         for name in ("target_modules", "exclude_modules"):
             pattern = getattr(self, name)
             if isinstance(pattern, str):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{name} is {pattern!r}, expected a regular expression ({error})") from None
+                _check_regex(name, pattern)
+        for pattern, rank in self.rank_pattern.items():
+            _check_regex("rank_pattern", pattern)
+            pair_of(rank, f"rank_pattern[{pattern!r}]")
         for name, parts in self.split_fused.items():
             if not isinstance(parts, int) or parts < 1:
                 raise ValueError(f"split_fused[{name!r}] is {parts!r}, expected a whole number of row blocks")
@@ -81,7 +84,8 @@ class TCURConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain values; a function given for ``stack_by`` becomes its name (files record the stacks themselves)."""
         values = asdict(self)
-        values["split_fused"] = dict(self.split_fused)
+        for name in ("split_fused", "rank_pattern"):
+            values[name] = dict(getattr(self, name))
         for name in ("target_modules", "exclude_modules"):
             if values[name] is not None and not isinstance(values[name], str):
                 values[name] = list(values[name])
@@ -98,17 +102,42 @@ class TCURConfig:
         values = dict(values)
         if values.get("stack_by") not in STACK_BY:
             values["stack_by"] = "shape"
-        if isinstance(values.get("rank"), list):
-            values["rank"] = tuple(values["rank"])
+        if "rank" in values:
+            values["rank"] = _from_list(values["rank"])
+        if "rank_pattern" in values:
+            values["rank_pattern"] = {name: _from_list(rank) for name, rank in values["rank_pattern"].items()}
         return cls(**values)
 
 
-def pair_of(rank: Rank) -> tuple[int, int]:
+def pair_of(rank: Rank, name: str = "rank") -> tuple[int, int]:
     """(c, r) of a rank given as r or (c, r). Raises ValueError for anything but positive whole numbers."""
     pair = rank if isinstance(rank, tuple) else (rank, rank)
     if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
-        raise ValueError(f"rank is {rank!r}, expected a positive whole number r or a pair (c, r) of them")
+        raise ValueError(f"{name} is {rank!r}, expected a positive whole number r or a pair (c, r) of them")
     return pair
+
+
+def fitting_pair(rank: Rank, shape: tuple[int, int]) -> tuple[int, int]:
+    """As :func:`pair_of`, for weights of shape (out, in). Raises ValueError where the rank is larger than these."""
+    (c, r), (out_features, in_features) = pair_of(rank), shape
+    if c > in_features or r > out_features:
+        raise ValueError(
+            f"rank (c, r) = ({c}, {r}) does not fit {out_features} x {in_features} weights: "
+            f"expected c <= {in_features} and r <= {out_features}"
+        )
+    return c, r
+
+
+def _from_list(rank: Any) -> Any:
+    """JSON has no tuples."""
+    return tuple(rank) if isinstance(rank, list) else rank
+
+
+def _check_regex(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option} is {pattern!r}, expected a regular expression ({error})") from None
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import TCURConfig
 from .linear import TCURLayer
+from .ranks import stack_ranks
 from .stack import TCURStack
 from .targets import Target, adapted_type, find_targets, group, plain_type
 
@@ -46,7 +47,8 @@ def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
             f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first"
         )
     groups = group(find_targets(model, config), config)
-    stacks = {name: _stack(name, members, config) for name, members in groups.items()}
+    ranks = stack_ranks(groups, config)
+    stacks = {name: _stack(name, members, ranks[name], config) for name, members in groups.items()}
     return attach(model, groups, stacks, config)
 
 
@@ -95,11 +97,11 @@ def stacked_weights(name: str, members: list[Target]) -> Tensor:
     return torch.cat([target.weight for target in members])
 
 
-def _stack(name: str, members: list[Target], config: TCURConfig) -> TCURStack:
+def _stack(name: str, members: list[Target], rank: tuple[int, int], config: TCURConfig) -> TCURStack:
     try:
         return TCURStack.from_weights(
             stacked_weights(name, members),
-            config.rank,
+            rank,
             config.selection,
             config.scale,
             alpha=config.alpha,

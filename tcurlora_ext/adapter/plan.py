@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from tcurlora_ext.maths.flops import CallFlops
 
-from .config import TCURConfig, pair_of
+from .config import TCURConfig
 from .filesize import file_bytes, stack_file_bytes
 from .linear import TCURLayer
+from .ranks import stack_ranks
 from .targets import Target, find_targets, group
 
 # Projections that read one tensor: autograd keeps it once for all of them.
@@ -181,14 +182,14 @@ def plan(
     if adapted is not None:
         raise ValueError(f"{adapted} of {type(model).__name__} is adapted already; call remove(model) first")
     groups = group(find_targets(model, config), config)
+    ranks = stack_ranks(groups, config)
     kept: dict[str, set[object]] = {"tcur": set(), "lora": set()}
     stacks = []
     for name, members in groups.items():
-        _check_rank(name, members, config)
         calls = [_call(target, tokens) for target in members]
-        stacks.append(_stack(name, members, calls, config, lora_rank, dtype, kept))
+        stacks.append(_stack(name, members, ranks[name], calls, config, lora_rank, dtype, kept))
     base, tcur, lora = (sum((getattr(s, kind) for s in stacks), Cost()) for kind in ("base", "tcur", "lora"))
-    tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups)}))
+    tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups, ranks)}))
     found = dtype or next(iter(groups.values()))[0].weight.dtype
     return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."))
 
@@ -227,25 +228,17 @@ def _call(target: Target, tokens: int | Mapping[str, Call]) -> Call:
     return Call(tokens, (parent, match.lastgroup if match else last))
 
 
-def _check_rank(name: str, members: list[Target], config: TCURConfig) -> None:
-    (out_features, in_features), (c, r) = members[0].shape, pair_of(config.rank)
-    if c > in_features or r > out_features:
-        raise ValueError(
-            f"stack {name} ({members[0].name}, ...): rank (c, r) = ({c}, {r}) does not fit {out_features} x "
-            f"{in_features} weights: expected c <= {in_features} and r <= {out_features}"
-        )
-
-
 def _stack(
     name: str,
     members: list[Target],
+    rank: tuple[int, int],
     calls: list[Call],
     config: TCURConfig,
     lora_rank: int,
     dtype: torch.dtype | None,
     kept: Mapping[str, set[object]],
 ) -> StackPlan:
-    (out_features, in_features), rank = members[0].shape, pair_of(config.rank)
+    out_features, in_features = members[0].shape
     slices = sum(target.slices for target in members)
     size = (dtype or members[0].weight.dtype).itemsize
     wide = max(4, size)
@@ -256,7 +249,7 @@ def _stack(
     tcur = Cost(
         trained=slices * c * r + (factors if trains_all else 0),
         factors=0 if trains_all else factors * size,
-        file=stack_file_bytes(name, members, config),
+        file=stack_file_bytes(name, members, rank, config),
     )
     for target, call in zip(members, calls, strict=True):
         layer = _Layer(call.tokens, target.slices, slices, out_features, in_features, c, r, config)

@@ -15,7 +15,7 @@ from tcurlora_ext.maths import scale as scaling
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import tcur_linear
 
-from .config import Rank, pair_of
+from .config import Rank, fitting_pair
 
 
 class _Reloaded(weakref.WeakValueDictionary[int, Any]):
@@ -116,12 +116,7 @@ class TCURStack(nn.Module):
         if weights.is_meta:
             raise ValueError("weights are on the meta device: rows and columns are chosen from real values")
         _, out_features, in_features = weights.shape
-        c, r = pair_of(rank)
-        if c > in_features or r > out_features:
-            raise ValueError(
-                f"rank (c, r) = ({c}, {r}) does not fit {out_features} x {in_features} weights: "
-                f"expected c <= {in_features} and r <= {out_features}"
-            )
+        c, r = fitting_pair(rank, (out_features, in_features))
         for index, weight in enumerate(weights):
             # NaN spreads through the extremes: one pass without isfinite's mask, 8 ms instead of 41 for 3072 x 768.
             if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):

@@ -1,0 +1,52 @@
+"""Which rank every stack gets: one for all, or by the names of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .config import TCURConfig, fitting_pair, pair_of
+from .targets import Target, matches
+
+
+def stack_ranks(groups: Mapping[str, Sequence[Target]], config: TCURConfig) -> dict[str, tuple[int, int]]:
+    """(c, r) of every stack, by its name.
+
+    Raises ValueError where a pattern of ``rank_pattern`` matches no layer, where layers of one stack match different
+    ranks, or where a rank is larger than the weights.
+    """
+    names = [target.name for members in groups.values() for target in members]
+    for pattern in config.rank_pattern:
+        if not any(_is_meant(name, pattern) for name in names):
+            raise ValueError(
+                f"rank_pattern {pattern!r} matches none of the {len(names)} adapted modules, such as "
+                f"{', '.join(names[:3])}"
+            )
+    return {stack: _stack_rank(stack, members, config) for stack, members in groups.items()}
+
+
+def _stack_rank(name: str, members: Sequence[Target], config: TCURConfig) -> tuple[int, int]:
+    try:
+        return fitting_pair(_common_rank(members, config), members[0].shape)
+    except ValueError as error:
+        raise ValueError(f"stack {name} ({members[0].name}, ...): {error}") from None
+
+
+def _is_meant(name: str, pattern: str) -> bool:
+    return matches(name, pattern) or matches(name, [pattern])
+
+
+def _rank_of(name: str, config: TCURConfig) -> tuple[int, int]:
+    """The rank of the first pattern that means this module, else ``config.rank``."""
+    return pair_of(next((rank for p, rank in config.rank_pattern.items() if _is_meant(name, p)), config.rank))
+
+
+def _common_rank(members: Sequence[Target], config: TCURConfig) -> tuple[int, int]:
+    """The rank of all members of a stack, which share one core."""
+    first, *others = [(target.name, _rank_of(target.name, config)) for target in members]
+    odd = next((other for other in others if other[1] != first[1]), None)
+    if odd is not None:
+        raise ValueError(
+            f"rank_pattern gives {first[0]} rank (c, r) = {first[1]} and {odd[0]} {odd[1]}, expected one rank for the "
+            "layers of a stack; stack_by='role' or 'none' puts them into stacks of their own"
+        )
+    return first[1]
