@@ -31,6 +31,8 @@ class TCURConfig:
     exclude_modules the same forms; what matches stays as it is.
     stack_by        "shape" (the paper): layers of one shape in one tower are a stack; "role": of one name within the
                     block; "none": every layer its own; or a function (name, module) -> key.
+    stack_blocks    n: stacks by shape or role are cut into stacks of n consecutive blocks, fewer in the last where n
+                    does not divide; a block is the modules whose names agree up to their last number.
     split_fused     last component of a name -> how many blocks of rows of that projection are slices of their own.
     selection       rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`.
     scale           None: unit-norm factors and the rule of :mod:`tcurlora_ext.maths.scale`; a number: raw factors times
@@ -40,6 +42,7 @@ class TCURConfig:
     transform       "dft" (the t-product), "dct", or "identity" (one independent core a layer).
     core_domain     "fourier": the trained core is the orthonormal DFT of U, so that a step needs no transform;
                     "slice": it is U itself. The same model; Adam's path differs.
+    dropout         share of the adapter's input that is set to zero in training, as LoRA's; the base sees all of it.
     backend, seed   implementation of the operator; seed of the drawing rules.
     """
 
@@ -57,11 +60,17 @@ class TCURConfig:
     alpha: float = 1.0
     core_domain: str = "fourier"
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
+    stack_blocks: int | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         pair_of(self.rank)
         if not callable(self.stack_by):
             _one_of("stack_by", self.stack_by, STACK_BY)
+        if self.stack_blocks is not None:
+            if self.stack_by not in ("shape", "role"):
+                raise ValueError(f"stack_blocks cuts stacks by 'shape' or 'role', found stack_by {self.stack_by!r}")
+            _positive("stack_blocks", self.stack_blocks)
         _one_of("selection", self.selection, tuple(RULES))
         _one_of("trainable", self.trainable, TRAINABLE)
         _one_of("transform", self.transform, TRANSFORMS)
@@ -70,6 +79,8 @@ class TCURConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
                 raise ValueError(f"{name} is {value!r}, expected a finite number")
+        if isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}, expected a number from 0 to below 1")
         for name in ("target_modules", "exclude_modules"):
             pattern = getattr(self, name)
             if isinstance(pattern, str):
@@ -126,6 +137,11 @@ def fitting_pair(rank: Rank, shape: tuple[int, int]) -> tuple[int, int]:
             f"expected c <= {in_features} and r <= {out_features}"
         )
     return c, r
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a positive whole number")
 
 
 def _from_list(rank: Any) -> Any:

@@ -105,6 +105,7 @@ def _stack(name: str, members: list[Target], rank: tuple[int, int], config: TCUR
             config.selection,
             config.scale,
             alpha=config.alpha,
+            dropout=config.dropout,
             seed=config.seed,
             transform=config.transform,
             core_domain=config.core_domain,

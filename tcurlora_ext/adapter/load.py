@@ -116,6 +116,7 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
         chosen,
         scale=None if described["normalised"] else described["scale"],
         alpha=config.alpha,
+        dropout=config.dropout,
         rule=config.selection,
         seed=config.seed,
         transform=config.transform,

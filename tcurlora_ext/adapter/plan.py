@@ -2,8 +2,9 @@
 
 FLOPs are those of the products (a product (a, b)(b, c) counts 2abc), bytes saved for backward are what the adapted
 layers keep beyond their frozen weights, which autograd only refers to. A frozen linear layer itself keeps nothing:
-its dx needs W alone. LoRA is PEFT's form, one layer a module (a fused projection counts as one), without dropout, in
-the dtype of the data.
+its dx needs W alone. With ``dropout`` the adapter always keeps h and a mask as large as x, counted in the dtype of x as
+the CPU keeps it (CUDA takes one byte a number). LoRA is PEFT's form, one layer a module (a fused projection counts as
+one), without dropout, in the dtype of the data.
 
 For T tokens, n slices of (out, in), S slices in the stack, q = r*S, q_c = c*S, with ``pairs`` frequencies that hold a
 real and an imaginary part and ``alone`` ones that do not:
@@ -28,10 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.maths.flops import CallFlops
-
 from .config import TCURConfig
 from .filesize import file_bytes, stack_file_bytes
+from .layercost import LayerCost
 from .linear import TCURLayer
 from .ranks import stack_ranks
 from .targets import Target, find_targets, group
@@ -252,7 +252,7 @@ def _stack(
         file=stack_file_bytes(name, members, rank, config),
     )
     for target, call in zip(members, calls, strict=True):
-        layer = _Layer(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
+        layer = LayerCost(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
         base += Cost(forward=layer.base(), backward=layer.base())
         numbers, keeps_x = layer.saved()
         tcur += Cost(
@@ -282,70 +282,3 @@ def _once(kept: set[object], call: Call, keeps_x: bool, in_features: int) -> int
         return 0
     kept.add(call.source)
     return call.tokens * in_features
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """FLOPs and saved numbers of one tCUR layer with T tokens and n of the stack's S slices."""
-
-    T: int
-    n: int
-    S: int
-    out: int
-    in_: int
-    c: int
-    r: int
-    config: TCURConfig
-
-    @property
-    def _independent(self) -> bool:
-        return self.config.transform == "identity"
-
-    @property
-    def _folds_core(self) -> bool:
-        return self.config.core_domain == "slice" and not self._independent
-
-    @property
-    def _calls(self) -> int:
-        # Independent cores: a call a slice, each with a stack of that slice alone.
-        return self.n if self._independent else 1
-
-    @property
-    def _call(self) -> CallFlops:
-        n, S, transform = (1, 1, "dft") if self._independent else (self.n, self.S, self.config.transform)
-        return CallFlops(self.T, n, S, self.out, self.in_, self.c, self.r, transform)
-
-    @property
-    def _keeps_h(self) -> bool:
-        return self.r * self._call.S <= self.in_
-
-    def _core_transform(self) -> int:
-        """U into the Fourier domain: once a call where the core is kept as slices."""
-        return 2 * self.S * self.S * self.c * self.r if self._folds_core else 0
-
-    def base(self) -> int:
-        """Of the frozen layer: forward, or dx."""
-        return self._calls * self._call.base_product()
-
-    def forward(self) -> int:
-        return self._calls * self._call.forward() + self._core_transform()
-
-    def backward(self) -> int:
-        trains_all = self.config.trainable == "all"
-        needs = (True, False, False, trains_all, True, trains_all)
-        return self._calls * self._call.backward(needs, self._keeps_h) + self._core_transform()
-
-    def saved(self) -> tuple[int, bool]:
-        """Numbers of h that are kept, and whether x is."""
-        h = self._calls * self.T * self.r * self._call.S
-        return h if self._keeps_h else 0, not self._keeps_h or self.config.trainable == "all"
-
-    def saved_casts(self, size: int) -> int:
-        """Bytes of temporary copies that autograd keeps: a transformed core, trained factors in a short dtype."""
-        wide = max(4, size)
-        copies = 0
-        if self._folds_core:
-            copies += (self.S * self.S + self.S * self.c * self.r) * wide
-        if self.config.trainable == "all" and size < wide:
-            copies += self.S * (self.out * self.c + self.r * self.in_) * size
-        return copies

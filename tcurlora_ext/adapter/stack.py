@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from tcurlora_ext.maths import packing
 from tcurlora_ext.maths import scale as scaling
 from tcurlora_ext.maths.selection import Selection, select
-from tcurlora_ext.operator.functional import tcur_linear
+from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 
 from .config import Rank, fitting_pair
+
+_Call = tuple[Tensor, Tensor, Tensor, int, int]  # col, core, row, first_slice, num_slices
 
 
 class _Reloaded(weakref.WeakValueDictionary[int, Any]):
@@ -60,6 +62,7 @@ class TCURStack(nn.Module):
         *,
         scale: float | None,
         alpha: float = 1.0,
+        dropout: float = 0.0,
         rule: str = "norm",
         seed: int = 0,
         transform: str = "dft",
@@ -71,7 +74,7 @@ class TCURStack(nn.Module):
         super().__init__()
         self.normalised = scale is None
         self.scale = 1.0 if scale is None else float(scale)
-        self.alpha, self.rule, self.seed = alpha, rule, seed
+        self.alpha, self.dropout, self.rule, self.seed = alpha, dropout, rule, seed
         self.transform, self.core_domain, self.trainable, self.backend = transform, core_domain, trainable, backend
         self.names = list(names)
         self.reloaded = _Reloaded()
@@ -96,6 +99,7 @@ class TCURStack(nn.Module):
         scale: float | None = 1.0,
         *,
         alpha: float = 1.0,
+        dropout: float = 0.0,
         seed: int = 0,
         transform: str = "dft",
         core_domain: str = "fourier",
@@ -130,6 +134,7 @@ class TCURStack(nn.Module):
             chosen,
             scale=scale,
             alpha=alpha,
+            dropout=dropout,
             rule=rule,
             seed=seed,
             transform=transform,
@@ -202,19 +207,35 @@ class TCURStack(nn.Module):
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
-    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None, first_slice: int, num_slices: int) -> Tensor:
-        """``x W^T + bias`` plus the adapter, for slices whose weights stand in ``weight`` (num_slices*out, in)."""
-        core, col, row = self.core_fourier(), self.col.to(weight.dtype), self.row.to(weight.dtype)
+    def adapt(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        first_slice: int,
+        num_slices: int,
+        training: bool = False,
+    ) -> Tensor:
+        """``x W^T + bias`` plus the adapter, for slices whose weights stand in ``weight`` (num_slices*out, in).
+
+        In ``training`` the adapter's x goes through dropout, and the base's does not.
+        """
+        calls = self._calls(first_slice, num_slices, weight.dtype)
+        transform = "dft" if self.transform == "identity" else self.transform
+        if training and self.dropout > 0:
+            dropped = nn.functional.dropout(x, self.dropout)
+            base = nn.functional.linear(x, weight, bias)
+            return base + _joined([tcur_delta(dropped, *call, self.scale, transform) for call in calls])
+        parts = zip(calls, weight.chunk(len(calls)), _chunks(bias, len(calls)), strict=True)
+        return _joined([tcur_linear(x, part, b, *call, self.scale, self.backend, transform) for call, part, b in parts])
+
+    def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[_Call]:
+        """What the operator takes for these slices: one call, or without a transform one a slice."""
+        core, col, row = self.core_fourier(), self.col.to(dtype), self.row.to(dtype)
         if self.transform != "identity":
-            return tcur_linear(
-                x, weight, bias, col, core, row, first_slice, num_slices, self.scale, self.backend, self.transform
-            )
+            return [(col, core, row, first_slice, num_slices)]
         layers = range(first_slice, first_slice + num_slices)
-        outputs = []
-        for layer, part, part_bias in zip(layers, weight.chunk(num_slices), _chunks(bias, num_slices), strict=True):
-            factors = self._slice_factors(col, core, row, layer)
-            outputs.append(tcur_linear(x, part, part_bias, *factors, 0, 1, self.scale, self.backend))
-        return outputs[0] if num_slices == 1 else torch.cat(outputs, -1)
+        return [(*self._slice_factors(col, core, row, layer), 0, 1) for layer in layers]
 
     def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """The factors of one slice without a transform: a stack of its own of one slice."""
@@ -314,6 +335,10 @@ class TCURStack(nn.Module):
     def extra_repr(self) -> str:
         (out_features, in_features), (c, r) = self.shape, self.rank
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 def _chunks(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,6 +54,11 @@ class Target:
     def role(self) -> str:
         """The path within the block: all behind the last number in the name."""
         return self._around_numbers()[1]
+
+    @property
+    def block(self) -> str:
+        """The path of the block that it is in: all up to the last number in the name."""
+        return self.name[: len(self.name) - len(self.role)]
 
     def _around_numbers(self) -> tuple[str, str]:
         parts = self.name.split(".")
@@ -145,6 +151,8 @@ def group(targets: list[Target], config: TCURConfig) -> dict[str, list[Target]]:
     groups: dict[object, list[Target]] = {}
     for target in targets:
         groups.setdefault(_key(target, config), []).append(target)
+    if config.stack_blocks is not None:
+        groups = dict(_runs(groups, config.stack_blocks))
     for key, members in groups.items():
         odd = next((t for t in members if t.shape != members[0].shape), None)
         if odd is not None:
@@ -163,6 +171,14 @@ def _key(target: Target, config: TCURConfig) -> object:
     if config.stack_by == "role":
         return target.tower, target.role, target.shape
     return target.tower, target.shape
+
+
+def _runs(groups: Mapping[Any, list[Target]], blocks: int) -> Iterator[tuple[object, list[Target]]]:
+    """Every group cut into runs of so many consecutive blocks; the last run of a group may have fewer."""
+    for (*key, shape), members in groups.items():
+        order = list(dict.fromkeys(target.block for target in members))
+        for run in range(0, len(order), blocks):
+            yield (*key, run // blocks, shape), [t for t in members if t.block in order[run : run + blocks]]
 
 
 def _names(groups: dict[object, list[Target]]) -> list[str]:

@@ -19,6 +19,8 @@ from tcurlora_ext.adapter.inspection import inspect_file, inspect_model
 from tcurlora_ext.adapter.plan import plan
 
 CHOICES: dict[str, dict[str, Any]] = {
+    "stack_blocks": {"stack_blocks": 1},
+    "dropout": {"dropout": 0.3},
     "rank_pattern": {"rank_pattern": {"mlp.linear1": (3, 1), r".*linear2": 4}},
 }
 NETWORK = Path(__file__).with_name("conftest.py")

@@ -142,6 +142,8 @@ CONFIGS = {
     "all": {"trainable": "all"},
     "all-keeps-x": {"trainable": "all", "rank": 6},
 }
+CONFIGS |= {f"dropout-{name}": {"dropout": 0.5} | CONFIGS[name] for name in ("plain", "dct", "identity", "all-keeps-x")}
+CONFIGS["dropout-slice-domain"] = {"dropout": 0.5, "core_domain": "slice", "rank": 6}
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
@@ -177,7 +179,8 @@ def test_saved_bytes_are_those_of_the_hooks(options: dict[str, Any]) -> None:
     layers = Layers()
     expected = plan(layers, config, TOKENS).tcur
     inject_with(config)(layers)
-    assert layers.saved() == expected.saved
+    # Under dropout autograd refers to the constants of B_l, which are kept for good and are no part of a step.
+    assert layers.saved() == (pytest.approx(expected.saved, rel=0.01) if config.dropout else expected.saved)
 
 
 class Layers(nn.Module):
