@@ -34,7 +34,8 @@ class TCURConfig:
     stack_blocks    n: stacks by shape or role are cut into stacks of n consecutive blocks, fewer in the last where n
                     does not divide; a block is the modules whose names agree up to their last number.
     split_fused     last component of a name -> how many blocks of rows of that projection are slices of their own.
-    selection       rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`.
+    selection       rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`; "activation" takes what
+                    :func:`tcurlora_ext.calibrate` returns.
     scale           None: unit-norm factors and the rule of :mod:`tcurlora_ext.maths.scale`; a number: raw factors times
                     it, 1.0 being the paper's form.
     alpha           multiplies the default rule; without effect where ``scale`` is a number.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .calibration import stack_inputs
 from .config import TCURConfig
 from .linear import TCURLayer
 from .ranks import stack_ranks
@@ -31,11 +32,14 @@ class TCURStacks(nn.ModuleDict):
         return x
 
 
-def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
+def inject(
+    model: nn.Module, config: TCURConfig | None = None, calibration: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """Adapt ``model`` in place and return it: every parameter of it is frozen, one core a stack is trained.
 
     The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation
-    for a fused projection with ``transform="identity"``). Raises ValueError, before anything is changed, where nothing
+    for a fused projection with ``transform="identity"``). ``calibration`` is what :func:`calibrate` returned, for
+    ``selection="activation"`` and for no other. Raises ValueError, before anything is changed, where nothing
     matches, a layer is adapted already, shapes, devices or dtypes in a stack differ, the rank is larger than a side, or
     weights are not finite; the message names the module.
     """
@@ -48,7 +52,7 @@ def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
         )
     groups = group(find_targets(model, config), config)
     ranks = stack_ranks(groups, config)
-    stacks = {name: _stack(name, members, ranks[name], config) for name, members in groups.items()}
+    stacks = {name: _stack(name, members, ranks[name], config, calibration) for name, members in groups.items()}
     return attach(model, groups, stacks, config)
 
 
@@ -97,13 +101,20 @@ def stacked_weights(name: str, members: list[Target]) -> Tensor:
     return torch.cat([target.weight for target in members])
 
 
-def _stack(name: str, members: list[Target], rank: tuple[int, int], config: TCURConfig) -> TCURStack:
+def _stack(
+    name: str,
+    members: list[Target],
+    rank: tuple[int, int],
+    config: TCURConfig,
+    calibration: Mapping[str, Tensor] | None,
+) -> TCURStack:
     try:
         return TCURStack.from_weights(
             stacked_weights(name, members),
             rank,
             config.selection,
             config.scale,
+            inputs=None if calibration is None else stack_inputs(members, calibration),
             alpha=config.alpha,
             dropout=config.dropout,
             seed=config.seed,

@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from .filesize import file_bytes, stack_file_bytes
 from .layercost import LayerCost
 from .linear import TCURLayer
 from .ranks import stack_ranks
-from .targets import Target, find_targets, group
+from .targets import Target, find_targets, group, watching
 
 # Projections that read one tensor: autograd keeps it once for all of them.
 _SIBLINGS = re.compile(r"(?:(?P<attention>(to_)?[qkv](_proj)?|query|key|value)|(?P<gated>gate_proj|up_proj))")
@@ -202,19 +201,13 @@ def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: 
     seen: dict[int, tuple[int, Tensor]] = {}  # holds the tensors, so that an id is not given out twice
     calls: dict[str, Call] = {}
 
-    def note(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0]
+    def note(name: str, x: Tensor) -> None:
         number, _ = seen.setdefault(id(x), (len(seen), x))
         before = calls[name].tokens if name in calls else 0
         calls[name] = Call(before + x.shape[:-1].numel(), number)
 
-    handles = [t.module.register_forward_pre_hook(partial(note, t.name)) for t in find_targets(model, config)]
-    try:
-        with torch.no_grad():
-            model(*inputs, **keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching(find_targets(model, config), note):
+        model(*inputs, **keywords)
     return calls
 
 

@@ -98,6 +98,7 @@ class TCURStack(nn.Module):
         selection: str | Selection = "norm",
         scale: float | None = 1.0,
         *,
+        inputs: Tensor | None = None,
         alpha: float = 1.0,
         dropout: float = 0.0,
         seed: int = 0,
@@ -109,7 +110,8 @@ class TCURStack(nn.Module):
     ) -> TCURStack:
         """The stack of weights (S, out, in), any floating dtype and device.
 
-        ``selection`` is a rule's name or a :class:`Selection` made before; ``scale`` a number for raw factors, None for
+        ``selection`` is a rule's name or a :class:`Selection` made before; ``inputs`` (S, in) are the root mean squares
+        of the input features, for "activation"; ``scale`` a number for raw factors, None for
         unit-norm factors and the default rule. Raises ValueError for another shape, a rank larger than the matrix, and
         weights that are not finite.
         """
@@ -128,7 +130,7 @@ class TCURStack(nn.Module):
                 bad = int((~torch.isfinite(weight)).sum())
                 raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")
         rule = selection if isinstance(selection, str) else "norm"
-        chosen = select(weights, c, r, rule, seed) if isinstance(selection, str) else selection
+        chosen = select(weights, c, r, rule, seed, inputs) if isinstance(selection, str) else selection
         return cls(
             weights.detach(),
             chosen,
@@ -301,12 +303,16 @@ class TCURStack(nn.Module):
         else:
             missing_keys.append(prefix + "scale")
 
+    @property
+    def _selection(self) -> Selection:
+        scores = (torch.tensor(s, dtype=torch.float64) for s in (self.row_scores, self.column_scores))
+        return Selection(self.rows, self.columns, *scores)
+
     @torch.no_grad()
     def is_of(self, weights: Tensor) -> bool:
         """Whether C and R are, bit for bit, the chosen columns and rows of weights (S, out, in)."""
         scale, scores = self.scale, (self.row_scores, self.column_scores)
-        kept = Selection(self.rows, self.columns, torch.tensor(scores[0]), torch.tensor(scores[1]))
-        folded = self._folded(*self._take_factors(weights, kept), weights.dtype)
+        folded = self._folded(*self._take_factors(weights, self._selection), weights.dtype)
         self.scale, (self.row_scores, self.column_scores) = scale, scores
         return all(torch.equal(folded[name], getattr(self, name)) for name in folded)
 
@@ -314,6 +320,7 @@ class TCURStack(nn.Module):
     def follow_base(self, weights: Tensor) -> None:
         """Choose and take rows and columns anew from weights (S, out, in), where these changed and U is still zero.
 
+        Chosen by "activation" they are taken anew, but stay: the calibration inputs are gone.
         A core that is not zero belongs to the weights it was trained on: then a warning, and the factors stay.
         """
         if self.is_of(weights):
@@ -325,7 +332,7 @@ class TCURStack(nn.Module):
                 stacklevel=2,
             )
             return
-        chosen = select(weights, *self.rank, self.rule, self.seed)
+        chosen = self._selection if self.rule == "activation" else select(weights, *self.rank, self.rule, self.seed)
         folded = self._folded(*self._take_factors(weights, chosen), weights.dtype)
         for name, value in folded.items():
             getattr(self, name).copy_(value)

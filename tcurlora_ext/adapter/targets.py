@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,6 +100,21 @@ def matches(name: str, patterns: Sequence[str] | str | None) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+@contextmanager
+def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``note`` with the name and the input of every target that a forward pass inside calls."""
+
+    def tell(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        note(name, arguments[0])
+
+    handles = [target.module.register_forward_pre_hook(partial(tell, target.name)) for target in targets]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:

@@ -20,6 +20,7 @@ from tcurlora_ext.adapter.plan import plan
 
 CHOICES: dict[str, dict[str, Any]] = {
     "stack_blocks": {"stack_blocks": 1},
+    "activation": {"selection": "activation"},
     "dropout": {"dropout": 0.3},
     "rank_pattern": {"rank_pattern": {"mlp.linear1": (3, 1), r".*linear2": 4}},
 }
@@ -42,9 +43,16 @@ def config(request: pytest.FixtureRequest) -> tcur.TCURConfig:
     return tcur.TCURConfig(**{"rank": 2} | CHOICES[request.param])
 
 
+def inject(model: nn.Module, config: tcur.TCURConfig) -> nn.Module:
+    """With calibration inputs where the configuration wants some."""
+    if config.selection != "activation":
+        return tcur.inject(model, config)
+    return tcur.inject(model, config, tcur.calibrate(model, config, [torch.randn(2, 5, 6).exp()]))
+
+
 @pytest.fixture
 def adapted(network: nn.Module, config: tcur.TCURConfig, train: Any) -> Any:
-    return train(tcur.inject(network, config))
+    return train(inject(network, config))
 
 
 def test_the_configuration_survives_json(config: tcur.TCURConfig) -> None:
@@ -57,7 +65,7 @@ def test_a_file_gives_the_same_output_in_a_new_process(
     state, file, data, found = (tmp_path / name for name in ("base.pt", "adapter.safetensors", "x.pt", "y.pt"))
     torch.save(network.state_dict(), state)
     torch.save(x, data)
-    train(tcur.inject(network, config))
+    train(inject(network, config))
     tcur.save_adapter(network, file)
     subprocess.run([sys.executable, "-c", LOAD, NETWORK, state, file, data, found], check=True)
     assert torch.equal(torch.load(found), network(x))
@@ -66,7 +74,7 @@ def test_a_file_gives_the_same_output_in_a_new_process(
 def test_the_state_loads_into_a_twin(adapted: Any, make_network: Any, config: tcur.TCURConfig, x: Tensor) -> None:
     twin = make_network()
     twin.load_state_dict(adapted.state_dict(), strict=False)
-    tcur.inject(twin, config)
+    inject(twin, config)
     result = twin.load_state_dict(adapted.state_dict())
     assert not result.missing_keys
     assert not result.unexpected_keys
@@ -88,7 +96,7 @@ def test_the_plan_counts_what_the_adapter_has(
 ) -> None:
     model = make_network(depth=8)
     expected = plan(model, config, 10)
-    summary = tcur.summary(train(tcur.inject(model, config)))
+    summary = tcur.summary(train(inject(model, config)))
     assert expected.tcur.trained == summary.trained
     assert [(s.name, s.slices, s.rank, s.q, s.tcur.trained) for s in expected.stacks] == [
         (s.name, s.slices, s.rank, s.q, s.trained) for s in summary.stacks
