@@ -26,6 +26,8 @@ class TCURConfig:
     rank            r, or (c, r): c columns and r rows of every stack.
     rank_pattern    regex for the whole name of a module, or end of a name -> rank of its stack in place of ``rank``;
                     the first that matches counts.
+    budget          how many numbers all cores may have together, spread over the stacks in place of ``rank`` by
+                    :func:`tcurlora_ext.maths.budget.spread_budget`; c = r.
     target_modules  None: the attention and MLP projections of MONAI's and transformers' blocks; a list: names or ends
                     of names, whole components; a string: a regex that the whole name has to match.
     exclude_modules the same forms; what matches stays as it is.
@@ -61,6 +63,7 @@ class TCURConfig:
     alpha: float = 1.0
     core_domain: str = "fourier"
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
+    budget: int | None = None
     stack_blocks: int | None = None
     dropout: float = 0.0
 
@@ -68,6 +71,10 @@ class TCURConfig:
         pair_of(self.rank)
         if not callable(self.stack_by):
             _one_of("stack_by", self.stack_by, STACK_BY)
+        if self.budget is not None:
+            _positive("budget", self.budget)
+            if self.rank_pattern:
+                raise ValueError(f"budget is {self.budget} and rank_pattern {dict(self.rank_pattern)}: expected one")
         if self.stack_blocks is not None:
             if self.stack_by not in ("shape", "role"):
                 raise ValueError(f"stack_blocks cuts stacks by 'shape' or 'role', found stack_by {self.stack_by!r}")
@@ -92,6 +99,11 @@ class TCURConfig:
         for name, parts in self.split_fused.items():
             if not isinstance(parts, int) or parts < 1:
                 raise ValueError(f"split_fused[{name!r}] is {parts!r}, expected a whole number of row blocks")
+
+    def stack_options(self) -> dict[str, Any]:
+        """What a :class:`TCURStack` takes from here by the same name."""
+        names = ("alpha", "dropout", "seed", "transform", "core_domain", "trainable", "backend")
+        return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a function given for ``stack_by`` becomes its name (files record the stacks themselves)."""

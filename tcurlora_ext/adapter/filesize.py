@@ -13,8 +13,7 @@ from typing import Any
 
 from .config import TCURConfig
 from .files import FORMAT, HEADER
-from .inject import slice_names
-from .targets import Target
+from .targets import Target, slice_names
 
 # Numbers as long as those of a real description. The sums of a fingerprint are about 1, with either sign.
 _NUMBER = 3.2733969392472106

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .calibration import stack_inputs
-from .config import TCURConfig
+from .config import Rank, TCURConfig
 from .linear import TCURLayer
 from .ranks import stack_ranks
 from .stack import TCURStack
-from .targets import Target, adapted_type, find_targets, group, plain_type
+from .targets import Target, adapted_type, find_targets, group, plain_type, slice_names, stacked_weights
 
 CONTAINER = "tcur_stacks"
 
@@ -52,7 +51,7 @@ def inject(
         )
     groups = group(find_targets(model, config), config)
     ranks = stack_ranks(groups, config)
-    stacks = {name: _stack(name, members, ranks[name], config, calibration) for name, members in groups.items()}
+    stacks = {name: build_stack(name, members, config, ranks[name], calibration) for name, members in groups.items()}
     return attach(model, groups, stacks, config)
 
 
@@ -79,50 +78,26 @@ def attach(
     return model
 
 
-def slice_names(members: list[Target]) -> list[str]:
-    """The module of every slice: a fused projection's name with the number of the block."""
-    return [t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)]
-
-
-def stacked_weights(name: str, members: list[Target]) -> Tensor:
-    """The weights (S, out, in) of a stack's members. Raises ValueError where shapes, devices or dtypes differ."""
-    first = members[0].weight
-    for target in members:
-        if target.shape != members[0].shape:
-            raise ValueError(
-                f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
-                f"{members[0].name}"
-            )
-        if (target.weight.device, target.weight.dtype) != (first.device, first.dtype):
-            raise ValueError(
-                f"stack {name}: {target.name} is {target.weight.dtype} on {target.weight.device}, expected "
-                f"{first.dtype} on {first.device} as {members[0].name}"
-            )
-    return torch.cat([target.weight for target in members])
-
-
-def _stack(
+def build_stack(
     name: str,
     members: list[Target],
-    rank: tuple[int, int],
     config: TCURConfig,
-    calibration: Mapping[str, Tensor] | None,
+    rank: Rank | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
 ) -> TCURStack:
+    """The stack of these members, of ``rank`` where that is not the configuration's.
+
+    Raises ValueError, naming stack and module, where their weights do not make one.
+    """
     try:
         return TCURStack.from_weights(
             stacked_weights(name, members),
-            rank,
+            rank or config.rank,
             config.selection,
             config.scale,
             inputs=None if calibration is None else stack_inputs(members, calibration),
-            alpha=config.alpha,
-            dropout=config.dropout,
-            seed=config.seed,
-            transform=config.transform,
-            core_domain=config.core_domain,
-            trainable=config.trainable,
-            backend=config.backend,
             names=slice_names(members),
+            **config.stack_options(),
         )
     except ValueError as error:
         raise ValueError(f"stack {name} ({members[0].name}, ...): {error}") from None

@@ -80,11 +80,10 @@ class TCURStack(nn.Module):
         self.reloaded = _Reloaded()
         self.register_buffer("rows", selection.rows)
         self.register_buffer("columns", selection.columns)
-        C, R = self._take_factors(weights, selection)
         wide = torch.promote_types(weights.dtype, torch.float32)
-        shape = (weights.shape[0], C.shape[2], R.shape[1])
+        shape = (weights.shape[0], len(selection.columns), len(selection.rows))
         self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
-        for name, folded in self._folded(C, R, weights.dtype).items():
+        for name, folded in self.factors_of(weights, selection).items():
             if trainable == "all":
                 setattr(self, name, nn.Parameter(folded.to(wide)))
             else:
@@ -123,12 +122,7 @@ class TCURStack(nn.Module):
             raise ValueError("weights are on the meta device: rows and columns are chosen from real values")
         _, out_features, in_features = weights.shape
         c, r = fitting_pair(rank, (out_features, in_features))
-        for index, weight in enumerate(weights):
-            # NaN spreads through the extremes: one pass without isfinite's mask, 8 ms instead of 41 for 3072 x 768.
-            if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
-                name = names[index] if names else f"slice {index}"
-                bad = int((~torch.isfinite(weight)).sum())
-                raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")
+        require_finite(weights, names)
         rule = selection if isinstance(selection, str) else "norm"
         chosen = select(weights, c, r, rule, seed, inputs) if isinstance(selection, str) else selection
         return cls(
@@ -157,6 +151,10 @@ class TCURStack(nn.Module):
             C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
             self.scale = scaling.default_scale(C, R, self.alpha, self.transform)
         return C, R
+
+    def factors_of(self, weights: Tensor, selection: Selection) -> dict[str, Tensor]:
+        """``col`` and ``row`` as taken from weights (S, out, in); sets ``scale`` where the rule makes it."""
+        return self._folded(*self._take_factors(weights, selection), weights.dtype)
 
     def _folded(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         col, row = packing.fold_columns(C, self.transform), packing.fold_rows(R, self.transform)
@@ -222,14 +220,27 @@ class TCURStack(nn.Module):
 
         In ``training`` the adapter's x goes through dropout, and the base's does not.
         """
-        calls = self._calls(first_slice, num_slices, weight.dtype)
-        transform = "dft" if self.transform == "identity" else self.transform
         if training and self.dropout > 0:
             dropped = nn.functional.dropout(x, self.dropout)
-            base = nn.functional.linear(x, weight, bias)
-            return base + _joined([tcur_delta(dropped, *call, self.scale, transform) for call in calls])
+            return nn.functional.linear(x, weight, bias) + self.change(dropped, first_slice, num_slices)
+        calls = self._calls(first_slice, num_slices, weight.dtype)
         parts = zip(calls, weight.chunk(len(calls)), _chunks(bias, len(calls)), strict=True)
-        return _joined([tcur_linear(x, part, b, *call, self.scale, self.backend, transform) for call, part, b in parts])
+        return _joined(
+            [tcur_linear(x, part, b, *call, self.scale, self.backend, self._call_transform) for call, part, b in parts]
+        )
+
+    def change(self, x: Tensor, first_slice: int, num_slices: int) -> Tensor:
+        """The adapter's part of :meth:`adapt` alone: x (..., in) -> (..., num_slices*out), in the dtype of x.
+
+        For what cannot be fused with the base product: another x, a quantised base, some rows of a batch.
+        """
+        calls = self._calls(first_slice, num_slices, x.dtype)
+        return _joined([tcur_delta(x, *call, self.scale, self._call_transform) for call in calls])
+
+    @property
+    def _call_transform(self) -> str:
+        """The transform within a call; without one every slice is a stack of its own, whose DFT does nothing."""
+        return "dft" if self.transform == "identity" else self.transform
 
     def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[_Call]:
         """What the operator takes for these slices: one call, or without a transform one a slice."""
@@ -312,7 +323,7 @@ class TCURStack(nn.Module):
     def is_of(self, weights: Tensor) -> bool:
         """Whether C and R are, bit for bit, the chosen columns and rows of weights (S, out, in)."""
         scale, scores = self.scale, (self.row_scores, self.column_scores)
-        folded = self._folded(*self._take_factors(weights, self._selection), weights.dtype)
+        folded = self.factors_of(weights, self._selection)
         self.scale, (self.row_scores, self.column_scores) = scale, scores
         return all(torch.equal(folded[name], getattr(self, name)) for name in folded)
 
@@ -333,7 +344,7 @@ class TCURStack(nn.Module):
             )
             return
         chosen = self._selection if self.rule == "activation" else select(weights, *self.rank, self.rule, self.seed)
-        folded = self._folded(*self._take_factors(weights, chosen), weights.dtype)
+        folded = self.factors_of(weights, chosen)
         for name, value in folded.items():
             getattr(self, name).copy_(value)
         self.rows.copy_(chosen.rows)
@@ -342,6 +353,16 @@ class TCURStack(nn.Module):
     def extra_repr(self) -> str:
         (out_features, in_features), (c, r) = self.shape, self.rank
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
+
+
+def require_finite(weights: Tensor, names: Sequence[str]) -> None:
+    """Raise ValueError, with the name of the slice, where weights (S, out, in) are NaN or infinite."""
+    for index, weight in enumerate(weights):
+        # NaN spreads through the extremes: one pass without isfinite's mask, 8 ms instead of 41 for 3072 x 768.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+            name = names[index] if names else f"slice {index}"
+            bad = int((~torch.isfinite(weight)).sum())
+            raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")
 
 
 def _joined(outputs: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import TCURConfig
@@ -161,6 +162,28 @@ def _target(name: str, module: nn.Module, config: TCURConfig) -> Target:
     if out_features % slices:
         raise ValueError(f"{name}: {out_features} output features do not split into {slices} equal slices")
     return Target(name, module, slices)
+
+
+def slice_names(members: Sequence[Target]) -> list[str]:
+    """The module of every slice: a fused projection's name with the number of the block."""
+    return [t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)]
+
+
+def stacked_weights(name: str, members: Sequence[Target]) -> Tensor:
+    """The weights (S, out, in) of a stack's members. Raises ValueError where shapes, devices or dtypes differ."""
+    first = members[0].weight
+    for target in members:
+        if target.shape != members[0].shape:
+            raise ValueError(
+                f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
+                f"{members[0].name}"
+            )
+        if (target.weight.device, target.weight.dtype) != (first.device, first.dtype):
+            raise ValueError(
+                f"stack {name}: {target.name} is {target.weight.dtype} on {target.weight.device}, expected "
+                f"{first.dtype} on {first.device} as {members[0].name}"
+            )
+    return torch.cat([target.weight for target in members])
 
 
 def group(targets: list[Target], config: TCURConfig) -> dict[str, list[Target]]:

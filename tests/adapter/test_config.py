@@ -17,7 +17,8 @@ from tcurlora_ext.adapter.config import pair_of
     [
         ("rank", 0), ("rank", -1), ("rank", 2.0), ("rank", True), ("rank", (1, 2, 3)), ("rank", (0, 2)),
         ("stack_by", "width"), ("selection", "biggest"), ("trainable", "none"), ("transform", "fft"),
-        ("core_domain", "time"), ("stack_blocks", 0), ("stack_blocks", 1.0), ("dropout", 1.0), ("dropout", -0.1),
+        ("core_domain", "time"), ("stack_blocks", 0), ("stack_blocks", 1.0),
+        ("budget", 0), ("budget", 10.0), ("dropout", 1.0), ("dropout", -0.1),
         ("dropout", float("nan")), ("dropout", True), ("rank_pattern", {"a": 0}), ("rank_pattern", {"(": 1}),
         ("split_fused", {"qkv": 0}), ("split_fused", {"qkv": 1.5}),
     ],
@@ -51,6 +52,11 @@ def test_a_configuration_survives_json(config: tcur.TCURConfig) -> None:
 def test_only_stacks_by_shape_or_role_are_cut_into_blocks(stack_by: Any) -> None:
     with pytest.raises(ValueError, match="stack_blocks cuts stacks by 'shape' or 'role', found stack_by"):
         tcur.TCURConfig(stack_by=stack_by, stack_blocks=2)
+
+
+def test_a_budget_or_ranks_by_name() -> None:
+    with pytest.raises(ValueError, match=r"budget is 100 and rank_pattern \{'a': 2\}: expected one"):
+        tcur.TCURConfig(budget=100, rank_pattern={"a": 2})
 
 
 def test_a_function_for_stacks_leaves_its_name() -> None:
