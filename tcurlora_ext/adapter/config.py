@@ -41,6 +41,7 @@ class TCURConfig:
     scale           None: unit-norm factors and the rule of :mod:`tcurlora_ext.maths.scale`; a number: raw factors times
                     it, 1.0 being the paper's form.
     alpha           multiplies the default rule; without effect where ``scale`` is a number.
+    rank_stabilised the default rule for a gradient's signs, not for random ones: a first step as long at any rank.
     trainable       "core" (the paper): U; "all": U, C and R.
     transform       "dft" (the t-product), "dct", or "identity" (one independent core a layer).
     core_domain     "fourier": the trained core is the orthonormal DFT of U, so that a step needs no transform;
@@ -66,6 +67,7 @@ class TCURConfig:
     budget: int | None = None
     stack_blocks: int | None = None
     dropout: float = 0.0
+    rank_stabilised: bool = False
 
     def __post_init__(self) -> None:
         pair_of(self.rank)
@@ -87,6 +89,8 @@ class TCURConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
                 raise ValueError(f"{name} is {value!r}, expected a finite number")
+        if self.rank_stabilised and self.scale is not None:
+            raise ValueError(f"rank_stabilised is a form of the default rule, found scale {self.scale!r}")
         if isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}, expected a number from 0 to below 1")
         for name in ("target_modules", "exclude_modules"):
@@ -102,7 +106,7 @@ class TCURConfig:
 
     def stack_options(self) -> dict[str, Any]:
         """What a :class:`TCURStack` takes from here by the same name."""
-        names = ("alpha", "dropout", "seed", "transform", "core_domain", "trainable", "backend")
+        names = ("alpha", "dropout", "seed", "transform", "core_domain", "trainable", "backend", "rank_stabilised")
         return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:

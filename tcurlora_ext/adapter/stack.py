@@ -62,6 +62,7 @@ class TCURStack(nn.Module):
         *,
         scale: float | None,
         alpha: float = 1.0,
+        rank_stabilised: bool = False,
         dropout: float = 0.0,
         rule: str = "norm",
         seed: int = 0,
@@ -74,7 +75,8 @@ class TCURStack(nn.Module):
         super().__init__()
         self.normalised = scale is None
         self.scale = 1.0 if scale is None else float(scale)
-        self.alpha, self.dropout, self.rule, self.seed = alpha, dropout, rule, seed
+        self.alpha, self.rank_stabilised, self.dropout = alpha, rank_stabilised, dropout
+        self.rule, self.seed = rule, seed
         self.transform, self.core_domain, self.trainable, self.backend = transform, core_domain, trainable, backend
         self.names = list(names)
         self.reloaded = _Reloaded()
@@ -99,6 +101,7 @@ class TCURStack(nn.Module):
         *,
         inputs: Tensor | None = None,
         alpha: float = 1.0,
+        rank_stabilised: bool = False,
         dropout: float = 0.0,
         seed: int = 0,
         transform: str = "dft",
@@ -130,6 +133,7 @@ class TCURStack(nn.Module):
             chosen,
             scale=scale,
             alpha=alpha,
+            rank_stabilised=rank_stabilised,
             dropout=dropout,
             rule=rule,
             seed=seed,
@@ -149,7 +153,7 @@ class TCURStack(nn.Module):
         R = weights[:, selection.rows, :].double()
         if self.normalised:
             C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
-            self.scale = scaling.default_scale(C, R, self.alpha, self.transform)
+            self.scale = scaling.default_scale(C, R, self.alpha, self.transform, self.rank_stabilised, self.core_domain)
         return C, R
 
     def factors_of(self, weights: Tensor, selection: Selection) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import fold_core
+from .packing import fold_core, unfold_core
 from .tproduct import self_conjugate_frequencies
 
 
@@ -20,6 +20,13 @@ def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
     weights = torch.full((slices // 2 + 1,), 2.0, dtype=tensor.dtype, device=tensor.device)
     weights[self_conjugate_frequencies(slices)] = 1.0
     return torch.fft.rfft(tensor, dim=0, norm="ortho"), weights
+
+
+def inverse_spectrum(blocks: Tensor, slices: int, transform: str = "dft") -> Tensor:
+    """The inverse of :func:`spectrum`: blocks by frequency -> (slices, m, n), real."""
+    if transform != "dft":
+        return unfold_core(blocks, transform)
+    return torch.fft.irfft(blocks, n=slices, dim=0, norm="ortho")
 
 
 def energy_by_rank(weights: Tensor, transform: str = "dft") -> Tensor:

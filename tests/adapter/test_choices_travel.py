@@ -21,6 +21,7 @@ from tcurlora_ext.adapter.plan import plan
 CHOICES: dict[str, dict[str, Any]] = {
     "stack_blocks": {"stack_blocks": 1},
     "budget": {"budget": 100},
+    "rank_stabilised": {"rank_stabilised": True, "rank": 3},
     "activation": {"selection": "activation"},
     "dropout": {"dropout": 0.3},
     "rank_pattern": {"rank_pattern": {"mlp.linear1": (3, 1), r".*linear2": 4}},

@@ -59,6 +59,11 @@ def test_a_budget_or_ranks_by_name() -> None:
         tcur.TCURConfig(budget=100, rank_pattern={"a": 2})
 
 
+def test_raw_factors_have_no_rule_to_stabilise() -> None:
+    with pytest.raises(ValueError, match=r"rank_stabilised is a form of the default rule, found scale 1\.0"):
+        tcur.TCURConfig(scale=1.0, rank_stabilised=True)
+
+
 def test_a_function_for_stacks_leaves_its_name() -> None:
     def by_depth(name: str, module: object) -> object:
         return name
