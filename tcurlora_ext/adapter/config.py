@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tcurlora_ext.maths.packing import TRANSFORMS
+from tcurlora_ext.maths.packing import TRANSFORMS, kept_blocks
 from tcurlora_ext.maths.selection import RULES
 
 Rank = int | tuple[int, int]
@@ -44,6 +44,7 @@ class TCURConfig:
     rank_stabilised the default rule for a gradient's signs, not for random ones: a first step as long at any rank.
     trainable       "core" (the paper): U; "all": U, C and R.
     transform       "dft" (the t-product), "dct", or "identity" (one independent core a layer).
+    frequencies     K: the core has the K lowest frequencies of the DFT alone, min(2K - 1, S) blocks in place of S.
     core_domain     "fourier": the trained core is the orthonormal DFT of U, so that a step needs no transform;
                     "slice": it is U itself. The same model; Adam's path differs.
     dropout         share of the adapter's input that is set to zero in training, as LoRA's; the base sees all of it.
@@ -68,6 +69,7 @@ class TCURConfig:
     stack_blocks: int | None = None
     dropout: float = 0.0
     rank_stabilised: bool = False
+    frequencies: int | None = None
 
     def __post_init__(self) -> None:
         pair_of(self.rank)
@@ -89,6 +91,13 @@ class TCURConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
                 raise ValueError(f"{name} is {value!r}, expected a finite number")
+        if self.frequencies is not None:
+            _positive("frequencies", self.frequencies)
+            if (self.transform, self.core_domain) != ("dft", "fourier"):
+                raise ValueError(
+                    f"frequencies are those of a core in the Fourier domain of the DFT, found transform "
+                    f"{self.transform!r} and core_domain {self.core_domain!r}"
+                )
         if self.rank_stabilised and self.scale is not None:
             raise ValueError(f"rank_stabilised is a form of the default rule, found scale {self.scale!r}")
         if isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
@@ -104,9 +113,14 @@ class TCURConfig:
             if not isinstance(parts, int) or parts < 1:
                 raise ValueError(f"split_fused[{name!r}] is {parts!r}, expected a whole number of row blocks")
 
+    def blocks(self, slices: int) -> int:
+        """The first dimension of the core of a stack of so many slices."""
+        return kept_blocks(slices, self.frequencies)
+
     def stack_options(self) -> dict[str, Any]:
         """What a :class:`TCURStack` takes from here by the same name."""
-        names = ("alpha", "dropout", "seed", "transform", "core_domain", "trainable", "backend", "rank_stabilised")
+        of_the_core = ("transform", "core_domain", "trainable", "frequencies")
+        names = ("alpha", "rank_stabilised", "dropout", "seed", "backend", *of_the_core)
         return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:

@@ -37,15 +37,15 @@ def _shapes(
 ) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """Tensors of a stack in the file: kind -> (dtype, shape, bytes of a number)."""
     (out_features, in_features), (c, r) = members[0].shape, rank
-    slices = sum(target.slices for target in members)
+    blocks = config.blocks(sum(target.slices for target in members))
     size = max(4, members[0].weight.dtype.itemsize)
     dtype = "F64" if size == 8 else "F32"
     shapes: dict[str, tuple[str, tuple[int, ...], int]] = {
-        "core": (dtype, (slices, c, r), size), "rows": ("I64", (r,), 8), "columns": ("I64", (c,), 8)
+        "core": (dtype, (blocks, c, r), size), "rows": ("I64", (r,), 8), "columns": ("I64", (c,), 8)
     }  # fmt: skip
     if config.trainable == "all":
-        shapes["col"] = (dtype, (out_features, c * slices), size)
-        shapes["row"] = (dtype, (r * slices, in_features), size)
+        shapes["col"] = (dtype, (out_features, c * blocks), size)
+        shapes["row"] = (dtype, (r * blocks, in_features), size)
     return shapes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.maths.packing import MiddleBlocks, unfold_core
+from tcurlora_ext.maths.packing import MiddleBlocks, core_at, unfold_core
 from tcurlora_ext.maths.selection import column_scores, row_scores
 from tcurlora_ext.maths.spectrum import spectrum
 
@@ -74,8 +74,8 @@ def inspect_file(file: AdapterFile) -> list[StackInspection]:
     found = []
     for name, about in file.stacks.items():
         core, rows, columns = (file.tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
-        core = core.double()
-        in_slices = core if file.config.core_domain == "slice" else unfold_core(core, file.config.transform)
+        core, slices = core.double(), len(about["names"])
+        in_slices = core if file.config.core_domain == "slice" else unfold_core(core, file.config.transform, slices)
         found.append(
             StackInspection(
                 name, list(about["names"]), (core.shape[1], core.shape[2]), file.config.transform,
@@ -133,7 +133,7 @@ def delta_norms(stack: TCURStack) -> Tensor:
     else:
         of_col, of_row = col.T @ col, row @ row.T
         squares = torch.stack([
-            _product_energy(of_col, _middle(core, layer, stack.transform), of_row) for layer in range(stack.slices)
+            _product_energy(of_col, _middle(stack, core, layer), of_row) for layer in range(stack.slices)
         ])  # fmt: skip
     return stack.scale * squares.clamp_min(0).sqrt()
 
@@ -155,10 +155,12 @@ def _product_energy(of_left: Tensor, middle: Tensor, of_right: Tensor) -> Tensor
     return ((of_left @ middle) * (middle @ of_right).conj()).sum((-2, -1)).real
 
 
-def _middle(core: Tensor, layer: int, transform: str) -> Tensor:
+def _middle(stack: TCURStack, core: Tensor, layer: int) -> Tensor:
     """B_l as one matrix (c*S, r*S), in the order of the blocks of col and row."""
-    blocks = MiddleBlocks(core, layer, 1, transform)
+    low = stack.blocks < stack.slices
+    core, first = (core_at(core, layer, stack.slices), 0) if low else (core, layer)
+    blocks = MiddleBlocks(core, first, 1, stack.transform)
     single, pairs = list(blocks.single[0]), list(blocks.pair[0])
-    if transform == "dct":
+    if stack.transform == "dct":
         return torch.block_diag(*single)
     return torch.block_diag(single[0], *pairs, *single[1:])

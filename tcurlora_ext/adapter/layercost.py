@@ -32,14 +32,23 @@ class LayerCost:
         return self.config.core_domain == "slice" and not self._independent
 
     @property
+    def _blocks(self) -> int:
+        return self.config.blocks(self.S)
+
+    @property
+    def _low(self) -> bool:
+        return self._blocks < self.S
+
+    @property
     def _calls(self) -> int:
-        # Independent cores: a call a slice, each with a stack of that slice alone.
-        return self.n if self._independent else 1
+        # Independent cores, and low frequencies: a call a slice, each with a stack of its own.
+        return self.n if self._independent or self._low else 1
 
     @property
     def _call(self) -> CallFlops:
-        n, S, transform = (1, 1, "dft") if self._independent else (self.n, self.S, self.config.transform)
-        return CallFlops(self.T, n, S, self.out, self.in_, self.c, self.r, transform)
+        S = 1 if self._independent else self._blocks
+        transform = "dft" if self._independent else self.config.transform
+        return CallFlops(self.T, self.n // self._calls, S, self.out, self.in_, self.c, self.r, transform)
 
     @property
     def _drops(self) -> bool:
@@ -85,12 +94,14 @@ class LayerCost:
         return self.T * self.in_ * (2 if trains_all else 1) + blocks + (m if trains_all else 0)
 
     def saved_casts(self, size: int) -> int:
-        """Bytes of temporary copies that autograd keeps: a transformed core, trained factors in a short dtype."""
+        """Bytes of temporary copies that autograd keeps: of a core, of trained factors in a short dtype."""
         wide = max(4, size)
         copies = 0
         if self._folds_core:
             core = 0 if self._drops else self.S * self.c * self.r
             copies += (self.S * self.S + core) * wide
+        if self._low and not self._drops:
+            copies += self.n * self._blocks * self.c * self.r * wide
         if self.config.trainable == "all" and size < wide:
-            copies += self.S * (self.out * self.c + self.r * self.in_) * size
+            copies += self._blocks * (self.out * self.c + self.r * self.in_) * size
         return copies

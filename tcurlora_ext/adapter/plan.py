@@ -9,6 +9,8 @@ one), without dropout, in the dtype of the data.
 For T tokens, n slices of (out, in), S slices in the stack, q = r*S, q_c = c*S, with ``pairs`` frequencies that hold a
 real and an imaginary part and ``alone`` ones that do not:
 
+With ``frequencies`` S is the number of kept blocks in the following, and a layer of n slices n calls of one.
+
     tCUR forward   h = x row^T 2T*q*in,  middle 2T*n*c*r*(alone + 4 pairs),  m col^T 2T*n*q_c*out
     tCUR backward  p = g col,  dh: a middle product,  dh row,  dcore: a middle product; h again where x was kept
     LoRA forward   2T*r0*(in + n*out);  backward twice that
@@ -236,11 +238,12 @@ def _stack(
     size = (dtype or members[0].weight.dtype).itemsize
     wide = max(4, size)
     c, r = rank
-    factors = slices * (out_features * c + r * in_features)
+    blocks = config.blocks(slices)
+    factors = blocks * (out_features * c + r * in_features)
     trains_all = config.trainable == "all"
     base, lora = Cost(), Cost()
     tcur = Cost(
-        trained=slices * c * r + (factors if trains_all else 0),
+        trained=blocks * c * r + (factors if trains_all else 0),
         factors=0 if trains_all else factors * size,
         file=stack_file_bytes(name, members, rank, config),
     )
@@ -261,7 +264,7 @@ def _stack(
             saved=(call.tokens * lora_rank + _once(kept["lora"], call, True, in_features)) * size,
             file=trained * wide + 2 * 150,  # tensors in float32, as PEFT writes them, and their entries in the header
         )
-    q = r if config.transform == "identity" else r * slices
+    q = r if config.transform == "identity" else r * blocks
     crossover = in_features * out_features / (in_features + out_features)
     tokens = sum(call.tokens for call in calls)
     return StackPlan(

@@ -62,7 +62,7 @@ def _common_rank(members: Sequence[Target], config: TCURConfig) -> tuple[int, in
 def _within_budget(
     budget: int, groups: Mapping[str, Sequence[Target]], config: TCURConfig
 ) -> dict[str, tuple[int, int]]:
-    slices = [sum(target.slices for target in members) for members in groups.values()]
+    slices = [config.blocks(sum(target.slices for target in members)) for members in groups.values()]
     energies = [_energies(name, members, config) for name, members in groups.items()]
     ranks = spread_budget(budget, slices, energies)
     return {name: (rank, rank) for name, rank in zip(groups, ranks, strict=True)}
@@ -79,4 +79,4 @@ def _energies(name: str, members: Sequence[Target], config: TCURConfig) -> list[
         require_finite(weights, slice_names(members))
     except ValueError as error:
         raise ValueError(f"stack {name} ({members[0].name}, ...): {error}") from None
-    return energy_by_rank(weights, config.transform).tolist()
+    return energy_by_rank(weights, config.transform, config.frequencies).tolist()

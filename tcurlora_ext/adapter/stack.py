@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,32 +15,17 @@ from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 
 from .config import Rank, fitting_pair
+from .reloaded import Reloaded
 
 _Call = tuple[Tensor, Tensor, Tensor, int, int]  # col, core, row, first_slice, num_slices
-
-
-class _Reloaded(weakref.WeakValueDictionary[int, Any]):
-    """Layers (by first slice) whose base weights were loaded since their stack was; forgotten by copies and pickles."""
-
-    changed = False  # whether any of those weights became another one
-
-    def weights(self, slices: int) -> Tensor | None:
-        """The base weights (S, out, in) of all layers in order, None unless all slices were loaded."""
-        layers = [layer for _, layer in sorted(self.items())]
-        complete = sum(layer.num_slices for layer in layers) == slices
-        return torch.cat([layer.weight_slices() for layer in layers]) if complete else None
-
-    def __reduce__(self) -> tuple[type[_Reloaded], tuple[()]]:
-        return _Reloaded, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Reloaded:
-        return _Reloaded()
 
 
 class TCURStack(nn.Module):
     """``W' = W + scale * C * U * R`` for S weights of one shape; what its layers share.
 
-    core      nn.Parameter (S, c, r), real, at least float32, zero at the start, in ``core_domain``
+    slices    S, the number of weights
+    core      nn.Parameter (S, c, r), with ``frequencies`` fewer blocks of it, real, at least float32, zero at the
+              start, in ``core_domain``
     col, row  folded factors (out, c*S) and (r*S, in) in the weights' dtype: frozen buffers, or parameters where
               ``trainable="all"``; see :mod:`tcurlora_ext.maths.packing`
     rows, columns   chosen output and input features (int64);  row_scores, column_scores: why (lists of float)
@@ -70,6 +54,7 @@ class TCURStack(nn.Module):
         core_domain: str = "fourier",
         trainable: str = "core",
         backend: str = "auto",
+        frequencies: int | None = None,
         names: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -78,12 +63,13 @@ class TCURStack(nn.Module):
         self.alpha, self.rank_stabilised, self.dropout = alpha, rank_stabilised, dropout
         self.rule, self.seed = rule, seed
         self.transform, self.core_domain, self.trainable, self.backend = transform, core_domain, trainable, backend
+        self.frequencies, self.slices = frequencies, weights.shape[0]
         self.names = list(names)
-        self.reloaded = _Reloaded()
+        self.reloaded = Reloaded()
         self.register_buffer("rows", selection.rows)
         self.register_buffer("columns", selection.columns)
         wide = torch.promote_types(weights.dtype, torch.float32)
-        shape = (weights.shape[0], len(selection.columns), len(selection.rows))
+        shape = (packing.kept_blocks(self.slices, frequencies), len(selection.columns), len(selection.rows))
         self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
         for name, folded in self.factors_of(weights, selection).items():
             if trainable == "all":
@@ -108,6 +94,7 @@ class TCURStack(nn.Module):
         core_domain: str = "fourier",
         trainable: str = "core",
         backend: str = "auto",
+        frequencies: int | None = None,
         names: Sequence[str] = (),
     ) -> TCURStack:
         """The stack of weights (S, out, in), any floating dtype and device.
@@ -141,6 +128,7 @@ class TCURStack(nn.Module):
             core_domain=core_domain,
             trainable=trainable,
             backend=backend,
+            frequencies=frequencies,
             names=names,
         )
 
@@ -153,7 +141,9 @@ class TCURStack(nn.Module):
         R = weights[:, selection.rows, :].double()
         if self.normalised:
             C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
-            self.scale = scaling.default_scale(C, R, self.alpha, self.transform, self.rank_stabilised, self.core_domain)
+            self.scale = scaling.default_scale(
+                C, R, self.alpha, self.transform, self.rank_stabilised, self.core_domain, self.frequencies
+            )
         return C, R
 
     def factors_of(self, weights: Tensor, selection: Selection) -> dict[str, Tensor]:
@@ -161,12 +151,13 @@ class TCURStack(nn.Module):
         return self._folded(*self._take_factors(weights, selection), weights.dtype)
 
     def _folded(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        col, row = packing.fold_columns(C, self.transform), packing.fold_rows(R, self.transform)
+        blocks = packing.kept_blocks(self.slices, self.frequencies)
+        col, row = packing.fold_columns(C, self.transform, blocks), packing.fold_rows(R, self.transform, blocks)
         return {"col": col.to(dtype).contiguous(), "row": row.to(dtype).contiguous()}
 
     @property
-    def slices(self) -> int:
-        """S, the number of weights in the stack."""
+    def blocks(self) -> int:
+        """How many of the S blocks of the slice transform the core has: all, or those of its lowest frequencies."""
         return self.core.shape[0]
 
     @property
@@ -182,18 +173,18 @@ class TCURStack(nn.Module):
     @property
     def C(self) -> Tensor:
         """The column factor (S, out, c), unfolded."""
-        return packing.unfold_columns(self.col, self.slices, self.transform)
+        return packing.unfold_columns(self.col, self.slices, self.transform, self.blocks)
 
     @property
     def R(self) -> Tensor:
         """The row factor (S, r, in), unfolded."""
-        return packing.unfold_rows(self.row, self.slices, self.transform)
+        return packing.unfold_rows(self.row, self.slices, self.transform, self.blocks)
 
     # -- the core -----------------------------------------------------------------------------------------------------
 
     def core_slices(self) -> Tensor:
         """The paper's U (S, c, r), whatever the domain; differentiable."""
-        return self.core if self.core_domain == "slice" else packing.unfold_core(self.core, self.transform)
+        return self.core if self.core_domain == "slice" else packing.unfold_core(self.core, self.transform, self.slices)
 
     def core_fourier(self) -> Tensor:
         """The orthonormal slice transform of U (S, c, r): what the operator takes; differentiable."""
@@ -201,13 +192,18 @@ class TCURStack(nn.Module):
 
     @torch.no_grad()
     def set_core_slices(self, core: Tensor) -> None:
-        """Set U (S, c, r). Raises ValueError for another shape or values that are not finite."""
-        if core.shape != self.core.shape:
-            raise ValueError(f"core has shape {tuple(core.shape)}, expected {tuple(self.core.shape)}")
+        """Set U (S, c, r), of which a core of low frequencies takes these alone.
+
+        Raises ValueError for another shape or values that are not finite.
+        """
+        expected = (self.slices, *self.rank)
+        if core.shape != expected:
+            raise ValueError(f"core has shape {tuple(core.shape)}, expected {expected}")
         if not bool(torch.isfinite(core).all()):
             raise ValueError("core has NaN or infinite values, expected finite ones")
         core = core.to(self.core)
-        self.core.copy_(core if self.core_domain == "slice" else packing.fold_core(core, self.transform))
+        in_slices = self.core_domain == "slice"
+        self.core.copy_(core if in_slices else packing.fold_core(core, self.transform, self.blocks))
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -247,12 +243,14 @@ class TCURStack(nn.Module):
         return "dft" if self.transform == "identity" else self.transform
 
     def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[_Call]:
-        """What the operator takes for these slices: one call, or without a transform one a slice."""
+        """What the operator takes for these slices: one call, or one a slice where its core is one of its own."""
         core, col, row = self.core_fourier(), self.col.to(dtype), self.row.to(dtype)
-        if self.transform != "identity":
-            return [(col, core, row, first_slice, num_slices)]
         layers = range(first_slice, first_slice + num_slices)
-        return [(*self._slice_factors(col, core, row, layer), 0, 1) for layer in layers]
+        if self.transform == "identity":
+            return [(*self._slice_factors(col, core, row, layer), 0, 1) for layer in layers]
+        if self.blocks < self.slices:
+            return [(col, packing.core_at(core, layer, self.slices), row, 0, 1) for layer in layers]
+        return [(col, core, row, first_slice, num_slices)]
 
     def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """The factors of one slice without a transform: a stack of its own of one slice."""
@@ -301,7 +299,7 @@ class TCURStack(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        reloaded, self.reloaded = self.reloaded, _Reloaded()
+        reloaded, self.reloaded = self.reloaded, Reloaded()
         if not any(key.startswith(prefix) for key in state_dict):
             # The state of a model that is not adapted: the layers, which come before their stack, have it by now.
             weights = reloaded.weights(self.slices)

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from .packing import fold_columns, fold_core, fold_rows, pair_blocks, unfold_core
+from .packing import fold_columns, fold_core, fold_rows, kept_blocks, pair_blocks, unfold_core
 from .spectrum import inverse_spectrum, spectrum
 
 LORA_RANK = 8
@@ -41,11 +41,15 @@ def _divided(tensor: Tensor, norms: Tensor) -> Tensor:
     return (tensor / torch.where(norms > 0, norms, 1.0)).to(tensor.dtype)
 
 
-def step_length(C: Tensor, R: Tensor, transform: str = "dft") -> float:
-    """rho: RMS over the slices of |dW_l|_F for a random-sign step of size 1 on U. C (S, out, c), R (S, r, in)."""
+def step_length(C: Tensor, R: Tensor, transform: str = "dft", frequencies: int | None = None) -> float:
+    """rho: RMS over the slices of |dW_l|_F for a random-sign step of size 1 on U. C (S, out, c), R (S, r, in).
+
+    With ``frequencies`` on a U of the lowest few alone.
+    """
     slices = C.shape[0]
-    col = fold_columns(C.double(), transform).unflatten(1, (slices, -1))
-    row = fold_rows(R.double(), transform).unflatten(0, (slices, -1))
+    blocks = kept_blocks(slices, frequencies)
+    col = fold_columns(C.double(), transform, blocks).unflatten(1, (blocks, -1))
+    row = fold_rows(R.double(), transform, blocks).unflatten(0, (blocks, -1))
     of_col = col.square().sum((0, 2))
     of_row = row.square().sum((1, 2))
     if transform == "dft":
@@ -54,7 +58,9 @@ def step_length(C: Tensor, R: Tensor, transform: str = "dft") -> float:
     return math.sqrt(float((of_col * of_row).sum()) / slices)
 
 
-def first_step_length(C: Tensor, R: Tensor, transform: str = "dft", core_domain: str = "fourier") -> float:
+def first_step_length(
+    C: Tensor, R: Tensor, transform: str = "dft", core_domain: str = "fourier", frequencies: int | None = None
+) -> float:
     """As :func:`step_length`, for the signs of the core's gradient where that of the weights is white noise.
 
     A gradient g of W reaches U as ``C_k^H g_k R_k^H``: entries of parallel columns or rows have one sign, and the step
@@ -62,19 +68,20 @@ def first_step_length(C: Tensor, R: Tensor, transform: str = "dft", core_domain:
     ``A A^H = C_k^H C_k`` and ``B B^H = R_k R_k^H``, ``A z_k B^H`` is distributed as the gradient.
     """
     slices = C.shape[0]
-    spectrum_C, spectrum_R = (spectrum(factor.double(), transform)[0] for factor in (C, R))
+    spectrum_C, spectrum_R = (spectrum(factor.double(), transform)[0][:frequencies] for factor in (C, R))
     of_C, of_R = spectrum_C.mH @ spectrum_C, spectrum_R @ spectrum_R.mH
     root_C, root_R = _root(of_C), _root(of_R)
     generator = torch.Generator().manual_seed(0)
     energy = 0.0
     for _ in range(DRAWS):
         noise = torch.randn(slices, C.shape[2], R.shape[1], dtype=torch.float64, generator=generator).to(C.device)
-        gradient = inverse_spectrum(root_C @ spectrum(noise, transform)[0] @ root_R.mH, slices, transform)
+        gradient = inverse_spectrum(root_C @ spectrum(noise, transform)[0][:frequencies] @ root_R.mH, slices, transform)
         if core_domain == "slice":
             step = gradient.sign()
         else:
-            step = unfold_core(fold_core(gradient, transform).sign(), transform)
-        parts, weights = spectrum(step, transform)
+            kept = fold_core(gradient, transform, kept_blocks(slices, frequencies))
+            step = unfold_core(kept.sign(), transform, slices)
+        parts, weights = (t[:frequencies] for t in spectrum(step, transform))
         energy += float((weights * ((of_C @ parts) * (parts @ of_R).conj()).sum((1, 2)).real).sum())
     # Orthonormal spectra: the two products of the DFT bring a sqrt(S) each.
     return math.sqrt(energy / DRAWS * (slices if transform == "dft" else 1 / slices))
@@ -102,11 +109,12 @@ def default_scale(
     transform: str = "dft",
     rank_stabilised: bool = False,
     core_domain: str = "fourier",
+    frequencies: int | None = None,
 ) -> float:
     """The rule above for factors as the stack holds them. Raises ValueError where they carry no energy."""
-    length = step_length(C, R, transform)
+    length = step_length(C, R, transform, frequencies)
     if length > 0 and rank_stabilised:
-        length = first_step_length(C, R, transform, core_domain)
+        length = first_step_length(C, R, transform, core_domain, frequencies)
     if length == 0:
         raise ValueError("the chosen columns and rows are all zero: no core could change anything through them")
     return alpha * math.sqrt(C.shape[1] * LORA_RANK / 3) / length

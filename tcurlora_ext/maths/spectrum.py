@@ -23,23 +23,23 @@ def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
 
 
 def inverse_spectrum(blocks: Tensor, slices: int, transform: str = "dft") -> Tensor:
-    """The inverse of :func:`spectrum`: blocks by frequency -> (slices, m, n), real."""
+    """The inverse of :func:`spectrum`: blocks by frequency -> (slices, m, n), real; the DFT's may be the first few."""
     if transform != "dft":
         return unfold_core(blocks, transform)
     return torch.fft.irfft(blocks, n=slices, dim=0, norm="ortho")
 
 
-def energy_by_rank(weights: Tensor, transform: str = "dft") -> Tensor:
+def energy_by_rank(weights: Tensor, transform: str = "dft", frequencies: int | None = None) -> Tensor:
     """What the i-th singular direction of all frequencies holds: ``sum_k sigma_i(W_k)^2``, (min(out, in),) float64.
 
-    Weights (S, out, in), the k-th slice of their transform being W_k. The first r numbers add up to the energy
-    ``sum_l |W_l|^2`` that the best approximation of tubal rank r keeps (Kilmer and Martin 2011), all of them to that of
-    the weights. Takes the eigenvalues of one matrix a frequency, as wide as the smaller side, and memory for the
-    weights twice in double precision.
+    Weights (S, out, in), W_k being the k-th slice of their transform; k below ``frequencies``, by default all. The
+    first r numbers add up to the energy ``sum_l |W_l|^2`` that the best approximation of tubal rank r keeps (Kilmer and
+    Martin 2011), all of them to that of the weights. Takes the eigenvalues of one matrix a frequency, as wide as the
+    smaller side, and memory for the weights twice in double precision.
     """
     matrices, counts = spectrum(weights.detach().double(), transform)
     energy = torch.zeros(min(weights.shape[1:]), dtype=torch.float64, device=weights.device)
-    for matrix, count in zip(matrices, counts, strict=True):
+    for matrix, count in zip(matrices[:frequencies], counts[:frequencies], strict=True):
         gram = matrix @ matrix.mH if matrix.shape[0] <= matrix.shape[1] else matrix.mH @ matrix
         energy += count * torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
     return energy

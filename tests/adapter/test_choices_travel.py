@@ -22,6 +22,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "stack_blocks": {"stack_blocks": 1},
     "budget": {"budget": 100},
     "rank_stabilised": {"rank_stabilised": True, "rank": 3},
+    "frequencies": {"frequencies": 2},
+    "frequencies and more": {"frequencies": 2, "dropout": 0.2, "rank_stabilised": True, "budget": 60},
     "activation": {"selection": "activation"},
     "dropout": {"dropout": 0.3},
     "rank_pattern": {"rank_pattern": {"mlp.linear1": (3, 1), r".*linear2": 4}},

@@ -18,7 +18,7 @@ from tcurlora_ext.adapter.config import pair_of
         ("rank", 0), ("rank", -1), ("rank", 2.0), ("rank", True), ("rank", (1, 2, 3)), ("rank", (0, 2)),
         ("stack_by", "width"), ("selection", "biggest"), ("trainable", "none"), ("transform", "fft"),
         ("core_domain", "time"), ("stack_blocks", 0), ("stack_blocks", 1.0),
-        ("budget", 0), ("budget", 10.0), ("dropout", 1.0), ("dropout", -0.1),
+        ("frequencies", 0), ("budget", 0), ("budget", 10.0), ("dropout", 1.0), ("dropout", -0.1),
         ("dropout", float("nan")), ("dropout", True), ("rank_pattern", {"a": 0}), ("rank_pattern", {"(": 1}),
         ("split_fused", {"qkv": 0}), ("split_fused", {"qkv": 1.5}),
     ],
@@ -62,6 +62,13 @@ def test_a_budget_or_ranks_by_name() -> None:
 def test_raw_factors_have_no_rule_to_stabilise() -> None:
     with pytest.raises(ValueError, match=r"rank_stabilised is a form of the default rule, found scale 1\.0"):
         tcur.TCURConfig(scale=1.0, rank_stabilised=True)
+
+
+@pytest.mark.parametrize("options", [{"transform": "dct"}, {"transform": "identity"}, {"core_domain": "slice"}])
+def test_low_frequencies_are_those_of_a_core_in_the_fourier_domain(options: dict[str, Any]) -> None:
+    found = next(iter(options.values()))
+    with pytest.raises(ValueError, match=f"frequencies are those of a core in the Fourier domain.*'{found}'"):
+        tcur.TCURConfig(frequencies=2, **options)
 
 
 def test_a_function_for_stacks_leaves_its_name() -> None:

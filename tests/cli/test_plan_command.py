@@ -69,6 +69,23 @@ def test_the_other_presets(preset: str) -> None:
     assert "bfloat16, tCUR of rank 2,3 beside LoRA of rank 4" in done.output
 
 
+def test_choices_reach_the_configuration(own_model: str) -> None:
+    """Two stacks of one layer with q = 2 and rank 3 for the second; then one of two with one frequency of two."""
+    parted = ("--stack-blocks", "1", "--rank-pattern", r"layers\.1\..*=3,2", "--dropout", "0.1")
+    done = run(own_model, "--target", "q_proj", "--rank", "1", *parted, "--json", "-")
+    rows = [row for row in json.loads(done.stdout)["rows"] if row["method"] == "tcur"]
+    assert [(row["slices"], row["rank"], row["trained"]) for row in rows] == [(1, "1,1", 1), (1, "3,2", 6), (2, "", 7)]
+    done = run(own_model, "--target", "q_proj", "--rank", "2", "--frequencies", "1", "--json", "-")
+    assert [(row["q"], row["trained"]) for row in json.loads(done.stdout)["rows"][1:2]] == [(2, 4)]
+
+
+@pytest.mark.parametrize("text", ["linear1", "=3", "q_proj=three"])
+def test_a_rank_pattern_that_is_none_is_named(own_model: str, text: str) -> None:
+    done = run(own_model, "--rank-pattern", text)
+    assert done.exit_code != 0
+    assert "rank" in str(done.exception)
+
+
 def test_options_reach_the_configuration(own_model: str) -> None:
     done = run(
         own_model, "--kwargs", '{"width": 12}', "--target-regex", r"layers\.\d\.q_proj", "--exclude", "0.q_proj",
