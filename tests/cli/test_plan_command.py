@@ -79,13 +79,6 @@ def test_choices_reach_the_configuration(own_model: str) -> None:
     assert [(row["q"], row["trained"]) for row in json.loads(done.stdout)["rows"][1:2]] == [(2, 4)]
 
 
-@pytest.mark.parametrize("text", ["linear1", "=3", "q_proj=three"])
-def test_a_rank_pattern_that_is_none_is_named(own_model: str, text: str) -> None:
-    done = run(own_model, "--rank-pattern", text)
-    assert done.exit_code != 0
-    assert "rank" in str(done.exception)
-
-
 def test_options_reach_the_configuration(own_model: str) -> None:
     done = run(
         own_model, "--kwargs", '{"width": 12}', "--target-regex", r"layers\.\d\.q_proj", "--exclude", "0.q_proj",
@@ -136,6 +129,14 @@ WRONG = {
     "transform": (["unetr", "--kwargs", SMALL, "--transform", "fft"], "transform is 'fft', expected one of 'dft'"),
     "dtype": (["unetr", "--kwargs", SMALL, "--dtype", "int8"], "dtype: found 'int8', expected one of float32"),
     "split": (["unetr", "--kwargs", SMALL, "--split", "qkv"], "split: found 'qkv', expected NAME=N such as qkv=3"),
+    "rank pattern": (
+        ["unetr", "--kwargs", SMALL, "--rank-pattern", "linear1"],
+        "rank-pattern: found 'linear1', expected NAME=R or NAME=C,R",
+    ),
+    "rank pattern that meets nothing": (
+        ["unetr", "--kwargs", SMALL, "--rank-pattern", "fc1=2"],
+        "rank_pattern 'fc1' matches none of the 48 adapted modules",
+    ),
     "uneven split": (["unetr", "--kwargs", SMALL, "--split", "qkv=5"], "144 output features do not split into 5 equal"),
     "tokens": (["unetr", "--kwargs", SMALL, "--tokens", "0"], "tokens is 0, expected a positive whole number"),
     "batch": (["unetr", "--kwargs", SMALL, "--batch", "0"], "batch: found 0, expected a positive whole number"),
