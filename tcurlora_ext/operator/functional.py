@@ -55,4 +55,4 @@ def tcur_delta(
     """
     h = x.reshape(-1, x.shape[-1]) @ row.T
     m = BatchedMiddle(core_fourier, first_slice, num_slices, scale, transform, h.dtype).forward(h)
-    return (m @ col.T).view(*x.shape[:-1], -1)
+    return (m @ col.T).reshape(*x.shape[:-1], -1)

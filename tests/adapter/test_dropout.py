@@ -93,3 +93,16 @@ def test_autocast_and_half_precision_give_their_dtype() -> None:
     layer(x.bfloat16() if layer.bfloat16() else x).float().sum().backward()
     assert layer.stack.core.grad is not None
     assert layer.stack.core.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"frequencies": 1}, {"trainable": "all"}])
+def test_a_compiled_layer_draws_and_computes_the_same(options: dict[str, Any]) -> None:
+    layer = layer_of(**options)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 10, dtype=torch.float64, requires_grad=True)
+    found = []
+    for call in (layer, compiled):
+        torch.manual_seed(3)
+        y = call(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.stack.core))))
+    assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
