@@ -1,5 +1,6 @@
 """tCURLoRA: adapt frozen networks by a tiny core U between columns and rows of their own weights."""
 
+from .adapter.calibration import calibrate
 from .adapter.config import TCURConfig
 from .adapter.files import save_adapter
 from .adapter.inject import inject, remove, stacks, unfreeze
@@ -17,6 +18,7 @@ __all__ = [
     "TCURLinear",
     "TCURStack",
     "backends",
+    "calibrate",
     "functional",
     "inject",
     "load_adapter",

@@ -1,8 +1,9 @@
 """Adapter files: one safetensors file, whose header holds the description as JSON. Loading runs no code from it.
 
-Tensors:  ``core.<stack>`` (S, c, r) in its core_domain, ``rows.<stack>``, ``columns.<stack>`` int64, ``trained.<name>``
-for every parameter of the model that trains beside the cores, ``state.<name>`` for the buffers of modules that own
-such a parameter; with ``include_factors`` also ``col.<stack>`` and ``row.<stack>``.
+Tensors:  ``core.<stack>`` (S, c, r) in its core_domain, or (fewer, c, r) with ``frequencies``, ``rows.<stack>``,
+``columns.<stack>`` int64, ``trained.<name>`` for every parameter of the model that trains beside the cores,
+``state.<name>`` for the buffers of modules that own such a parameter; with ``include_factors`` also ``col.<stack>`` and
+``row.<stack>``.
 Header:   ``tcurlora`` -> format version, configuration, and for each stack the names of its slices, scale, dtype and
 fingerprint of the base weights.
 """
@@ -113,7 +114,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
         if version == FORMAT:
             file_ = AdapterFile(path, TCURConfig.from_json(config), dict(described), tensors)
             for name, stack in file_.stacks.items():
-                _check_stack(name, stack, tensors)
+                _check_stack(name, stack, tensors, file_.config.blocks(len(stack["names"])))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the adapter's description is damaged: {error!r}") from None
     if version != FORMAT:
@@ -121,9 +122,9 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     return file_
 
 
-def _check_stack(name: str, stack: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_stack(name: str, stack: Mapping[str, Any], tensors: Mapping[str, Tensor], blocks: int) -> None:
     core, rows, columns = (tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
-    expected = (len(stack["names"]), columns.numel(), rows.numel())
+    expected = (blocks, columns.numel(), rows.numel())
     if tuple(core.shape) != expected:
         raise ValueError(f"core.{name} has shape {tuple(core.shape)}, expected {expected}")
     if not bool(torch.isfinite(core).all()):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from .config import TCURConfig
+from .calibration import stack_inputs
+from .config import Rank, TCURConfig
 from .linear import TCURLayer
+from .ranks import stack_ranks
 from .stack import TCURStack
-from .targets import Target, adapted_type, find_targets, group, plain_type
+from .targets import Target, adapted_type, find_targets, group, plain_type, slice_names, stacked_weights
 
 CONTAINER = "tcur_stacks"
 
@@ -30,11 +31,14 @@ class TCURStacks(nn.ModuleDict):
         return x
 
 
-def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
+def inject(
+    model: nn.Module, config: TCURConfig | None = None, calibration: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """Adapt ``model`` in place and return it: every parameter of it is frozen, one core a stack is trained.
 
     The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation
-    for a fused projection with ``transform="identity"``). Raises ValueError, before anything is changed, where nothing
+    for a fused projection with ``transform="identity"``). ``calibration`` is what :func:`calibrate` returned, for
+    ``selection="activation"`` and for no other. Raises ValueError, before anything is changed, where nothing
     matches, a layer is adapted already, shapes, devices or dtypes in a stack differ, the rank is larger than a side, or
     weights are not finite; the message names the module.
     """
@@ -46,7 +50,8 @@ def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
             f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first"
         )
     groups = group(find_targets(model, config), config)
-    stacks = {name: _stack(name, members, config) for name, members in groups.items()}
+    ranks = stack_ranks(groups, config)
+    stacks = {name: build_stack(name, members, config, ranks[name], calibration) for name, members in groups.items()}
     return attach(model, groups, stacks, config)
 
 
@@ -73,42 +78,26 @@ def attach(
     return model
 
 
-def slice_names(members: list[Target]) -> list[str]:
-    """The module of every slice: a fused projection's name with the number of the block."""
-    return [t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)]
+def build_stack(
+    name: str,
+    members: list[Target],
+    config: TCURConfig,
+    rank: Rank | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
+) -> TCURStack:
+    """The stack of these members, of ``rank`` where that is not the configuration's.
 
-
-def stacked_weights(name: str, members: list[Target]) -> Tensor:
-    """The weights (S, out, in) of a stack's members. Raises ValueError where shapes, devices or dtypes differ."""
-    first = members[0].weight
-    for target in members:
-        if target.shape != members[0].shape:
-            raise ValueError(
-                f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
-                f"{members[0].name}"
-            )
-        if (target.weight.device, target.weight.dtype) != (first.device, first.dtype):
-            raise ValueError(
-                f"stack {name}: {target.name} is {target.weight.dtype} on {target.weight.device}, expected "
-                f"{first.dtype} on {first.device} as {members[0].name}"
-            )
-    return torch.cat([target.weight for target in members])
-
-
-def _stack(name: str, members: list[Target], config: TCURConfig) -> TCURStack:
+    Raises ValueError, naming stack and module, where their weights do not make one.
+    """
     try:
         return TCURStack.from_weights(
             stacked_weights(name, members),
-            config.rank,
+            rank or config.rank,
             config.selection,
             config.scale,
-            alpha=config.alpha,
-            seed=config.seed,
-            transform=config.transform,
-            core_domain=config.core_domain,
-            trainable=config.trainable,
-            backend=config.backend,
+            inputs=None if calibration is None else stack_inputs(members, calibration),
             names=slice_names(members),
+            **config.stack_options(),
         )
     except ValueError as error:
         raise ValueError(f"stack {name} ({members[0].name}, ...): {error}") from None

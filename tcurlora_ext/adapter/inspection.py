@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.maths.packing import MiddleBlocks, fold_core, unfold_core
+from tcurlora_ext.maths.packing import MiddleBlocks, core_at, unfold_core
 from tcurlora_ext.maths.selection import column_scores, row_scores
-from tcurlora_ext.maths.tproduct import self_conjugate_frequencies
+from tcurlora_ext.maths.spectrum import spectrum
 
 from .files import AdapterFile
 from .inject import adapted_layers, require_container, stacks
@@ -74,8 +74,8 @@ def inspect_file(file: AdapterFile) -> list[StackInspection]:
     found = []
     for name, about in file.stacks.items():
         core, rows, columns = (file.tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
-        core = core.double()
-        in_slices = core if file.config.core_domain == "slice" else unfold_core(core, file.config.transform)
+        core, slices = core.double(), len(about["names"])
+        in_slices = core if file.config.core_domain == "slice" else unfold_core(core, file.config.transform, slices)
         found.append(
             StackInspection(
                 name, list(about["names"]), (core.shape[1], core.shape[2]), file.config.transform,
@@ -106,8 +106,8 @@ def inspect_model(model: nn.Module) -> list[StackInspection]:
 
 def _core_numbers(core: Tensor, transform: str) -> tuple[list[float], list[float]]:
     """``core_norms`` and ``core_energy`` of U (S, c, r), float64."""
-    spectrum, weights = _spectrum(core, transform)
-    energy = weights * spectrum.abs().square().sum((1, 2))
+    blocks, weights = spectrum(core, transform)
+    energy = weights * blocks.abs().square().sum((1, 2))
     return core.norm(dim=(1, 2)).tolist(), [] if transform == "identity" else energy.tolist()
 
 
@@ -133,7 +133,7 @@ def delta_norms(stack: TCURStack) -> Tensor:
     else:
         of_col, of_row = col.T @ col, row @ row.T
         squares = torch.stack([
-            _product_energy(of_col, _middle(core, layer, stack.transform), of_row) for layer in range(stack.slices)
+            _product_energy(of_col, _middle(stack, core, layer), of_row) for layer in range(stack.slices)
         ])  # fmt: skip
     return stack.scale * squares.clamp_min(0).sqrt()
 
@@ -142,9 +142,9 @@ def delta_energy(stack: TCURStack) -> Tensor:
     """The part of every frequency in ``sum_l |dW_l|^2``, (S//2 + 1,); (S,) for the DCT, (0,) without one."""
     if stack.transform == "identity":
         return torch.empty(0, dtype=torch.float64)
-    C, weights = _spectrum(stack.C.double(), stack.transform)
-    U, _ = _spectrum(stack.core_slices().double(), stack.transform)
-    R, _ = _spectrum(stack.R.double(), stack.transform)
+    C, weights = spectrum(stack.C.double(), stack.transform)
+    U, _ = spectrum(stack.core_slices().double(), stack.transform)
+    R, _ = spectrum(stack.R.double(), stack.transform)
     # Orthonormal factors: each of the two products of the DFT brings a sqrt(S).
     norm = stack.slices**2 if stack.transform == "dft" else 1
     return stack.scale**2 * norm * weights * _product_energy(C.mH @ C, U, R @ R.mH).clamp_min(0)
@@ -155,20 +155,12 @@ def _product_energy(of_left: Tensor, middle: Tensor, of_right: Tensor) -> Tensor
     return ((of_left @ middle) * (middle @ of_right).conj()).sum((-2, -1)).real
 
 
-def _spectrum(tensor: Tensor, transform: str) -> tuple[Tensor, Tensor]:
-    """The orthonormal slice transform by frequency, conjugates once, and how often each counts."""
-    if transform != "dft":
-        return fold_core(tensor, transform), torch.ones(len(tensor), dtype=tensor.dtype, device=tensor.device)
-    slices = len(tensor)
-    weights = torch.full((slices // 2 + 1,), 2.0, dtype=tensor.dtype, device=tensor.device)
-    weights[self_conjugate_frequencies(slices)] = 1.0
-    return torch.fft.rfft(tensor, dim=0, norm="ortho"), weights
-
-
-def _middle(core: Tensor, layer: int, transform: str) -> Tensor:
+def _middle(stack: TCURStack, core: Tensor, layer: int) -> Tensor:
     """B_l as one matrix (c*S, r*S), in the order of the blocks of col and row."""
-    blocks = MiddleBlocks(core, layer, 1, transform)
+    low = stack.blocks < stack.slices
+    core, first = (core_at(core, layer, stack.slices), 0) if low else (core, layer)
+    blocks = MiddleBlocks(core, first, 1, stack.transform)
     single, pairs = list(blocks.single[0]), list(blocks.pair[0])
-    if transform == "dct":
+    if stack.transform == "dct":
         return torch.block_diag(*single)
     return torch.block_diag(single[0], *pairs, *single[1:])

@@ -77,7 +77,7 @@ class TCURLayer(nn.Module):
         weight = self.as_matrix(self.weight)
         if self.base is not None:
             return nn.functional.linear(x, weight, self.bias)
-        return self.stack.adapt(x, weight, self.bias, self.first_slice, self.num_slices)
+        return self.stack.adapt(x, weight, self.bias, self.first_slice, self.num_slices, self.training)
 
     def delta_weight(self) -> Tensor:
         """This layer's part of the stack's dense change, scale included: (num_slices*out, in), differentiable."""

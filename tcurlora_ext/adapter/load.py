@@ -14,10 +14,10 @@ from tcurlora_ext.maths.selection import Selection
 
 from .files import AdapterFile, read_adapter
 from .fingerprint import fingerprint, mismatch
-from .inject import adapted_layers, attach, find_container, stacked_weights, stacks
+from .inject import adapted_layers, attach, find_container, stacks
 from .linear import TCURLayer
 from .stack import TCURStack
-from .targets import Target, adapted_type
+from .targets import Target, adapted_type, stacked_weights
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -115,14 +115,9 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
         weights,
         chosen,
         scale=None if described["normalised"] else described["scale"],
-        alpha=config.alpha,
         rule=config.selection,
-        seed=config.seed,
-        transform=config.transform,
-        core_domain=config.core_domain,
-        trainable=config.trainable,
-        backend=config.backend,
         names=described["names"],
+        **config.stack_options(),
     )
     stack.scale = described["scale"]
     with torch.no_grad():

@@ -2,11 +2,14 @@
 
 FLOPs are those of the products (a product (a, b)(b, c) counts 2abc), bytes saved for backward are what the adapted
 layers keep beyond their frozen weights, which autograd only refers to. A frozen linear layer itself keeps nothing:
-its dx needs W alone. LoRA is PEFT's form, one layer a module (a fused projection counts as one), without dropout, in
-the dtype of the data.
+its dx needs W alone. With ``dropout`` the adapter always keeps h and a mask as large as x, counted in the dtype of x as
+the CPU keeps it (CUDA takes one byte a number). LoRA is PEFT's form, one layer a module (a fused projection counts as
+one), without dropout, in the dtype of the data.
 
 For T tokens, n slices of (out, in), S slices in the stack, q = r*S, q_c = c*S, with ``pairs`` frequencies that hold a
 real and an imaginary part and ``alone`` ones that do not:
+
+With ``frequencies`` S is the number of kept blocks in the following, and a layer of n slices n calls of one.
 
     tCUR forward   h = x row^T 2T*q*in,  middle 2T*n*c*r*(alone + 4 pairs),  m col^T 2T*n*q_c*out
     tCUR backward  p = g col,  dh: a middle product,  dh row,  dcore: a middle product; h again where x was kept
@@ -22,18 +25,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.maths.flops import CallFlops
-
-from .config import TCURConfig, pair_of
+from .config import TCURConfig
 from .filesize import file_bytes, stack_file_bytes
+from .layercost import LayerCost
 from .linear import TCURLayer
-from .targets import Target, find_targets, group
+from .ranks import stack_ranks
+from .targets import Target, find_targets, group, watching
 
 # Projections that read one tensor: autograd keeps it once for all of them.
 _SIBLINGS = re.compile(r"(?:(?P<attention>(to_)?[qkv](_proj)?|query|key|value)|(?P<gated>gate_proj|up_proj))")
@@ -181,14 +183,14 @@ def plan(
     if adapted is not None:
         raise ValueError(f"{adapted} of {type(model).__name__} is adapted already; call remove(model) first")
     groups = group(find_targets(model, config), config)
+    ranks = stack_ranks(groups, config)
     kept: dict[str, set[object]] = {"tcur": set(), "lora": set()}
     stacks = []
     for name, members in groups.items():
-        _check_rank(name, members, config)
         calls = [_call(target, tokens) for target in members]
-        stacks.append(_stack(name, members, calls, config, lora_rank, dtype, kept))
+        stacks.append(_stack(name, members, ranks[name], calls, config, lora_rank, dtype, kept))
     base, tcur, lora = (sum((getattr(s, kind) for s in stacks), Cost()) for kind in ("base", "tcur", "lora"))
-    tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups)}))
+    tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups, ranks)}))
     found = dtype or next(iter(groups.values()))[0].weight.dtype
     return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."))
 
@@ -201,19 +203,13 @@ def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: 
     seen: dict[int, tuple[int, Tensor]] = {}  # holds the tensors, so that an id is not given out twice
     calls: dict[str, Call] = {}
 
-    def note(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0]
+    def note(name: str, x: Tensor) -> None:
         number, _ = seen.setdefault(id(x), (len(seen), x))
         before = calls[name].tokens if name in calls else 0
         calls[name] = Call(before + x.shape[:-1].numel(), number)
 
-    handles = [t.module.register_forward_pre_hook(partial(note, t.name)) for t in find_targets(model, config)]
-    try:
-        with torch.no_grad():
-            model(*inputs, **keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching(find_targets(model, config), note):
+        model(*inputs, **keywords)
     return calls
 
 
@@ -227,39 +223,32 @@ def _call(target: Target, tokens: int | Mapping[str, Call]) -> Call:
     return Call(tokens, (parent, match.lastgroup if match else last))
 
 
-def _check_rank(name: str, members: list[Target], config: TCURConfig) -> None:
-    (out_features, in_features), (c, r) = members[0].shape, pair_of(config.rank)
-    if c > in_features or r > out_features:
-        raise ValueError(
-            f"stack {name} ({members[0].name}, ...): rank (c, r) = ({c}, {r}) does not fit {out_features} x "
-            f"{in_features} weights: expected c <= {in_features} and r <= {out_features}"
-        )
-
-
 def _stack(
     name: str,
     members: list[Target],
+    rank: tuple[int, int],
     calls: list[Call],
     config: TCURConfig,
     lora_rank: int,
     dtype: torch.dtype | None,
     kept: Mapping[str, set[object]],
 ) -> StackPlan:
-    (out_features, in_features), rank = members[0].shape, pair_of(config.rank)
+    out_features, in_features = members[0].shape
     slices = sum(target.slices for target in members)
     size = (dtype or members[0].weight.dtype).itemsize
     wide = max(4, size)
     c, r = rank
-    factors = slices * (out_features * c + r * in_features)
+    blocks = config.blocks(slices)
+    factors = blocks * (out_features * c + r * in_features)
     trains_all = config.trainable == "all"
     base, lora = Cost(), Cost()
     tcur = Cost(
-        trained=slices * c * r + (factors if trains_all else 0),
+        trained=blocks * c * r + (factors if trains_all else 0),
         factors=0 if trains_all else factors * size,
-        file=stack_file_bytes(name, members, config),
+        file=stack_file_bytes(name, members, rank, config),
     )
     for target, call in zip(members, calls, strict=True):
-        layer = _Layer(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
+        layer = LayerCost(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
         base += Cost(forward=layer.base(), backward=layer.base())
         numbers, keeps_x = layer.saved()
         tcur += Cost(
@@ -275,7 +264,7 @@ def _stack(
             saved=(call.tokens * lora_rank + _once(kept["lora"], call, True, in_features)) * size,
             file=trained * wide + 2 * 150,  # tensors in float32, as PEFT writes them, and their entries in the header
         )
-    q = r if config.transform == "identity" else r * slices
+    q = r if config.transform == "identity" else r * blocks
     crossover = in_features * out_features / (in_features + out_features)
     tokens = sum(call.tokens for call in calls)
     return StackPlan(
@@ -289,70 +278,3 @@ def _once(kept: set[object], call: Call, keeps_x: bool, in_features: int) -> int
         return 0
     kept.add(call.source)
     return call.tokens * in_features
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """FLOPs and saved numbers of one tCUR layer with T tokens and n of the stack's S slices."""
-
-    T: int
-    n: int
-    S: int
-    out: int
-    in_: int
-    c: int
-    r: int
-    config: TCURConfig
-
-    @property
-    def _independent(self) -> bool:
-        return self.config.transform == "identity"
-
-    @property
-    def _folds_core(self) -> bool:
-        return self.config.core_domain == "slice" and not self._independent
-
-    @property
-    def _calls(self) -> int:
-        # Independent cores: a call a slice, each with a stack of that slice alone.
-        return self.n if self._independent else 1
-
-    @property
-    def _call(self) -> CallFlops:
-        n, S, transform = (1, 1, "dft") if self._independent else (self.n, self.S, self.config.transform)
-        return CallFlops(self.T, n, S, self.out, self.in_, self.c, self.r, transform)
-
-    @property
-    def _keeps_h(self) -> bool:
-        return self.r * self._call.S <= self.in_
-
-    def _core_transform(self) -> int:
-        """U into the Fourier domain: once a call where the core is kept as slices."""
-        return 2 * self.S * self.S * self.c * self.r if self._folds_core else 0
-
-    def base(self) -> int:
-        """Of the frozen layer: forward, or dx."""
-        return self._calls * self._call.base_product()
-
-    def forward(self) -> int:
-        return self._calls * self._call.forward() + self._core_transform()
-
-    def backward(self) -> int:
-        trains_all = self.config.trainable == "all"
-        needs = (True, False, False, trains_all, True, trains_all)
-        return self._calls * self._call.backward(needs, self._keeps_h) + self._core_transform()
-
-    def saved(self) -> tuple[int, bool]:
-        """Numbers of h that are kept, and whether x is."""
-        h = self._calls * self.T * self.r * self._call.S
-        return h if self._keeps_h else 0, not self._keeps_h or self.config.trainable == "all"
-
-    def saved_casts(self, size: int) -> int:
-        """Bytes of temporary copies that autograd keeps: a transformed core, trained factors in a short dtype."""
-        wide = max(4, size)
-        copies = 0
-        if self._folds_core:
-            copies += (self.S * self.S + self.S * self.c * self.r) * wide
-        if self.config.trainable == "all" and size < wide:
-            copies += self.S * (self.out * self.c + self.r * self.in_) * size
-        return copies

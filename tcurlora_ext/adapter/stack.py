@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,33 +12,20 @@ from torch import Tensor, nn
 from tcurlora_ext.maths import packing
 from tcurlora_ext.maths import scale as scaling
 from tcurlora_ext.maths.selection import Selection, select
-from tcurlora_ext.operator.functional import tcur_linear
+from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 
-from .config import Rank, pair_of
+from .config import Rank, fitting_pair
+from .reloaded import Reloaded
 
-
-class _Reloaded(weakref.WeakValueDictionary[int, Any]):
-    """Layers (by first slice) whose base weights were loaded since their stack was; forgotten by copies and pickles."""
-
-    changed = False  # whether any of those weights became another one
-
-    def weights(self, slices: int) -> Tensor | None:
-        """The base weights (S, out, in) of all layers in order, None unless all slices were loaded."""
-        layers = [layer for _, layer in sorted(self.items())]
-        complete = sum(layer.num_slices for layer in layers) == slices
-        return torch.cat([layer.weight_slices() for layer in layers]) if complete else None
-
-    def __reduce__(self) -> tuple[type[_Reloaded], tuple[()]]:
-        return _Reloaded, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Reloaded:
-        return _Reloaded()
+_Call = tuple[Tensor, Tensor, Tensor, int, int]  # col, core, row, first_slice, num_slices
 
 
 class TCURStack(nn.Module):
     """``W' = W + scale * C * U * R`` for S weights of one shape; what its layers share.
 
-    core      nn.Parameter (S, c, r), real, at least float32, zero at the start, in ``core_domain``
+    slices    S, the number of weights
+    core      nn.Parameter (S, c, r), with ``frequencies`` fewer blocks of it, real, at least float32, zero at the
+              start, in ``core_domain``
     col, row  folded factors (out, c*S) and (r*S, in) in the weights' dtype: frozen buffers, or parameters where
               ``trainable="all"``; see :mod:`tcurlora_ext.maths.packing`
     rows, columns   chosen output and input features (int64);  row_scores, column_scores: why (lists of float)
@@ -60,28 +46,32 @@ class TCURStack(nn.Module):
         *,
         scale: float | None,
         alpha: float = 1.0,
+        rank_stabilised: bool = False,
+        dropout: float = 0.0,
         rule: str = "norm",
         seed: int = 0,
         transform: str = "dft",
         core_domain: str = "fourier",
         trainable: str = "core",
         backend: str = "auto",
+        frequencies: int | None = None,
         names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.normalised = scale is None
         self.scale = 1.0 if scale is None else float(scale)
-        self.alpha, self.rule, self.seed = alpha, rule, seed
+        self.alpha, self.rank_stabilised, self.dropout = alpha, rank_stabilised, dropout
+        self.rule, self.seed = rule, seed
         self.transform, self.core_domain, self.trainable, self.backend = transform, core_domain, trainable, backend
+        self.frequencies, self.slices = frequencies, weights.shape[0]
         self.names = list(names)
-        self.reloaded = _Reloaded()
+        self.reloaded = Reloaded()
         self.register_buffer("rows", selection.rows)
         self.register_buffer("columns", selection.columns)
-        C, R = self._take_factors(weights, selection)
         wide = torch.promote_types(weights.dtype, torch.float32)
-        shape = (weights.shape[0], C.shape[2], R.shape[1])
+        shape = (packing.kept_blocks(self.slices, frequencies), len(selection.columns), len(selection.rows))
         self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
-        for name, folded in self._folded(C, R, weights.dtype).items():
+        for name, folded in self.factors_of(weights, selection).items():
             if trainable == "all":
                 setattr(self, name, nn.Parameter(folded.to(wide)))
             else:
@@ -95,17 +85,22 @@ class TCURStack(nn.Module):
         selection: str | Selection = "norm",
         scale: float | None = 1.0,
         *,
+        inputs: Tensor | None = None,
         alpha: float = 1.0,
+        rank_stabilised: bool = False,
+        dropout: float = 0.0,
         seed: int = 0,
         transform: str = "dft",
         core_domain: str = "fourier",
         trainable: str = "core",
         backend: str = "auto",
+        frequencies: int | None = None,
         names: Sequence[str] = (),
     ) -> TCURStack:
         """The stack of weights (S, out, in), any floating dtype and device.
 
-        ``selection`` is a rule's name or a :class:`Selection` made before; ``scale`` a number for raw factors, None for
+        ``selection`` is a rule's name or a :class:`Selection` made before; ``inputs`` (S, in) are the root mean squares
+        of the input features, for "activation"; ``scale`` a number for raw factors, None for
         unit-norm factors and the default rule. Raises ValueError for another shape, a rank larger than the matrix, and
         weights that are not finite.
         """
@@ -116,31 +111,24 @@ class TCURStack(nn.Module):
         if weights.is_meta:
             raise ValueError("weights are on the meta device: rows and columns are chosen from real values")
         _, out_features, in_features = weights.shape
-        c, r = pair_of(rank)
-        if c > in_features or r > out_features:
-            raise ValueError(
-                f"rank (c, r) = ({c}, {r}) does not fit {out_features} x {in_features} weights: "
-                f"expected c <= {in_features} and r <= {out_features}"
-            )
-        for index, weight in enumerate(weights):
-            # NaN spreads through the extremes: one pass without isfinite's mask, 8 ms instead of 41 for 3072 x 768.
-            if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
-                name = names[index] if names else f"slice {index}"
-                bad = int((~torch.isfinite(weight)).sum())
-                raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")
+        c, r = fitting_pair(rank, (out_features, in_features))
+        require_finite(weights, names)
         rule = selection if isinstance(selection, str) else "norm"
-        chosen = select(weights, c, r, rule, seed) if isinstance(selection, str) else selection
+        chosen = select(weights, c, r, rule, seed, inputs) if isinstance(selection, str) else selection
         return cls(
             weights.detach(),
             chosen,
             scale=scale,
             alpha=alpha,
+            rank_stabilised=rank_stabilised,
+            dropout=dropout,
             rule=rule,
             seed=seed,
             transform=transform,
             core_domain=core_domain,
             trainable=trainable,
             backend=backend,
+            frequencies=frequencies,
             names=names,
         )
 
@@ -153,16 +141,23 @@ class TCURStack(nn.Module):
         R = weights[:, selection.rows, :].double()
         if self.normalised:
             C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
-            self.scale = scaling.default_scale(C, R, self.alpha, self.transform)
+            self.scale = scaling.default_scale(
+                C, R, self.alpha, self.transform, self.rank_stabilised, self.core_domain, self.frequencies
+            )
         return C, R
 
+    def factors_of(self, weights: Tensor, selection: Selection) -> dict[str, Tensor]:
+        """``col`` and ``row`` as taken from weights (S, out, in); sets ``scale`` where the rule makes it."""
+        return self._folded(*self._take_factors(weights, selection), weights.dtype)
+
     def _folded(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        col, row = packing.fold_columns(C, self.transform), packing.fold_rows(R, self.transform)
+        blocks = packing.kept_blocks(self.slices, self.frequencies)
+        col, row = packing.fold_columns(C, self.transform, blocks), packing.fold_rows(R, self.transform, blocks)
         return {"col": col.to(dtype).contiguous(), "row": row.to(dtype).contiguous()}
 
     @property
-    def slices(self) -> int:
-        """S, the number of weights in the stack."""
+    def blocks(self) -> int:
+        """How many of the S blocks of the slice transform the core has: all, or those of its lowest frequencies."""
         return self.core.shape[0]
 
     @property
@@ -178,18 +173,18 @@ class TCURStack(nn.Module):
     @property
     def C(self) -> Tensor:
         """The column factor (S, out, c), unfolded."""
-        return packing.unfold_columns(self.col, self.slices, self.transform)
+        return packing.unfold_columns(self.col, self.slices, self.transform, self.blocks)
 
     @property
     def R(self) -> Tensor:
         """The row factor (S, r, in), unfolded."""
-        return packing.unfold_rows(self.row, self.slices, self.transform)
+        return packing.unfold_rows(self.row, self.slices, self.transform, self.blocks)
 
     # -- the core -----------------------------------------------------------------------------------------------------
 
     def core_slices(self) -> Tensor:
         """The paper's U (S, c, r), whatever the domain; differentiable."""
-        return self.core if self.core_domain == "slice" else packing.unfold_core(self.core, self.transform)
+        return self.core if self.core_domain == "slice" else packing.unfold_core(self.core, self.transform, self.slices)
 
     def core_fourier(self) -> Tensor:
         """The orthonormal slice transform of U (S, c, r): what the operator takes; differentiable."""
@@ -197,29 +192,65 @@ class TCURStack(nn.Module):
 
     @torch.no_grad()
     def set_core_slices(self, core: Tensor) -> None:
-        """Set U (S, c, r). Raises ValueError for another shape or values that are not finite."""
-        if core.shape != self.core.shape:
-            raise ValueError(f"core has shape {tuple(core.shape)}, expected {tuple(self.core.shape)}")
+        """Set U (S, c, r), of which a core of low frequencies takes these alone.
+
+        Raises ValueError for another shape or values that are not finite.
+        """
+        expected = (self.slices, *self.rank)
+        if core.shape != expected:
+            raise ValueError(f"core has shape {tuple(core.shape)}, expected {expected}")
         if not bool(torch.isfinite(core).all()):
             raise ValueError("core has NaN or infinite values, expected finite ones")
         core = core.to(self.core)
-        self.core.copy_(core if self.core_domain == "slice" else packing.fold_core(core, self.transform))
+        in_slices = self.core_domain == "slice"
+        self.core.copy_(core if in_slices else packing.fold_core(core, self.transform, self.blocks))
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
-    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None, first_slice: int, num_slices: int) -> Tensor:
-        """``x W^T + bias`` plus the adapter, for slices whose weights stand in ``weight`` (num_slices*out, in)."""
-        core, col, row = self.core_fourier(), self.col.to(weight.dtype), self.row.to(weight.dtype)
-        if self.transform != "identity":
-            return tcur_linear(
-                x, weight, bias, col, core, row, first_slice, num_slices, self.scale, self.backend, self.transform
-            )
+    def adapt(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        first_slice: int,
+        num_slices: int,
+        training: bool = False,
+    ) -> Tensor:
+        """``x W^T + bias`` plus the adapter, for slices whose weights stand in ``weight`` (num_slices*out, in).
+
+        In ``training`` the adapter's x goes through dropout, and the base's does not.
+        """
+        if training and self.dropout > 0:
+            dropped = nn.functional.dropout(x, self.dropout)
+            return nn.functional.linear(x, weight, bias) + self.change(dropped, first_slice, num_slices)
+        calls = self._calls(first_slice, num_slices, weight.dtype)
+        parts = zip(calls, weight.chunk(len(calls)), _chunks(bias, len(calls)), strict=True)
+        return _joined(
+            [tcur_linear(x, part, b, *call, self.scale, self.backend, self._call_transform) for call, part, b in parts]
+        )
+
+    def change(self, x: Tensor, first_slice: int, num_slices: int) -> Tensor:
+        """The adapter's part of :meth:`adapt` alone: x (..., in) -> (..., num_slices*out), in the dtype of x.
+
+        For what cannot be fused with the base product: another x, a quantised base, some rows of a batch.
+        """
+        calls = self._calls(first_slice, num_slices, x.dtype)
+        return _joined([tcur_delta(x, *call, self.scale, self._call_transform) for call in calls])
+
+    @property
+    def _call_transform(self) -> str:
+        """The transform within a call; without one every slice is a stack of its own, whose DFT does nothing."""
+        return "dft" if self.transform == "identity" else self.transform
+
+    def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[_Call]:
+        """What the operator takes for these slices: one call, or one a slice where its core is one of its own."""
+        core, col, row = self.core_fourier(), self.col.to(dtype), self.row.to(dtype)
         layers = range(first_slice, first_slice + num_slices)
-        outputs = []
-        for layer, part, part_bias in zip(layers, weight.chunk(num_slices), _chunks(bias, num_slices), strict=True):
-            factors = self._slice_factors(col, core, row, layer)
-            outputs.append(tcur_linear(x, part, part_bias, *factors, 0, 1, self.scale, self.backend))
-        return outputs[0] if num_slices == 1 else torch.cat(outputs, -1)
+        if self.transform == "identity":
+            return [(*self._slice_factors(col, core, row, layer), 0, 1) for layer in layers]
+        if self.blocks < self.slices:
+            return [(col, packing.core_at(core, layer, self.slices), row, 0, 1) for layer in layers]
+        return [(col, core, row, first_slice, num_slices)]
 
     def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """The factors of one slice without a transform: a stack of its own of one slice."""
@@ -268,7 +299,7 @@ class TCURStack(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        reloaded, self.reloaded = self.reloaded, _Reloaded()
+        reloaded, self.reloaded = self.reloaded, Reloaded()
         if not any(key.startswith(prefix) for key in state_dict):
             # The state of a model that is not adapted: the layers, which come before their stack, have it by now.
             weights = reloaded.weights(self.slices)
@@ -285,12 +316,16 @@ class TCURStack(nn.Module):
         else:
             missing_keys.append(prefix + "scale")
 
+    @property
+    def _selection(self) -> Selection:
+        scores = (torch.tensor(s, dtype=torch.float64) for s in (self.row_scores, self.column_scores))
+        return Selection(self.rows, self.columns, *scores)
+
     @torch.no_grad()
     def is_of(self, weights: Tensor) -> bool:
         """Whether C and R are, bit for bit, the chosen columns and rows of weights (S, out, in)."""
         scale, scores = self.scale, (self.row_scores, self.column_scores)
-        kept = Selection(self.rows, self.columns, torch.tensor(scores[0]), torch.tensor(scores[1]))
-        folded = self._folded(*self._take_factors(weights, kept), weights.dtype)
+        folded = self.factors_of(weights, self._selection)
         self.scale, (self.row_scores, self.column_scores) = scale, scores
         return all(torch.equal(folded[name], getattr(self, name)) for name in folded)
 
@@ -298,6 +333,7 @@ class TCURStack(nn.Module):
     def follow_base(self, weights: Tensor) -> None:
         """Choose and take rows and columns anew from weights (S, out, in), where these changed and U is still zero.
 
+        Chosen by "activation" they are taken anew, but stay: the calibration inputs are gone.
         A core that is not zero belongs to the weights it was trained on: then a warning, and the factors stay.
         """
         if self.is_of(weights):
@@ -309,8 +345,8 @@ class TCURStack(nn.Module):
                 stacklevel=2,
             )
             return
-        chosen = select(weights, *self.rank, self.rule, self.seed)
-        folded = self._folded(*self._take_factors(weights, chosen), weights.dtype)
+        chosen = self._selection if self.rule == "activation" else select(weights, *self.rank, self.rule, self.seed)
+        folded = self.factors_of(weights, chosen)
         for name, value in folded.items():
             getattr(self, name).copy_(value)
         self.rows.copy_(chosen.rows)
@@ -319,6 +355,20 @@ class TCURStack(nn.Module):
     def extra_repr(self) -> str:
         (out_features, in_features), (c, r) = self.shape, self.rank
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
+
+
+def require_finite(weights: Tensor, names: Sequence[str]) -> None:
+    """Raise ValueError, with the name of the slice, where weights (S, out, in) are NaN or infinite."""
+    for index, weight in enumerate(weights):
+        # NaN spreads through the extremes: one pass without isfinite's mask, 8 ms instead of 41 for 3072 x 768.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+            name = names[index] if names else f"slice {index}"
+            bad = int((~torch.isfinite(weight)).sum())
+            raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 def _chunks(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:

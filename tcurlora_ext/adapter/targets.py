@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import TCURConfig
@@ -54,6 +58,11 @@ class Target:
         """The path within the block: all behind the last number in the name."""
         return self._around_numbers()[1]
 
+    @property
+    def block(self) -> str:
+        """The path of the block that it is in: all up to the last number in the name."""
+        return self.name[: len(self.name) - len(self.role)]
+
     def _around_numbers(self) -> tuple[str, str]:
         parts = self.name.split(".")
         at = [i for i, part in enumerate(parts) if part.isdigit()]
@@ -92,6 +101,21 @@ def matches(name: str, patterns: Sequence[str] | str | None) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+@contextmanager
+def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``note`` with the name and the input of every target that a forward pass inside calls."""
+
+    def tell(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        note(name, arguments[0])
+
+    handles = [target.module.register_forward_pre_hook(partial(tell, target.name)) for target in targets]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
@@ -140,11 +164,35 @@ def _target(name: str, module: nn.Module, config: TCURConfig) -> Target:
     return Target(name, module, slices)
 
 
+def slice_names(members: Sequence[Target]) -> list[str]:
+    """The module of every slice: a fused projection's name with the number of the block."""
+    return [t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)]
+
+
+def stacked_weights(name: str, members: Sequence[Target]) -> Tensor:
+    """The weights (S, out, in) of a stack's members. Raises ValueError where shapes, devices or dtypes differ."""
+    first = members[0].weight
+    for target in members:
+        if target.shape != members[0].shape:
+            raise ValueError(
+                f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
+                f"{members[0].name}"
+            )
+        if (target.weight.device, target.weight.dtype) != (first.device, first.dtype):
+            raise ValueError(
+                f"stack {name}: {target.name} is {target.weight.dtype} on {target.weight.device}, expected "
+                f"{first.dtype} on {first.device} as {members[0].name}"
+            )
+    return torch.cat([target.weight for target in members])
+
+
 def group(targets: list[Target], config: TCURConfig) -> dict[str, list[Target]]:
     """Stacks by name. Raises ValueError where a function for ``stack_by`` puts different shapes into one stack."""
     groups: dict[object, list[Target]] = {}
     for target in targets:
         groups.setdefault(_key(target, config), []).append(target)
+    if config.stack_blocks is not None:
+        groups = dict(_runs(groups, config.stack_blocks))
     for key, members in groups.items():
         odd = next((t for t in members if t.shape != members[0].shape), None)
         if odd is not None:
@@ -163,6 +211,14 @@ def _key(target: Target, config: TCURConfig) -> object:
     if config.stack_by == "role":
         return target.tower, target.role, target.shape
     return target.tower, target.shape
+
+
+def _runs(groups: Mapping[Any, list[Target]], blocks: int) -> Iterator[tuple[object, list[Target]]]:
+    """Every group cut into runs of so many consecutive blocks; the last run of a group may have fewer."""
+    for (*key, shape), members in groups.items():
+        order = list(dict.fromkeys(target.block for target in members))
+        for run in range(0, len(order), blocks):
+            yield (*key, run // blocks, shape), [t for t in members if t.block in order[run : run + blocks]]
 
 
 def _names(groups: dict[object, list[Target]]) -> list[str]:

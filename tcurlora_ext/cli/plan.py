@@ -26,6 +26,10 @@ def plan(
     ],
     kwargs: Annotated[str, typer.Option(help="JSON object: sizes of a preset, or arguments of the callable.")] = "{}",
     rank: Annotated[str, typer.Option(help="Tubal rank r, or c,r.")] = "8",
+    rank_pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=R or NAME=C,R: another rank for modules of this name, end of a name or regex."),
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="Name, or end of a name, of modules to adapt; may be given again.")
     ] = None,
@@ -36,6 +40,13 @@ def plan(
         typer.Option(help="NAME=N: rows of a fused projection are N slices. Default: qkv=3, c_attn=3."),
     ] = None,
     stack_by: Annotated[str, typer.Option(help="shape, role or none.")] = "shape",
+    stack_blocks: Annotated[
+        int | None, typer.Option(help="Cut stacks by shape or role into runs of so many consecutive blocks.")
+    ] = None,
+    frequencies: Annotated[
+        int | None, typer.Option(help="Only the lowest frequencies in the cores. Default: all.")
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="On the adapter's input.")] = 0.0,
     transform: Annotated[str, typer.Option(help="dft, dct or identity.")] = "dft",
     trainable: Annotated[str, typer.Option(help="core or all.")] = "core",
     core_domain: Annotated[str, typer.Option(help="fourier or slice.")] = "fourier",
@@ -68,7 +79,9 @@ def plan(
     splits: dict[str, Any] = {"split_fused": dict(_split(text) for text in split)} if split else {}
     config = TCURConfig(
         rank=parse_rank(rank), target_modules=target_regex or target or None, exclude_modules=exclude or None,
-        stack_by=stack_by, transform=transform, trainable=trainable, core_domain=core_domain, **splits,
+        rank_pattern=dict(_ranked(text) for text in rank_pattern or ()), stack_by=stack_by,
+        stack_blocks=stack_blocks, frequencies=frequencies, dropout=dropout, transform=transform, trainable=trainable,
+        core_domain=core_domain, **splits,
     )  # fmt: skip
     precision = parse_dtype(dtype)
     built = build_model(model, arguments)
@@ -130,6 +143,13 @@ def _split(text: str) -> tuple[str, int]:
     if not name or not count.isdigit():
         raise ValueError(f"split: found '{text}', expected NAME=N such as qkv=3")
     return name, int(count)
+
+
+def _ranked(text: str) -> tuple[str, int | tuple[int, int]]:
+    name, _, rank = text.rpartition("=")
+    if not name:
+        raise ValueError(f"rank-pattern: found '{text}', expected NAME=R or NAME=C,R such as linear1=4")
+    return name, parse_rank(rank)
 
 
 def _show(found: Plan, heading: str) -> None:

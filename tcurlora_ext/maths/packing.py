@@ -87,26 +87,51 @@ def _along_slices(matrix: Tensor, tensor: Tensor) -> Tensor:
     return torch.tensordot(matrix.to(tensor), tensor, dims=1)
 
 
-def fold_core(core: Tensor, transform: str = "dft") -> Tensor:
-    """U (S, c, r) -> its orthonormal slice transform (S, c, r), same dtype."""
-    return core if transform == "identity" else _along_slices(_transform_matrix(core.shape[0], transform), core)
+def kept_blocks(slices: int, frequencies: int | None) -> int:
+    """How many of the S blocks of the DFT are those of frequencies 0, 1, ... ``frequencies`` - 1; None: all S."""
+    return slices if frequencies is None else min(2 * frequencies - 1, slices)
 
 
-def unfold_core(core_fourier: Tensor, transform: str = "dft") -> Tensor:
-    """The inverse of :func:`fold_core`."""
+def fold_core(core: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
+    """U (S, c, r) -> its orthonormal slice transform (S, c, r), or the first ``blocks`` of it; same dtype."""
+    if transform == "identity":
+        return core
+    return _along_slices(_transform_matrix(core.shape[0], transform)[:blocks], core)
+
+
+def unfold_core(core_fourier: Tensor, transform: str = "dft", slices: int | None = None) -> Tensor:
+    """The inverse of :func:`fold_core`; for a core of fewer blocks than ``slices`` the others are taken as zero."""
     if transform == "identity":
         return core_fourier
-    return _along_slices(_transform_matrix(core_fourier.shape[0], transform).T, core_fourier)
+    blocks = core_fourier.shape[0]
+    return _along_slices(_transform_matrix(slices or blocks, transform)[:blocks].T, core_fourier)
 
 
-def _fold(tensor: Tensor, transform: str) -> Tensor:
+def core_at(core_fourier: Tensor, layer: int, slices: int) -> Tensor:
+    """The core of a DFT of all blocks that does in its slice 0 what a core of low frequencies does in slice ``layer``.
+
+    (F, c, r) -> (F, c, r) with F = :func:`kept_blocks` < S: the phases of the layer, and the weights of S slices in
+    place of those of F. An operator that knows of one number of slices alone then computes with F of them.
+    """
+    blocks = core_fourier.shape[0]
+    single, cos, sin = _phases_on(slices, layer, 1, "dft", core_fourier.device, core_fourier.dtype)
+    pairs = (blocks - 1) // 2
+    cos, sin = cos[0, :pairs], sin[0, :pairs]
+    real, imaginary = core_fourier[1:].unflatten(0, (pairs, 2)).unbind(1)
+    turned = torch.stack([cos * real - sin * imaginary, sin * real + cos * imaginary], 1).flatten(0, 1)
+    # Of the weights of S slices only the ratio to those of F is wanted, which the operator multiplies with.
+    return torch.cat([single[0, :1] * math.sqrt(blocks) * core_fourier[:1], turned * math.sqrt(blocks / 2)])
+
+
+def _fold(tensor: Tensor, transform: str, blocks: int | None) -> Tensor:
     slices = tensor.shape[0]
-    return _along_slices(_spectrum_norms(slices, transform)[:, None] * _transform_matrix(slices, transform), tensor)
+    matrix = _spectrum_norms(slices, transform)[:, None] * _transform_matrix(slices, transform)
+    return _along_slices(matrix[:blocks], tensor)
 
 
-def _unfold(blocks: Tensor, transform: str) -> Tensor:
-    slices = blocks.shape[0]
-    return _along_slices(_transform_matrix(slices, transform).T / _spectrum_norms(slices, transform), blocks)
+def _unfold(blocks: Tensor, slices: int, transform: str) -> Tensor:
+    matrix = _transform_matrix(slices, transform).T / _spectrum_norms(slices, transform)
+    return _along_slices(matrix[:, : blocks.shape[0]], blocks)
 
 
 def _column_signs(slices: int, transform: str, like: Tensor) -> Tensor:
@@ -117,26 +142,26 @@ def _column_signs(slices: int, transform: str, like: Tensor) -> Tensor:
     return signs
 
 
-def fold_rows(R: Tensor, transform: str = "dft") -> Tensor:
-    """R (S, r, in) -> ``row`` (r*S, in), block f holding part f of the spectrum."""
-    return _fold(R, transform).flatten(0, 1)
+def fold_rows(R: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
+    """R (S, r, in) -> ``row`` (r*S, in), block f holding part f of the spectrum; or the first ``blocks`` alone."""
+    return _fold(R, transform, blocks).flatten(0, 1)
 
 
-def unfold_rows(row: Tensor, slices: int, transform: str = "dft") -> Tensor:
+def unfold_rows(row: Tensor, slices: int, transform: str = "dft", blocks: int | None = None) -> Tensor:
     """The inverse of :func:`fold_rows`: (r*S, in) -> (S, r, in)."""
-    return _unfold(row.unflatten(0, (slices, -1)), transform)
+    return _unfold(row.unflatten(0, (blocks or slices, -1)), slices, transform)
 
 
-def fold_columns(C: Tensor, transform: str = "dft") -> Tensor:
+def fold_columns(C: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
     """C (S, out, c) -> ``col`` (out, c*S), block f holding part f of the spectrum, imaginary parts negated."""
-    blocks = _fold(C, transform) * _column_signs(C.shape[0], transform, C)
-    return blocks.transpose(0, 1).flatten(1)
+    folded = _fold(C, transform, blocks) * _column_signs(C.shape[0], transform, C)[:blocks]
+    return folded.transpose(0, 1).flatten(1)
 
 
-def unfold_columns(col: Tensor, slices: int, transform: str = "dft") -> Tensor:
+def unfold_columns(col: Tensor, slices: int, transform: str = "dft", blocks: int | None = None) -> Tensor:
     """The inverse of :func:`fold_columns`: (out, c*S) -> (S, out, c)."""
-    blocks = col.unflatten(1, (slices, -1)).transpose(0, 1)
-    return _unfold(blocks * _column_signs(slices, transform, blocks), transform)
+    parts = col.unflatten(1, (blocks or slices, -1)).transpose(0, 1)
+    return _unfold(parts * _column_signs(slices, transform, parts)[: len(parts)], slices, transform)
 
 
 def slice_product(a: Tensor, b: Tensor, transform: str = "dft") -> Tensor:

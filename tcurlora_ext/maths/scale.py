@@ -7,8 +7,10 @@ LoRA of rank r0 (B = 0, A Kaiming-uniform, alpha = r0) moves a layer by ``lr * s
 divides the columns of C and the rows of R by their norm over the whole tube and sets
 ``scale = alpha * sqrt(out r0 / 3) / rho`` with r0 = 8: one number a stack.
 
-Limit: the signs of a real first step are not random. Where the chosen columns (rows) are nearly parallel the step adds
-up along them and is longer than the rule's, the more so the larger r is.
+The signs of a real first step are not random. Where the chosen columns (rows) are nearly parallel the step adds up
+along them and is longer than the rule's, the more so the larger r is. The rank-stabilised rule therefore divides by the
+length of a step along the signs of a gradient, in place of rho: see :func:`first_step_length`. It keeps a step from
+growing with r, as alpha/sqrt(r) does for LoRA (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import math
 import torch
 from torch import Tensor
 
-from .packing import fold_columns, fold_rows, pair_blocks
+from .packing import fold_columns, fold_core, fold_rows, kept_blocks, pair_blocks, unfold_core
+from .spectrum import inverse_spectrum, spectrum
 
 LORA_RANK = 8
+DRAWS = 8
 
 
 def normalise_columns(C: Tensor) -> Tensor:
@@ -37,17 +41,56 @@ def _divided(tensor: Tensor, norms: Tensor) -> Tensor:
     return (tensor / torch.where(norms > 0, norms, 1.0)).to(tensor.dtype)
 
 
-def step_length(C: Tensor, R: Tensor, transform: str = "dft") -> float:
-    """rho: RMS over the slices of |dW_l|_F for a random-sign step of size 1 on U. C (S, out, c), R (S, r, in)."""
+def step_length(C: Tensor, R: Tensor, transform: str = "dft", frequencies: int | None = None) -> float:
+    """rho: RMS over the slices of |dW_l|_F for a random-sign step of size 1 on U. C (S, out, c), R (S, r, in).
+
+    With ``frequencies`` on a U of the lowest few alone.
+    """
     slices = C.shape[0]
-    col = fold_columns(C.double(), transform).unflatten(1, (slices, -1))
-    row = fold_rows(R.double(), transform).unflatten(0, (slices, -1))
+    blocks = kept_blocks(slices, frequencies)
+    col = fold_columns(C.double(), transform, blocks).unflatten(1, (blocks, -1))
+    row = fold_rows(R.double(), transform, blocks).unflatten(0, (blocks, -1))
     of_col = col.square().sum((0, 2))
     of_row = row.square().sum((1, 2))
     if transform == "dft":
         # Re and Im of a frequency act together, and the conjugate frequency once more.
         of_col, of_row = _of_frequency(of_col), _of_frequency(of_row)
     return math.sqrt(float((of_col * of_row).sum()) / slices)
+
+
+def first_step_length(
+    C: Tensor, R: Tensor, transform: str = "dft", core_domain: str = "fourier", frequencies: int | None = None
+) -> float:
+    """As :func:`step_length`, for the signs of the core's gradient where that of the weights is white noise.
+
+    A gradient g of W reaches U as ``C_k^H g_k R_k^H``: entries of parallel columns or rows have one sign, and the step
+    adds up along them. Mean over DRAWS seeded draws, for which white noise of the size of U does: with roots
+    ``A A^H = C_k^H C_k`` and ``B B^H = R_k R_k^H``, ``A z_k B^H`` is distributed as the gradient.
+    """
+    slices = C.shape[0]
+    spectrum_C, spectrum_R = (spectrum(factor.double(), transform)[0][:frequencies] for factor in (C, R))
+    of_C, of_R = spectrum_C.mH @ spectrum_C, spectrum_R @ spectrum_R.mH
+    root_C, root_R = _root(of_C), _root(of_R)
+    generator = torch.Generator().manual_seed(0)
+    energy = 0.0
+    for _ in range(DRAWS):
+        noise = torch.randn(slices, C.shape[2], R.shape[1], dtype=torch.float64, generator=generator).to(C.device)
+        gradient = inverse_spectrum(root_C @ spectrum(noise, transform)[0][:frequencies] @ root_R.mH, slices, transform)
+        if core_domain == "slice":
+            step = gradient.sign()
+        else:
+            kept = fold_core(gradient, transform, kept_blocks(slices, frequencies))
+            step = unfold_core(kept.sign(), transform, slices)
+        parts, weights = (t[:frequencies] for t in spectrum(step, transform))
+        energy += float((weights * ((of_C @ parts) * (parts @ of_R).conj()).sum((1, 2)).real).sum())
+    # Orthonormal spectra: the two products of the DFT bring a sqrt(S) each.
+    return math.sqrt(energy / DRAWS * (slices if transform == "dft" else 1 / slices))
+
+
+def _root(gram: Tensor) -> Tensor:
+    """A with ``A A^H = gram``, which is positive semidefinite: (..., n, n)."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp_min(0).sqrt()[..., None, :].to(vectors)
 
 
 def _of_frequency(energy: Tensor) -> Tensor:
@@ -59,9 +102,19 @@ def _of_frequency(energy: Tensor) -> Tensor:
     return energy
 
 
-def default_scale(C: Tensor, R: Tensor, alpha: float = 1.0, transform: str = "dft") -> float:
+def default_scale(
+    C: Tensor,
+    R: Tensor,
+    alpha: float = 1.0,
+    transform: str = "dft",
+    rank_stabilised: bool = False,
+    core_domain: str = "fourier",
+    frequencies: int | None = None,
+) -> float:
     """The rule above for factors as the stack holds them. Raises ValueError where they carry no energy."""
-    rho = step_length(C, R, transform)
-    if rho == 0:
+    length = step_length(C, R, transform, frequencies)
+    if length > 0 and rank_stabilised:
+        length = first_step_length(C, R, transform, core_domain, frequencies)
+    if length == 0:
         raise ValueError("the chosen columns and rows are all zero: no core could change anything through them")
-    return alpha * math.sqrt(C.shape[1] * LORA_RANK / 3) / rho
+    return alpha * math.sqrt(C.shape[1] * LORA_RANK / 3) / length

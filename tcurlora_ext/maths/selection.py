@@ -5,6 +5,8 @@ slices, all S frequencies counted. Rules:
 
 ``norm``           the paper's: the c columns of largest ``sum_k |S_k[:, j]|``, then the r rows of largest
                    ``sum_k |S_k[i, columns]|`` on those columns. tCURLoRA, arXiv 2501.02227.
+``activation``     as ``norm``, but every ``W_l[:, j]`` counts times the root mean square of input feature j of layer l,
+                   from calibration inputs. Wanda's score (Sun et al. 2023, arXiv 2306.11695), for tubes.
 ``norm-sampled``   drawn without replacement, probability proportional to the squared norm over the whole tube.
                    Drineas, Kannan, Mahoney 2006; Tarzanagh and Michailidis 2018 for tensors.
 ``inverse-norm``   drawn with the inverse of that probability, as CURLoRA does (arXiv 2408.14572).
@@ -41,20 +43,29 @@ class _Draw(NamedTuple):
     c: int
     r: int
     generator: torch.Generator
+    inputs: Tensor | None
 
 
-def select(weights: Tensor, c: int, r: int, rule: str = "norm", seed: int = 0) -> Selection:
+def select(
+    weights: Tensor, c: int, r: int, rule: str = "norm", seed: int = 0, inputs: Tensor | None = None
+) -> Selection:
     """Choose c columns and r rows of weights (S, out, in) by a rule of this module.
 
-    ``seed`` feeds the drawing rules; the draw is made on the CPU, so that it is the same for every device. Raises
-    ValueError for an unknown rule, for c > in or r > out.
+    ``seed`` feeds the drawing rules; the draw is made on the CPU, so that it is the same for every device. ``inputs``
+    (S, in) are the root mean squares for "activation". Raises ValueError for an unknown rule, for c > in or r > out,
+    and where ``inputs`` are missing, of another shape or not asked for.
     """
     if rule not in RULES:
         raise ValueError(f"selection rule {rule!r} is unknown, expected one of {', '.join(RULES)}")
-    _, out_features, in_features = weights.shape
+    slices, out_features, in_features = weights.shape
     if not (0 < c <= in_features and 0 < r <= out_features):
         raise ValueError(f"cannot choose {c} of {in_features} columns and {r} of {out_features} rows")
-    draw = _Draw(weights.detach(), c, r, torch.Generator().manual_seed(seed))
+    if (inputs is None) == (rule == "activation"):
+        found = "no calibration inputs" if inputs is None else "calibration inputs"
+        raise ValueError(f"selection {rule!r} found {found}; they are for 'activation', which cannot do without")
+    if inputs is not None and inputs.shape != (slices, in_features):
+        raise ValueError(f"calibration inputs have shape {tuple(inputs.shape)}, expected {(slices, in_features)}")
+    draw = _Draw(weights.detach(), c, r, torch.Generator().manual_seed(seed), inputs)
     return RULES[rule](draw)
 
 
@@ -65,9 +76,17 @@ def _frequency_weights(slices: int, like: Tensor) -> Tensor:
     return weights
 
 
-def column_scores(weights: Tensor) -> Tensor:
-    """``sum_k |S_k[:, j]|_2`` for every column j: (S, out, in) -> (in,) float64."""
-    per_frequency = [torch.fft.rfft(chunk.double(), dim=0).norm(dim=1) for chunk in weights.split(CHUNK, dim=2)]
+def column_scores(weights: Tensor, inputs: Tensor | None = None) -> Tensor:
+    """``sum_k |S_k[:, j]|_2`` for every column j: (S, out, in) -> (in,) float64.
+
+    With ``inputs`` (S, in) of the weights times these, slice by slice.
+    """
+    per_frequency = []
+    for start in range(0, weights.shape[2], CHUNK):
+        chunk = weights[:, :, start : start + CHUNK].double()
+        if inputs is not None:
+            chunk = chunk * inputs[:, None, start : start + CHUNK].to(chunk)
+        per_frequency.append(torch.fft.rfft(chunk, dim=0).norm(dim=1))
     return _frequency_weights(weights.shape[0], weights) @ torch.cat(per_frequency, dim=1)
 
 
@@ -83,7 +102,7 @@ def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _norm(draw: _Draw) -> Selection:
-    columns, of_columns = _top(column_scores(draw.weights), draw.c)
+    columns, of_columns = _top(column_scores(draw.weights, draw.inputs), draw.c)
     rows, of_rows = _top(row_scores(draw.weights, columns), draw.r)
     return Selection(rows, columns, of_rows, of_columns)
 
@@ -171,6 +190,7 @@ def _deim(draw: _Draw) -> Selection:
 
 RULES: dict[str, Callable[[_Draw], Selection]] = {
     "norm": _norm,
+    "activation": _norm,
     "norm-sampled": _norm_sampled,
     "leverage": _leverage,
     "deim": _deim,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tcurlora_ext.maths.middle import BatchedMiddle
+
 from . import registration as _registration  # noqa: F401  registers torch.ops.tcurlora
 
 
@@ -34,3 +36,23 @@ def tcur_linear(
     return torch.ops.tcurlora.linear.default(
         x, weight, bias, col, core_fourier, row, first_slice, num_slices, scale, transform, backend
     )
+
+
+def tcur_delta(
+    x: Tensor,
+    col: Tensor,
+    core_fourier: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    transform: str = "dft",
+) -> Tensor:
+    """``scale * m col^T`` of :func:`tcur_linear` alone: (..., in) -> (..., num_slices*out).
+
+    For an adapter that reads another x than the base does, as with dropout. PyTorch operations whatever the backend,
+    under autograd and autocast like any others; h is kept for the core's gradient.
+    """
+    h = x.reshape(-1, x.shape[-1]) @ row.T
+    m = BatchedMiddle(core_fourier, first_slice, num_slices, scale, transform, h.dtype).forward(h)
+    return (m @ col.T).reshape(*x.shape[:-1], -1)

@@ -90,7 +90,7 @@ def adapted(network: Network, config: tcur.TCURConfig) -> Network:
 
 def _train(model: Any, size: float = 0.3) -> Any:
     for stack in tcur.stacks(model).values():
-        stack.set_core_slices(size * torch.randn(stack.core.shape))
+        stack.set_core_slices(size * torch.randn(stack.slices, *stack.rank))
     return model
 
 

@@ -17,11 +17,14 @@ from tcurlora_ext.adapter.config import pair_of
     [
         ("rank", 0), ("rank", -1), ("rank", 2.0), ("rank", True), ("rank", (1, 2, 3)), ("rank", (0, 2)),
         ("stack_by", "width"), ("selection", "biggest"), ("trainable", "none"), ("transform", "fft"),
-        ("core_domain", "time"), ("split_fused", {"qkv": 0}), ("split_fused", {"qkv": 1.5}),
+        ("core_domain", "time"), ("stack_blocks", 0), ("stack_blocks", 1.0),
+        ("frequencies", 0), ("budget", 0), ("budget", 10.0), ("dropout", 1.0), ("dropout", -0.1),
+        ("dropout", float("nan")), ("dropout", True), ("rank_pattern", {"a": 0}), ("rank_pattern", {"(": 1}),
+        ("split_fused", {"qkv": 0}), ("split_fused", {"qkv": 1.5}),
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_named_with_what_was_found(option: str, value: Any) -> None:
-    found = "qkv" if option == "split_fused" else re.escape(repr(value))
+    found = re.escape(next(iter(value)) if isinstance(value, dict) else repr(value))
     with pytest.raises(ValueError, match=f"{option}.*{found}"):
         tcur.TCURConfig(**{option: value})
 
@@ -45,6 +48,29 @@ def test_a_configuration_survives_json(config: tcur.TCURConfig) -> None:
     assert pair_of(again.rank) == pair_of(config.rank)
 
 
+@pytest.mark.parametrize("stack_by", ["none", lambda name, module: name])
+def test_only_stacks_by_shape_or_role_are_cut_into_blocks(stack_by: Any) -> None:
+    with pytest.raises(ValueError, match="stack_blocks cuts stacks by 'shape' or 'role', found stack_by"):
+        tcur.TCURConfig(stack_by=stack_by, stack_blocks=2)
+
+
+def test_a_budget_or_ranks_by_name() -> None:
+    with pytest.raises(ValueError, match=r"budget is 100 and rank_pattern \{'a': 2\}: expected one"):
+        tcur.TCURConfig(budget=100, rank_pattern={"a": 2})
+
+
+def test_raw_factors_have_no_rule_to_stabilise() -> None:
+    with pytest.raises(ValueError, match=r"rank_stabilised is a form of the default rule, found scale 1\.0"):
+        tcur.TCURConfig(scale=1.0, rank_stabilised=True)
+
+
+@pytest.mark.parametrize("options", [{"transform": "dct"}, {"transform": "identity"}, {"core_domain": "slice"}])
+def test_low_frequencies_are_those_of_a_core_in_the_fourier_domain(options: dict[str, Any]) -> None:
+    found = next(iter(options.values()))
+    with pytest.raises(ValueError, match=f"frequencies are those of a core in the Fourier domain.*'{found}'"):
+        tcur.TCURConfig(frequencies=2, **options)
+
+
 def test_a_function_for_stacks_leaves_its_name() -> None:
     def by_depth(name: str, module: object) -> object:
         return name
@@ -55,5 +81,5 @@ def test_a_function_for_stacks_leaves_its_name() -> None:
 
 
 def test_unknown_entries_are_named() -> None:
-    with pytest.raises(ValueError, match="unknown entries dropout"):
-        tcur.TCURConfig.from_json({"dropout": 0.1})
+    with pytest.raises(ValueError, match="unknown entries drop_path"):
+        tcur.TCURConfig.from_json({"drop_path": 0.1})

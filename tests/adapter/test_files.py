@@ -234,7 +234,7 @@ def test_a_damaged_tensor_is_refused(saved: Path, name: str, value: torch.Tensor
         read_adapter(write(saved, header, tensors | {name: value}))
 
 
-@pytest.mark.parametrize("change", [{"rank": -1}, {"transform": "fft"}, {"dropout": 0.1}])
+@pytest.mark.parametrize("change", [{"rank": -1}, {"transform": "fft"}, {"dropout": 1.5}, {"drop_path": 0.1}])
 def test_a_damaged_configuration_is_refused(saved: Path, change: dict[str, Any]) -> None:
     header, tensors = parts_of(saved)
     header["config"] |= change

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +40,15 @@ def uneven_spectrum() -> tuple[nn.Module, Tensor]:
     return model, torch.randn(33, 96)
 
 
+def parallel_features() -> tuple[nn.Module, Tensor]:
+    """Weights whose columns, and rows, share a direction: the worst that large ranks meet."""
+    model = nn.Sequential(*[nn.Linear(96, 96) for _ in range(4)])
+    for layer in model:
+        assert isinstance(layer, nn.Linear)
+        layer.weight.data.mul_(0.3).add_(0.3 * torch.outer(torch.randn(96), torch.rand(96)))
+    return model, torch.randn(33, 96)
+
+
 def first_step(model: nn.Module, x: Tensor) -> None:
     target = torch.randn(x.shape[0], 1, generator=torch.Generator().manual_seed(3))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
@@ -69,6 +80,31 @@ def test_first_adam_step_is_within_a_factor_three_of_loras(make, domain: str, ra
             [lora.base_model.model.get_submodule(name).get_delta_weight("default") for name, _ in layers]
         )
         assert theirs / 3 < ours < 3 * theirs
+
+
+def steps_by_rank(make: Callable[[], tuple[nn.Module, Tensor]], **options: Any) -> list[list[float]]:
+    """RMS change of each stack in the first Adam step, for r = 1, 2, 4, ... 64: a list a rank."""
+    found = []
+    for rank in (1, 2, 4, 8, 16, 32, 64):
+        torch.manual_seed(0)
+        model, x = make()
+        tcur.inject(model, tcur.TCURConfig(rank=rank, target_modules=r"\d+(\.\d+)?", **options))
+        first_step(model, x)
+        found.append([root_mean_square(list(stack.delta_weights())) for stack in tcur.stacks(model).values()])
+    return found
+
+
+@pytest.mark.parametrize("domain", ["fourier", "slice"])
+@pytest.mark.parametrize("make", [deep_narrow, uneven_spectrum, parallel_features])
+def test_the_stabilised_first_step_neither_shrinks_nor_grows_with_the_rank(make, domain: str) -> None:
+    for steps in zip(*steps_by_rank(make, rank_stabilised=True, core_domain=domain), strict=True):
+        assert max(steps) < 1.35 * min(steps)
+
+
+def test_without_it_large_ranks_step_further_on_correlated_weights() -> None:
+    for make, growth in ((uneven_spectrum, 3), (parallel_features, 20)):
+        (steps,) = zip(*steps_by_rank(make), strict=True)
+        assert steps[-1] > growth * steps[0]
 
 
 def test_raw_factors_are_not_portable() -> None:

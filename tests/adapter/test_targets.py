@@ -61,6 +61,24 @@ def test_stacks_by_role_alone_and_by_function(network: nn.Module) -> None:
     assert not any("." in name for name in by_block)
 
 
+def test_stacks_in_runs_of_blocks(make_network: Any) -> None:
+    network = make_network(depth=5)
+    by_shape = stack_names(network, stack_blocks=2)
+    assert len(by_shape) == 9
+    assert by_shape["blocks_0_8x8"] == [f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("qkv", "out_proj")]
+    assert by_shape["blocks_2_16x8"] == ["blocks.4.mlp.linear1"]  # 2 does not divide 5
+    by_role = stack_names(network, stack_by="role", stack_blocks=3)
+    assert sorted(map(len, by_role.values())) == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert not any("." in name for name in by_role)
+    assert stack_names(network, stack_blocks=5) == stack_names(network)
+
+
+def test_a_run_of_blocks_counts_the_blocks_that_are_adapted(make_network: Any) -> None:
+    """Where every other block is left out, two blocks are still two."""
+    found = stack_names(make_network(depth=8), target_modules=r"blocks\.[0246]\.mlp\.linear1", stack_blocks=2)
+    assert [[name.split(".")[1] for name in names] for names in found.values()] == [["0", "2"], ["4", "6"]]
+
+
 def test_a_projection_that_is_not_split_keeps_its_own_shape(network: nn.Module) -> None:
     found = stack_names(network, split_fused={})
     assert found["24x8"] == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]

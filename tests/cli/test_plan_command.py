@@ -69,6 +69,16 @@ def test_the_other_presets(preset: str) -> None:
     assert "bfloat16, tCUR of rank 2,3 beside LoRA of rank 4" in done.output
 
 
+def test_choices_reach_the_configuration(own_model: str) -> None:
+    """Two stacks of one layer with q = 2 and rank 3 for the second; then one of two with one frequency of two."""
+    parted = ("--stack-blocks", "1", "--rank-pattern", r"layers\.1\..*=3,2", "--dropout", "0.1")
+    done = run(own_model, "--target", "q_proj", "--rank", "1", *parted, "--json", "-")
+    rows = [row for row in json.loads(done.stdout)["rows"] if row["method"] == "tcur"]
+    assert [(row["slices"], row["rank"], row["trained"]) for row in rows] == [(1, "1,1", 1), (1, "3,2", 6), (2, "", 7)]
+    done = run(own_model, "--target", "q_proj", "--rank", "2", "--frequencies", "1", "--json", "-")
+    assert [(row["q"], row["trained"]) for row in json.loads(done.stdout)["rows"][1:2]] == [(2, 4)]
+
+
 def test_options_reach_the_configuration(own_model: str) -> None:
     done = run(
         own_model, "--kwargs", '{"width": 12}', "--target-regex", r"layers\.\d\.q_proj", "--exclude", "0.q_proj",
@@ -119,6 +129,14 @@ WRONG = {
     "transform": (["unetr", "--kwargs", SMALL, "--transform", "fft"], "transform is 'fft', expected one of 'dft'"),
     "dtype": (["unetr", "--kwargs", SMALL, "--dtype", "int8"], "dtype: found 'int8', expected one of float32"),
     "split": (["unetr", "--kwargs", SMALL, "--split", "qkv"], "split: found 'qkv', expected NAME=N such as qkv=3"),
+    "rank pattern": (
+        ["unetr", "--kwargs", SMALL, "--rank-pattern", "linear1"],
+        "rank-pattern: found 'linear1', expected NAME=R or NAME=C,R",
+    ),
+    "rank pattern that meets nothing": (
+        ["unetr", "--kwargs", SMALL, "--rank-pattern", "fc1=2"],
+        "rank_pattern 'fc1' matches none of the 48 adapted modules",
+    ),
     "uneven split": (["unetr", "--kwargs", SMALL, "--split", "qkv=5"], "144 output features do not split into 5 equal"),
     "tokens": (["unetr", "--kwargs", SMALL, "--tokens", "0"], "tokens is 0, expected a positive whole number"),
     "batch": (["unetr", "--kwargs", SMALL, "--batch", "0"], "batch: found 0, expected a positive whole number"),

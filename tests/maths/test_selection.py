@@ -10,16 +10,22 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tcurlora_ext.maths import reference, selection
-from tcurlora_ext.maths.selection import RULES, select
+from tcurlora_ext.maths.selection import RULES
 from tcurlora_ext.maths.tproduct import dft_slices, tprod
 
 rules = pytest.mark.parametrize("rule", list(RULES))
-DETERMINISTIC = ("norm", "leverage", "deim")
+DETERMINISTIC = ("norm", "activation", "leverage", "deim")
 DRAWN = tuple(rule for rule in RULES if rule not in DETERMINISTIC)
 
 
 def tensor(slices: int = 4, out: int = 12, in_: int = 10, seed: int = 0) -> Tensor:
     return torch.randn(slices, out, in_, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def select(W: Tensor, c: int, r: int, rule: str = "norm", seed: int = 0) -> selection.Selection:
+    """With inputs of one size where the rule wants some."""
+    inputs = torch.ones(W.shape[0], W.shape[2]) if rule == "activation" else None
+    return selection.select(W, c, r, rule, seed, inputs)
 
 
 def naive_norm(W: Tensor, c: int, r: int) -> tuple[list[int], list[int]]:
@@ -51,6 +57,29 @@ def test_norm_scores_are_the_formula_also_for_more_columns_than_a_chunk() -> Non
     assert_close(selection.column_scores(W), expected, rtol=1e-12, atol=0)
     columns = torch.tensor([4, 1, 130])
     assert_close(selection.row_scores(W, columns), dft_slices(W)[:, :, columns].norm(dim=2).sum(0), rtol=1e-12, atol=0)
+
+
+def test_activation_scores_are_the_paper_rule_on_weights_times_inputs() -> None:
+    W, inputs = tensor(3, 5, selection.CHUNK + 3), torch.rand(3, selection.CHUNK + 3, dtype=torch.float64)
+    found = selection.select(W, 4, 2, "activation", inputs=inputs)
+    expected = select(W * inputs[:, None], 4, 2)
+    assert torch.equal(found.columns, expected.columns)
+    assert_close(found.column_scores, expected.column_scores, rtol=1e-12, atol=0)
+    # Rows by the weights alone, on the chosen columns.
+    assert_close(found.row_scores, selection.row_scores(W, found.columns)[found.rows], rtol=0, atol=0)
+
+
+def test_activation_takes_a_small_column_that_a_large_input_meets() -> None:
+    W, inputs = tensor(), torch.ones(4, 10)
+    W[:, :, 7] *= 0.1
+    inputs[:, 7] = 100.0
+    inputs[:, 2] = 0.0
+    assert int(select(W, 10, 1).columns[-1]) == 7
+    assert int(selection.select(W, 1, 1, "activation", inputs=inputs).columns) == 7
+    assert int(selection.select(W, 10, 1, "activation", inputs=inputs).columns[-1]) == 2
+    # Inputs that are the same in all layers multiply the paper's score: the rule of Wanda, |W_j| |x_j|.
+    scores = selection.column_scores(W, inputs)
+    assert_close(scores, selection.column_scores(W) * inputs[0].double(), rtol=1e-12, atol=1e-12)
 
 
 def test_rows_are_scored_on_the_chosen_columns_only() -> None:
@@ -225,6 +254,19 @@ def test_half_precision_weights_are_scored_in_double() -> None:
 def test_counts_that_do_not_fit_are_refused(c: int, r: int) -> None:
     with pytest.raises(ValueError, match=f"choose {c} of 10 columns and {r} of 12 rows"):
         select(tensor(), c, r)
+
+
+@pytest.mark.parametrize(
+    ("rule", "inputs", "message"),
+    [
+        ("activation", None, "selection 'activation' found no calibration inputs"),
+        ("norm", torch.ones(4, 10), "selection 'norm' found calibration inputs; they are for 'activation'"),
+        ("activation", torch.ones(4, 9), r"calibration inputs have shape \(4, 9\), expected \(4, 10\)"),
+    ],
+)
+def test_inputs_are_for_activation_and_it_needs_them(rule: str, inputs: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        selection.select(tensor(), 1, 1, rule, inputs=inputs)
 
 
 def test_an_unknown_rule_is_named_beside_the_known_ones() -> None:

@@ -1,4 +1,4 @@
-"""Wrong input of the functional form: one error, which names the tensor, what was found and what was expected."""
+"""The functional form: wrong input gives one error that names the tensor, what was found and what was expected."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
-from tcurlora_ext.operator.functional import tcur_linear
+from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 
 
 def call(case: Any, backend: str | None = None) -> Tensor:
@@ -101,3 +102,23 @@ def test_eager_and_auto_agree(make_case: Callable[..., Any]) -> None:
     case = make_case().training("core")
     auto, eager = call(case), call(case, backend="eager")
     torch.testing.assert_close(auto, eager, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("slices", "transform"), [(1, "dft"), (2, "dft"), (5, "dft"), (6, "dft"), (4, "dct")])
+def test_the_adapter_alone_is_what_the_operator_adds(slices: int, transform: str) -> None:
+    n, out, in_, c, r = min(2, slices), 4, 5, 3, 2
+    shapes = ((2, 3, in_), (out, c * slices), (slices, c, r), (r * slices, in_))
+    x, col, core, row = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    first = slices - n
+    zero = torch.zeros(n * out, in_, dtype=torch.float64)
+    expected = tcur_linear(x, zero, None, col, core, row, first, n, 0.7, "eager", transform)
+    assert_close(tcur_delta(x, col, core, row, first, n, 0.7, transform), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *t: tcur_delta(*t, first, n, 0.7, transform), (x, col, core, row))
+
+
+def test_the_adapter_alone_makes_no_matrix_of_the_weights_size(largest_new: Callable[..., Any]) -> None:
+    shapes = ((3, 256), (256, 2), (1, 2, 2), (2, 256))
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    with largest_new(*tensors) as watch:
+        tcur_delta(*tensors, 0, 1, 1.0).sum().backward()
+    assert watch.largest == 3 * 256

@@ -1,0 +1,45 @@
+"""The spectrum of a stack, and how much of its energy every tubal rank holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .packing import fold_core, unfold_core
+from .tproduct import self_conjugate_frequencies
+
+
+def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
+    """The orthonormal slice transform of (S, m, n) by frequency, and how often each counts in the energy.
+
+    Of conjugate frequencies of the DFT one stands for both: S//2 + 1 of them. S for the DCT and for the identity.
+    """
+    if transform != "dft":
+        return fold_core(tensor, transform), torch.ones(len(tensor), dtype=tensor.dtype, device=tensor.device)
+    slices = len(tensor)
+    weights = torch.full((slices // 2 + 1,), 2.0, dtype=tensor.dtype, device=tensor.device)
+    weights[self_conjugate_frequencies(slices)] = 1.0
+    return torch.fft.rfft(tensor, dim=0, norm="ortho"), weights
+
+
+def inverse_spectrum(blocks: Tensor, slices: int, transform: str = "dft") -> Tensor:
+    """The inverse of :func:`spectrum`: blocks by frequency -> (slices, m, n), real; the DFT's may be the first few."""
+    if transform != "dft":
+        return unfold_core(blocks, transform)
+    return torch.fft.irfft(blocks, n=slices, dim=0, norm="ortho")
+
+
+def energy_by_rank(weights: Tensor, transform: str = "dft", frequencies: int | None = None) -> Tensor:
+    """What the i-th singular direction of all frequencies holds: ``sum_k sigma_i(W_k)^2``, (min(out, in),) float64.
+
+    Weights (S, out, in), W_k being the k-th slice of their transform; k below ``frequencies``, by default all. The
+    first r numbers add up to the energy ``sum_l |W_l|^2`` that the best approximation of tubal rank r keeps (Kilmer and
+    Martin 2011), all of them to that of the weights. Takes the eigenvalues of one matrix a frequency, as wide as the
+    smaller side, and memory for the weights twice in double precision.
+    """
+    matrices, counts = spectrum(weights.detach().double(), transform)
+    energy = torch.zeros(min(weights.shape[1:]), dtype=torch.float64, device=weights.device)
+    for matrix, count in zip(matrices[:frequencies], counts[:frequencies], strict=True):
+        gram = matrix @ matrix.mH if matrix.shape[0] <= matrix.shape[1] else matrix.mH @ matrix
+        energy += count * torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    return energy
