@@ -78,6 +78,11 @@ class TCURConfig:
             if not isinstance(parts, int) or parts < 1:
                 raise ValueError(f"split_fused[{name!r}] is {parts!r}, expected a whole number of row blocks")
 
+    def stack_options(self) -> dict[str, Any]:
+        """What a :class:`TCURStack` takes from here by the same name."""
+        names = ("alpha", "seed", "transform", "core_domain", "trainable", "backend")
+        return {name: getattr(self, name) for name in names}
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; a function given for ``stack_by`` becomes its name (files record the stacks themselves)."""
         values = asdict(self)

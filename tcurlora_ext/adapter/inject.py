@@ -46,7 +46,7 @@ def inject(model: nn.Module, config: TCURConfig | None = None) -> nn.Module:
             f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first"
         )
     groups = group(find_targets(model, config), config)
-    stacks = {name: _stack(name, members, config) for name, members in groups.items()}
+    stacks = {name: build_stack(name, members, config) for name, members in groups.items()}
     return attach(model, groups, stacks, config)
 
 
@@ -95,20 +95,16 @@ def stacked_weights(name: str, members: list[Target]) -> Tensor:
     return torch.cat([target.weight for target in members])
 
 
-def _stack(name: str, members: list[Target], config: TCURConfig) -> TCURStack:
+def build_stack(name: str, members: list[Target], config: TCURConfig) -> TCURStack:
+    """The stack of these members. Raises ValueError, naming stack and module, where their weights do not make one."""
     try:
         return TCURStack.from_weights(
             stacked_weights(name, members),
             config.rank,
             config.selection,
             config.scale,
-            alpha=config.alpha,
-            seed=config.seed,
-            transform=config.transform,
-            core_domain=config.core_domain,
-            trainable=config.trainable,
-            backend=config.backend,
             names=slice_names(members),
+            **config.stack_options(),
         )
     except ValueError as error:
         raise ValueError(f"stack {name} ({members[0].name}, ...): {error}") from None

@@ -115,14 +115,9 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
         weights,
         chosen,
         scale=None if described["normalised"] else described["scale"],
-        alpha=config.alpha,
         rule=config.selection,
-        seed=config.seed,
-        transform=config.transform,
-        core_domain=config.core_domain,
-        trainable=config.trainable,
-        backend=config.backend,
         names=described["names"],
+        **config.stack_options(),
     )
     stack.scale = described["scale"]
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.maths import packing
 from tcurlora_ext.maths import scale as scaling
+from tcurlora_ext.maths.middle import BatchedMiddle
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import tcur_linear
 
@@ -156,6 +157,10 @@ class TCURStack(nn.Module):
             self.scale = scaling.default_scale(C, R, self.alpha, self.transform)
         return C, R
 
+    def factors_of(self, weights: Tensor, selection: Selection) -> dict[str, Tensor]:
+        """``col`` and ``row`` as taken from weights (S, out, in); sets ``scale`` where the rule makes it."""
+        return self._folded(*self._take_factors(weights, selection), weights.dtype)
+
     def _folded(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         col, row = packing.fold_columns(C, self.transform), packing.fold_rows(R, self.transform)
         return {"col": col.to(dtype).contiguous(), "row": row.to(dtype).contiguous()}
@@ -220,6 +225,20 @@ class TCURStack(nn.Module):
             factors = self._slice_factors(col, core, row, layer)
             outputs.append(tcur_linear(x, part, part_bias, *factors, 0, 1, self.scale, self.backend))
         return outputs[0] if num_slices == 1 else torch.cat(outputs, -1)
+
+    def change(self, x: Tensor, first_slice: int, num_slices: int) -> Tensor:
+        """The adapter's part of :meth:`adapt` alone: x (..., in) -> (..., num_slices*out), in the dtype of x.
+
+        For what cannot be fused with the base product: a quantised base, a second adapter, some rows of a batch.
+        """
+        core, col, row = self.core_fourier(), self.col.to(x.dtype), self.row.to(x.dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.transform != "identity":
+            parts = [_change(tokens, col, core, row, first_slice, num_slices, self.scale, self.transform)]
+        else:
+            factors = [self._slice_factors(col, core, row, at) for at in range(first_slice, first_slice + num_slices)]
+            parts = [_change(tokens, *of_slice, 0, 1, self.scale) for of_slice in factors]
+        return torch.cat(parts, -1).view(*x.shape[:-1], -1)
 
     def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """The factors of one slice without a transform: a stack of its own of one slice."""
@@ -290,7 +309,7 @@ class TCURStack(nn.Module):
         """Whether C and R are, bit for bit, the chosen columns and rows of weights (S, out, in)."""
         scale, scores = self.scale, (self.row_scores, self.column_scores)
         kept = Selection(self.rows, self.columns, torch.tensor(scores[0]), torch.tensor(scores[1]))
-        folded = self._folded(*self._take_factors(weights, kept), weights.dtype)
+        folded = self.factors_of(weights, kept)
         self.scale, (self.row_scores, self.column_scores) = scale, scores
         return all(torch.equal(folded[name], getattr(self, name)) for name in folded)
 
@@ -310,7 +329,7 @@ class TCURStack(nn.Module):
             )
             return
         chosen = select(weights, *self.rank, self.rule, self.seed)
-        folded = self._folded(*self._take_factors(weights, chosen), weights.dtype)
+        folded = self.factors_of(weights, chosen)
         for name, value in folded.items():
             getattr(self, name).copy_(value)
         self.rows.copy_(chosen.rows)
@@ -319,6 +338,14 @@ class TCURStack(nn.Module):
     def extra_repr(self) -> str:
         (out_features, in_features), (c, r) = self.shape, self.rank
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
+
+
+def _change(
+    tokens: Tensor, col: Tensor, core: Tensor, row: Tensor, first: int, count: int, scale: float, transform: str = "dft"
+) -> Tensor:
+    """(T, in) -> (T, count*out): ``scale * m col^T``, m as in the operator."""
+    m = BatchedMiddle(core, first, count, scale, transform, tokens.dtype).forward(tokens @ row.T)
+    return (m @ col.T).flatten(1)
 
 
 def _chunks(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:

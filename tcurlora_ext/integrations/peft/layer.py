@@ -1,0 +1,201 @@
+"""A linear layer of a model with the adapters that PEFT put on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.targets import is_conv1d
+
+BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
+
+
+class LayerSlices(NamedTuple):
+    """Where a layer's weight stands in a stack: slices first, first+1, ..., stacked by rows."""
+
+    stack: TCURStack
+    first: int
+    count: int
+
+    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.stack.adapt(x, weight, bias, self.first, self.count)
+
+    def change(self, x: Tensor) -> Tensor:
+        return self.stack.change(x, self.first, self.count)
+
+    def delta_weight(self, dtype: torch.dtype) -> Tensor:
+        """(count*out, in)"""
+        layers = range(self.first, self.first + self.count)
+        return self.stack.delta_weights(layers, dtype).flatten(0, 1)
+
+
+class LayerCores(Mapping[str, nn.Parameter]):
+    """The cores that a layer uses, by adapter, as they are now. They are registered with the tuner, not here."""
+
+    def __init__(self, slices: dict[str, LayerSlices]) -> None:
+        self.slices = slices
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:
+        return self.slices[adapter].stack.core
+
+    def __delitem__(self, adapter: str) -> None:
+        del self.slices[adapter]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slices)
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+
+class TcurLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """``base_layer`` plus the active adapters. Stacks are plain references: a shared core is registered once."""
+
+    adapter_layer_names = ("tcurlora_core",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, slices: LayerSlices, inference_mode: bool) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.slices: dict[str, LayerSlices] = {}
+        self.register_buffer("unmerged_weight", None, persistent=False)  # W, where the base layer holds W + dW
+        self.update_layer(adapter_name, slices, inference_mode)
+
+    unmerged_weight: Tensor | None
+
+    @property
+    def tcurlora_core(self) -> LayerCores:
+        return LayerCores(self.slices)
+
+    def update_layer(self, adapter_name: str, slices: LayerSlices, inference_mode: bool) -> None:
+        """Take an adapter, whose stack is on the device of the base layer."""
+        self.slices[adapter_name] = slices
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        device = device or self.get_base_layer().weight.device
+        if adapter_name in self.slices and device.type != "meta":
+            stack = self.slices[adapter_name].stack
+            if not stack.core.is_meta:
+                stack.to(device)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            self._check_rows(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        active = [self.slices[name] for name in self.active_adapters if name in self.slices]
+        if active and not args and not kwargs and self._is_plain(x):
+            base = self.get_base_layer()
+            result = active.pop(0).adapt(x, self._as_matrix(base.weight), base.bias)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        for slices in active:
+            result = result + self._change(slices, x, result.dtype)
+        return result
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether the operator may compute the base product itself: nothing else happens in the base layer's call."""
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return (
+            (type(base) is nn.Linear or is_conv1d(base))
+            and not hooked
+            and "forward" not in vars(base)
+            and type(base.weight) in (nn.Parameter, Tensor)
+            and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        )
+
+    def _change(self, slices: LayerSlices, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An adapter's part, in the dtype of the base's result."""
+        return slices.change(self._cast_input_dtype(x, slices.stack.col.dtype)).to(dtype)
+
+    def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """One base product for the whole batch; every adapter adds its part to its own rows."""
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in dict.fromkeys(adapter_names):
+            if adapter in self.slices:
+                rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
+                result = result.index_add(0, rows, self._change(self.slices[adapter], x[rows], result.dtype))
+        return result
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def _as_matrix(self, stored: Tensor) -> Tensor:
+        """A weight as the base layer stores it -> (out, in), and the other way round; shares memory."""
+        return stored.T if is_conv1d(self.get_base_layer()) else stored
+
+    def weight_slices(self, adapter_name: str) -> Tensor:
+        """The base weight, also where merged, as the slices (count, out, in) that it has in an adapter's stack."""
+        stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
+        return self._as_matrix(stored.detach()).unflatten(0, (self.slices[adapter_name].count, -1))
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """An adapter's dW, laid out and rounded as the base weight is."""
+        slices, dtype = self.slices[adapter_name], self.get_base_weight().dtype
+        return self._as_matrix(slices.delta_weight(slices.stack.core.dtype)).to(dtype)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W + dW in the place of W, summed over the adapters in float64 and rounded once; W is kept for unmerge.
+
+        ``safe_merge``: raises ValueError, and changes nothing, where the sum is not finite.
+        """
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.slices]
+        if not new:
+            return
+        stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
+        total = self._as_matrix(stored).double()
+        for name in [*self.merged_adapters, *new]:
+            total = total + self.slices[name].delta_weight(torch.float64)
+            if safe_merge and not bool(torch.isfinite(total).all()):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was merged"
+                )
+        self.unmerged_weight = stored
+        self.set_base_weight(self._as_matrix(total.to(stored.dtype)).contiguous())
+        self.merged_adapters += new
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit."""
+        if self.unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.set_base_weight(self.unmerged_weight)
+        self.unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The change is additive and of low rank: PEFT may take a LoRA from it."""
+        return True
+
+    def __repr__(self) -> str:
+        return "tcurlora." + super().__repr__()

@@ -1,0 +1,83 @@
+"""Which of a model's modules an adapter of PEFT takes, and the stacks they form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.targets import DEFAULT_TARGETS, Target, is_conv1d
+
+from .config import TcurLoraConfig
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer itself, within whatever PEFT has wrapped around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether a base layer can be adapted: it is linear, and its parent calls it."""
+    # nn.MultiheadAttention reads the weight of its out_proj, of this type, and never calls it.
+    uncalled = type(module).__name__ == "NonDynamicallyQuantizableLinear"
+    return (isinstance(module, nn.Linear) and not uncalled) or is_conv1d(module)
+
+
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The named modules without what lies inside PEFT's layers."""
+    inside = None
+    for name, module in model.named_modules():
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        yield name, module
+        if isinstance(module, BaseTunerLayer):
+            inside = name + "."  # its children follow at once
+
+
+def default_names(model: nn.Module) -> list[str]:
+    """The modules that are adapted where the configuration names none. Raises ValueError where there are none."""
+    names = [n for n, m in outer_modules(model) if re.fullmatch(DEFAULT_TARGETS, n) and is_supported(base_of(m))]
+    if not names:
+        raise ValueError(
+            f"Please specify `target_modules`: none of the modules of {type(model).__name__} has a name that the "
+            "default knows"
+        )
+    return names
+
+
+def as_target(name: str, module: nn.Module, config: TcurLoraConfig) -> Target:
+    """The target for a module that the configuration names. Raises TypeError or ValueError where it cannot be one."""
+    base = base_of(module)
+    if not is_supported(base):
+        raise TypeError(
+            f"{name} is a {type(base).__name__}, expected a linear layer (torch.nn.Linear or transformers' Conv1D) "
+            "that its parent calls"
+        )
+    slices = config.split_fused.get(name.rsplit(".", 1)[-1], 1)
+    out_features, _ = Target(name, base).shape
+    if out_features % slices:
+        raise ValueError(f"{name}: {out_features} output features do not split into {slices} equal slices")
+    return Target(name, base, slices)
+
+
+def stack_config(stack: str, members: list[Target], config: TcurLoraConfig) -> TCURConfig:
+    """The configuration of a stack. Raises ValueError where the patterns give its layers different ranks or alphas."""
+    chosen = {}
+    for kind, pattern, default in (
+        ("rank", config.rank_pattern, config.r),
+        ("alpha", config.alpha_pattern, config.alpha),
+    ):
+        values = [pattern.get(get_pattern_key(pattern.keys(), t.name), default) for t in members]
+        other = next((i for i, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{kind}_pattern gives {members[0].name} {kind} {values[0]} and {members[other].name} {values[other]}, "
+                f"expected one {kind} for both: they are slices of stack {stack} and share its core. "
+                'stack_by="role" or "none" makes stacks of fewer layers'
+            )
+        chosen[kind] = values[0]
+    return config.for_stack(chosen["rank"], chosen["alpha"])
