@@ -107,6 +107,12 @@ class TcurLoraModel(BaseTuner):  # type: ignore[misc]
         layer = TcurLoraLinear(target, adapter_name, slices, peft_config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cores are at least float32 from the start; without ``autocast_adapter_dtype`` they get the base's dtype."""
+        if not autocast_adapter_dtype:
+            for stack in self.tcurlora_core[adapter_name].values():
+                stack.core.data = stack.core.data.to(stack.col.dtype)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self.tcurlora_core[adapter_name]
