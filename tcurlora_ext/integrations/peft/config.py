@@ -31,7 +31,7 @@ def peft_type() -> PeftType:
 
 
 @dataclass
-class TcurLoraConfig(PeftConfig):  # type: ignore[misc]
+class TcurLoraConfig(PeftConfig):
     """How PEFT adapts a model by t-CUR.
 
     As in PEFT's LoRA: ``target_modules`` (names, ends of names, a regex for the whole name, "all-linear"),
@@ -52,8 +52,8 @@ class TcurLoraConfig(PeftConfig):  # type: ignore[misc]
 
     r: Rank = 8
     alpha: float = 1.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

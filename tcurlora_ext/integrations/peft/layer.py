@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -17,21 +17,21 @@ BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
 
 
 class LayerSlices(NamedTuple):
-    """Where a layer's weight stands in a stack: slices first, first+1, ..., stacked by rows."""
+    """Where a layer's weight stands in a stack: which slices, stacked by rows."""
 
     stack: TCURStack
-    first: int
-    count: int
+    first_slice: int
+    num_slices: int
 
     def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.stack.adapt(x, weight, bias, self.first, self.count)
+        return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices)
 
     def change(self, x: Tensor) -> Tensor:
-        return self.stack.change(x, self.first, self.count)
+        return self.stack.change(x, self.first_slice, self.num_slices)
 
     def delta_weight(self, dtype: torch.dtype) -> Tensor:
-        """(count*out, in)"""
-        layers = range(self.first, self.first + self.count)
+        """(num_slices*out, in)"""
+        layers = range(self.first_slice, self.first_slice + self.num_slices)
         return self.stack.delta_weights(layers, dtype).flatten(0, 1)
 
 
@@ -54,7 +54,7 @@ class LayerCores(Mapping[str, nn.Parameter]):
         return len(self.slices)
 
 
-class TcurLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class TcurLoraLinear(nn.Module, BaseTunerLayer):
     """``base_layer`` plus the active adapters. Stacks are plain references: a shared core is registered once."""
 
     adapter_layer_names = ("tcurlora_core",)
@@ -71,6 +71,10 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.update_layer(adapter_name, slices, inference_mode)
 
     unmerged_weight: Tensor | None
+
+    if TYPE_CHECKING:  # what BaseTunerLayer has, which mypy does not see
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def tcurlora_core(self) -> LayerCores:
@@ -154,9 +158,9 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return stored.T if is_conv1d(self.get_base_layer()) else stored
 
     def weight_slices(self, adapter_name: str) -> Tensor:
-        """The base weight, also where merged, as the slices (count, out, in) that it has in an adapter's stack."""
+        """The base weight, also where merged, as the slices (num_slices, out, in) that it has in an adapter's stack."""
         stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
-        return self._as_matrix(stored.detach()).unflatten(0, (self.slices[adapter_name].count, -1))
+        return self._as_matrix(stored.detach()).unflatten(0, (self.slices[adapter_name].num_slices, -1))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """An adapter's dW, laid out and rounded as the base weight is."""

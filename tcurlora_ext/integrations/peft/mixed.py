@@ -45,8 +45,8 @@ def rows_for_adapters(tuner: BaseTuner, adapter_names: Sequence[str], num_beams:
 
 
 def _encoder_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of an encoder that is a part of the model; transformers returns the model itself where it has none."""
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    """The modules of an encoder within the model; where there is none, transformers gives the model itself."""
+    encoder: Any = getattr(model, "get_encoder", lambda: None)()
     return list(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else []
 
 

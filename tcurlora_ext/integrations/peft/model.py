@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from torch import nn
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig, pair_of
 from tcurlora_ext.adapter.inject import build_stack, slice_names
@@ -18,14 +18,16 @@ from tcurlora_ext.adapter.targets import Target, group, is_conv1d
 from tcurlora_ext.maths.selection import Selection
 
 from .config import TcurLoraConfig
+from .indices import with_factors, without_factors
 from .layer import LayerSlices, TcurLoraLinear
 from .mixed import rows_for_adapters
-from .targets import as_target, default_names, outer_modules, stack_config
+from .sharing import share_factors
+from .targets import as_target, base_of, default_names, outer_modules, stack_config
 
 RANDOM_CORE = 0.1  # standard deviation of a core that is not to start at zero
 
 
-class TcurLoraModel(BaseTuner):  # type: ignore[misc]
+class TcurLoraModel(BaseTuner):
     """A model with t-CUR adapters.
 
     tcurlora_core   adapter -> stack -> :class:`TCURStack`: registered here once, used by the layers
@@ -37,6 +39,10 @@ class TcurLoraModel(BaseTuner):  # type: ignore[misc]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's; default_names() stands in for it
 
     tcurlora_core: nn.ModuleDict
+
+    def stacks(self, adapter_name: str) -> dict[str, TCURStack]:
+        """An adapter's stacks by name."""
+        return dict(cast("nn.ModuleDict", self.tcurlora_core[adapter_name]).items())  # type: ignore[arg-type]
 
     # -- putting an adapter on ----------------------------------------------------------------------------------------
 
@@ -64,7 +70,7 @@ class TcurLoraModel(BaseTuner):  # type: ignore[misc]
 
     def _prepare_adapter_config(self, peft_config: TcurLoraConfig, model_config: dict[str, Any]) -> TcurLoraConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(default_names(self.model))
+            peft_config.target_modules = default_names(self.model)
         return peft_config
 
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:
@@ -82,6 +88,8 @@ class TcurLoraModel(BaseTuner):  # type: ignore[misc]
             name: _build(name, members, peft_config, on_meta or any(t.weight.is_meta for t in members))
             for name, members in groups.items()
         }
+        for stack in stacks.values():
+            share_factors(stack, [other for name in self.tcurlora_core for other in self.stacks(name).values()])
         for name, members in groups.items():
             first = 0
             for target in members:
@@ -110,7 +118,7 @@ class TcurLoraModel(BaseTuner):  # type: ignore[misc]
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cores are at least float32 from the start; without ``autocast_adapter_dtype`` they get the base's dtype."""
         if not autocast_adapter_dtype:
-            for stack in self.tcurlora_core[adapter_name].values():
+            for stack in self.stacks(adapter_name).values():
                 stack.core.data = stack.core.data.to(stack.col.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -129,6 +137,28 @@ class TcurLoraModel(BaseTuner):  # type: ignore[misc]
             yield
 
     # -- saving and loading -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: TcurLoraConfig, adapter_name: str, *rest: Any, **named: Any
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *rest, **named)
+        if config.save_projection:
+            return state
+        return without_factors(model, cls._stacks_in(model, adapter_name), adapter_name, state)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TcurLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return with_factors(model, cls._stacks_in(model, adapter_name), adapter_name, state)
+
+    @classmethod
+    def _stacks_in(cls, model: nn.Module, adapter_name: str) -> dict[str, TCURStack]:
+        """An adapter's stacks in a model that PEFT has wrapped."""
+        tuner = next(module for module in model.modules() if isinstance(module, cls))
+        return tuner.stacks(adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -164,7 +194,7 @@ def _blank(members: list[Target], config: TCURConfig) -> TCURStack:
 
 def _note_layout(config: TcurLoraConfig, target: nn.Module) -> None:
     """Set ``fan_in_fan_out`` to what the layer is, which its type says, with the warning of PEFT's other methods."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    base = base_of(target)
     transposed = is_conv1d(base)
     if config.fan_in_fan_out != transposed:
         warnings.warn(

@@ -13,6 +13,4 @@ from .model import TcurLoraModel
 def register() -> None:
     """Register the method under ``tcurlora``; without effect where it is registered."""
     if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(
-            name=PeftType(peft_type()).lower(), config_cls=TcurLoraConfig, model_cls=TcurLoraModel
-        )
+        register_peft_method(name=PeftType(peft_type()).lower(), config_cls=TcurLoraConfig, model_cls=TcurLoraModel)

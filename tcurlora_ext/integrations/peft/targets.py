@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
@@ -13,6 +14,8 @@ from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.targets import DEFAULT_TARGETS, Target, is_conv1d
 
 from .config import TcurLoraConfig
+
+T = TypeVar("T")
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -38,9 +41,16 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = name + "."  # its children follow at once
 
 
-def default_names(model: nn.Module) -> list[str]:
-    """The modules that are adapted where the configuration names none. Raises ValueError where there are none."""
-    names = [n for n, m in outer_modules(model) if re.fullmatch(DEFAULT_TARGETS, n) and is_supported(base_of(m))]
+def default_names(model: nn.Module) -> set[str]:
+    """What is adapted where the configuration names no modules, as ends of names: what follows the block's number.
+
+    Raises ValueError where there is nothing.
+    """
+    names = {
+        Target(name, base_of(module)).role
+        for name, module in outer_modules(model)
+        if re.fullmatch(DEFAULT_TARGETS, name) and is_supported(base_of(module))
+    }
     if not names:
         raise ValueError(
             f"Please specify `target_modules`: none of the modules of {type(model).__name__} has a name that the "
@@ -66,18 +76,17 @@ def as_target(name: str, module: nn.Module, config: TcurLoraConfig) -> Target:
 
 def stack_config(stack: str, members: list[Target], config: TcurLoraConfig) -> TCURConfig:
     """The configuration of a stack. Raises ValueError where the patterns give its layers different ranks or alphas."""
-    chosen = {}
-    for kind, pattern, default in (
-        ("rank", config.rank_pattern, config.r),
-        ("alpha", config.alpha_pattern, config.alpha),
-    ):
-        values = [pattern.get(get_pattern_key(pattern.keys(), t.name), default) for t in members]
-        other = next((i for i, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
+    rank = _common("rank", stack, members, config.rank_pattern, config.r)
+    return config.for_stack(rank, _common("alpha", stack, members, config.alpha_pattern, config.alpha))
+
+
+def _common(kind: str, stack: str, members: list[Target], pattern: dict[str, T], default: T) -> T:
+    values = [pattern.get(get_pattern_key(pattern.keys(), target.name), default) for target in members]
+    for target, value in zip(members, values, strict=True):
+        if value != values[0]:
             raise ValueError(
-                f"{kind}_pattern gives {members[0].name} {kind} {values[0]} and {members[other].name} {values[other]}, "
-                f"expected one {kind} for both: they are slices of stack {stack} and share its core. "
+                f"{kind}_pattern gives {members[0].name} {kind} {values[0]} and {target.name} {kind} {value}, expected "
+                f"one for both: they are slices of stack {stack} and share its core. "
                 'stack_by="role" or "none" makes stacks of fewer layers'
             )
-        chosen[kind] = values[0]
-    return config.for_stack(chosen["rank"], chosen["alpha"])
+    return values[0]

@@ -1,6 +1,7 @@
-"""PEFT's own test files, from the source distribution of the installed version, with our cases in the place of theirs.
+"""PEFT's own tests pass for this method.
 
-Nothing of PEFT's code lies in this project: it is fetched, unpacked into a temporary folder, and run there.
+They come from the source distribution of the installed version, are unpacked into a temporary folder and run there with
+our cases in the place of theirs. Nothing of PEFT's code lies in this project.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import tcurlora_ext
 
@@ -28,7 +32,12 @@ CASES = '''
 import pathlib
 from tcurlora_ext.integrations.peft import TcurLoraConfig
 
-MODELS = sorted(str(path) for path in pathlib.Path(__file__).parent.joinpath("models").iterdir())
+HERE = pathlib.Path(__file__).parent
+
+
+def models(kind):
+    return sorted(str(path) for path in HERE.joinpath(kind).iterdir())
+
 
 CUSTOM = [
     ("tCURLoRA one layer, regex", "MLP", TcurLoraConfig, {"target_modules": "lin0", "r": 2}),
@@ -65,8 +74,11 @@ TWO_ADAPTERS = [
     for name, second in (("Same", "lin0"), ("Different", "lin1"))
 ]
 
-DECODER = [(TcurLoraConfig, {"task_type": "CAUSAL_LM", "target_modules": None, "r": 2})]
-FEATURES = [(TcurLoraConfig, {"task_type": "FEATURE_EXTRACTION", "target_modules": None, "r": 2})]
+
+def by_stack(task):
+    """One core a stack, and one a layer: the test of layers_to_transform expects fewer tensors for fewer layers."""
+    common = {"task_type": task, "target_modules": None, "r": 2}
+    return [(TcurLoraConfig, common | {"stack_by": "shape"}), (TcurLoraConfig, common | {"stack_by": "none"})]
 '''
 
 # file -> (a line of it, what is set before that line)
@@ -76,12 +88,12 @@ INJECTED = {
         ("def _skip_tests_with", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = tcurlora_cases.TWO_ADAPTERS"),
     ],
     "test_decoder_models.py": [
-        ("def _skip_if_not_conv1d", "ALL_CONFIGS[:] = tcurlora_cases.DECODER"),
-        ("def _skip_if_not_conv1d", "PEFT_DECODER_MODELS_TO_TEST[:] = tcurlora_cases.MODELS"),
+        ("def _skip_if_not_conv1d", "ALL_CONFIGS[:] = tcurlora_cases.by_stack('CAUSAL_LM')"),
+        ("def _skip_if_not_conv1d", "PEFT_DECODER_MODELS_TO_TEST[:] = tcurlora_cases.models('decoders')"),
     ],
     "test_feature_extraction_models.py": [
-        ("def skip_non_prompt", "ALL_CONFIGS[:] = tcurlora_cases.FEATURES"),
-        ("def skip_non_prompt", "PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST[:] = tcurlora_cases.MODELS"),
+        ("def skip_non_prompt", "ALL_CONFIGS[:] = tcurlora_cases.by_stack('FEATURE_EXTRACTION')"),
+        ("def skip_non_prompt", "PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST[:] = tcurlora_cases.models('encoders')"),
     ],
 }
 
@@ -119,6 +131,21 @@ def unpack(archive: Path, folder: Path) -> None:
         path.write_text(text)
 
 
+def save_tiny_models(folder: Path) -> None:
+    """Random models of transformers, a few thousand numbers each, where our cases look for them."""
+    tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    grouped = tiny | {"num_key_value_heads": 2, "vocab_size": 64}
+    conv1d = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    models = {
+        "decoders/tiny-random-LlamaForCausalLM": LlamaForCausalLM(LlamaConfig(**grouped)),
+        # Under another name than GPT-2's, whose Conv1D tests PEFT skips for most methods.
+        "decoders/tiny-random-Conv1D": GPT2LMHeadModel(GPT2Config(**conv1d)),
+        "encoders/tiny-random-BertModel": BertModel(BertConfig(vocab_size=64, **tiny)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+
+
 def run(folder: Path, name: str, *arguments: str) -> tuple[dict[str, int], str]:
     """Run one of PEFT's test files without a network: counts by outcome ("passed", "failed", ...), and the output."""
     own = Path(tcurlora_ext.__file__).parents[1]
@@ -132,3 +159,34 @@ def run(folder: Path, name: str, *arguments: str) -> tuple[dict[str, int], str]:
     )
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout[-400:])}
     return counts, done.stdout + done.stderr
+
+
+# Of the configurations in CASES the one by layer is for the test that needs it, the one by shape for all others.
+BY_LAYER = "tcur and (config_kwargs0 and not layer_indexing or config_kwargs1 and layer_indexing)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("upstream")
+    archive = fetch(folder)
+    if archive is None:
+        pytest.skip(f"the source distribution of peft {VERSION}, with its tests, could not be downloaded")
+    unpack(archive, folder)
+    save_tiny_models(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "selected", "least"),
+    [
+        ("test_custom_models.py", "tcur", 300),
+        ("test_decoder_models.py", BY_LAYER, 50),
+        ("test_feature_extraction_models.py", BY_LAYER, 14),
+    ],
+    ids=["custom models", "decoders", "feature extraction"],
+)
+def test_suite(folder: Path, name: str, selected: str, least: int) -> None:
+    counts, output = run(folder, name, "-k", selected)
+    assert set(counts) <= {"passed", "skipped"}, output[-8000:]
+    # A renamed test class or parameter would leave nothing to run, and nothing to fail.
+    assert counts["passed"] >= least, output[-8000:]
