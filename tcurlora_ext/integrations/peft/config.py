@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
 
 from tcurlora_ext.adapter.config import Rank, TCURConfig, pair_of
+
+if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+    raise ImportError(f"peft {peft.__version__} is installed, expected 0.21 or newer")
 
 TYPE = "TCURLORA"
 IMPORT = "import tcurlora_ext.integrations.peft"

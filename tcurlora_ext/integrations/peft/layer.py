@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.targets import is_conv1d
+
+from .quantised import dequantised
 
 BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
 
@@ -59,9 +62,17 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("tcurlora_core",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, slices: LayerSlices, inference_mode: bool) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        slices: LayerSlices,
+        inference_mode: bool,
+        quantization_backend: QuantizationBackend | None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -86,8 +97,8 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        device = device or self.get_base_layer().weight.device
-        if adapter_name in self.slices and device.type != "meta":
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if adapter_name in self.slices and device is not None and device.type != "meta":
             stack = self.slices[adapter_name].stack
             if not stack.core.is_meta:
                 stack.to(device)
@@ -157,6 +168,12 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         """A weight as the base layer stores it -> (out, in), and the other way round; shares memory."""
         return stored.T if is_conv1d(self.get_base_layer()) else stored
 
+    def get_base_weight(self) -> Tensor:
+        """The base layer's weight as it is now, dequantised."""
+        if self.quantization_backend is None:
+            return super().get_base_weight()
+        return dequantised(self.get_base_layer(), self.quantization_backend)
+
     def weight_slices(self, adapter_name: str) -> Tensor:
         """The base weight, also where merged, as the slices (num_slices, out, in) that it has in an adapter's stack."""
         stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
@@ -164,14 +181,15 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """An adapter's dW, laid out and rounded as the base weight is."""
-        slices, dtype = self.slices[adapter_name], self.get_base_weight().dtype
-        return self._as_matrix(slices.delta_weight(slices.stack.core.dtype)).to(dtype)
+        slices = self.slices[adapter_name]
+        return self._as_matrix(slices.delta_weight(slices.stack.core.dtype)).to(slices.stack.col.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + dW in the place of W, summed over the adapters in float64 and rounded once; W is kept for unmerge.
 
-        ``safe_merge``: raises ValueError, and changes nothing, where the sum is not finite.
+        A quantised base is dequantised, and the sum quantised again. ``safe_merge``: raises ValueError, and changes
+        nothing, where the sum is not finite.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.slices]
         if not new:
@@ -189,7 +207,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters += new
 
     def unmerge(self) -> None:
-        """Put W back, bit for bit."""
+        """Put W back, bit for bit; a quantised W is quantised again."""
         if self.unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

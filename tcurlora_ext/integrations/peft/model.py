@@ -21,6 +21,7 @@ from .config import TcurLoraConfig
 from .indices import with_factors, without_factors
 from .layer import LayerSlices, TcurLoraLinear
 from .mixed import rows_for_adapters
+from .quantised import backend_of
 from .sharing import share_factors
 from .targets import as_target, base_of, default_names, outer_modules, stack_config
 
@@ -82,10 +83,10 @@ class TcurLoraModel(BaseTuner):
             for name, module in outer_modules(model)
             if self._check_target_module_exists(peft_config, name)
         ]
-        targets = [as_target(name, module, peft_config) for name, module in matching]
+        targets = [as_target(name, module, model, peft_config) for name, module in matching]
         groups = group(targets, peft_config.for_stack(peft_config.r, peft_config.alpha))
         stacks = {
-            name: _build(name, members, peft_config, on_meta or any(t.weight.is_meta for t in members))
+            name: _build(name, members, peft_config, on_meta or any(_is_meta(t.module) for t in members))
             for name, members in groups.items()
         }
         for stack in stacks.values():
@@ -112,7 +113,8 @@ class TcurLoraModel(BaseTuner):
             target.update_layer(adapter_name, slices, peft_config.inference_mode)
             return
         _note_layout(peft_config, target)
-        layer = TcurLoraLinear(target, adapter_name, slices, peft_config.inference_mode)
+        backend = backend_of(base_of(target), self.model)
+        layer = TcurLoraLinear(target, adapter_name, slices, peft_config.inference_mode, backend)
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -179,6 +181,10 @@ def _build(name: str, members: list[Target], config: TcurLoraConfig, on_meta: bo
     if not config.init_weights:
         nn.init.normal_(stack.core, std=RANDOM_CORE)
     return stack
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _blank(members: list[Target], config: TCURConfig) -> TCURStack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import TypeVar
@@ -14,6 +15,7 @@ from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.targets import DEFAULT_TARGETS, Target, is_conv1d
 
 from .config import TcurLoraConfig
+from .quantised import QuantisedTarget, backend_of
 
 T = TypeVar("T")
 
@@ -23,8 +25,8 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def is_supported(module: nn.Module) -> bool:
-    """Whether a base layer can be adapted: it is linear, and its parent calls it."""
+def is_linear(module: nn.Module) -> bool:
+    """Whether a base layer that is not quantised can be adapted: it is linear, and its parent calls it."""
     # nn.MultiheadAttention reads the weight of its out_proj, of this type, and never calls it.
     uncalled = type(module).__name__ == "NonDynamicallyQuantizableLinear"
     return (isinstance(module, nn.Linear) and not uncalled) or is_conv1d(module)
@@ -41,6 +43,11 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = name + "."  # its children follow at once
 
 
+def is_supported(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a base layer of the model can be adapted."""
+    return is_linear(module) or getattr(backend_of(module, model), "layer_type", None) == "linear"
+
+
 def default_names(model: nn.Module) -> set[str]:
     """What is adapted where the configuration names no modules, as ends of names: what follows the block's number.
 
@@ -49,7 +56,7 @@ def default_names(model: nn.Module) -> set[str]:
     names = {
         Target(name, base_of(module)).role
         for name, module in outer_modules(model)
-        if re.fullmatch(DEFAULT_TARGETS, name) and is_supported(base_of(module))
+        if re.fullmatch(DEFAULT_TARGETS, name) and is_supported(base_of(module), model)
     }
     if not names:
         raise ValueError(
@@ -59,19 +66,25 @@ def default_names(model: nn.Module) -> set[str]:
     return names
 
 
-def as_target(name: str, module: nn.Module, config: TcurLoraConfig) -> Target:
+def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraConfig) -> Target:
     """The target for a module that the configuration names. Raises TypeError or ValueError where it cannot be one."""
     base = base_of(module)
-    if not is_supported(base):
+    if not is_supported(base, model):
         raise TypeError(
-            f"{name} is a {type(base).__name__}, expected a linear layer (torch.nn.Linear or transformers' Conv1D) "
-            "that its parent calls"
+            f"{name} is a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' Conv1D or a "
+            "quantised one) that its parent calls"
+        )
+    backend = backend_of(base, model)
+    if backend is not None and not backend.supports_merge:
+        raise TypeError(
+            f"{name} is quantised by {backend.backend_name}, expected a kind that PEFT can dequantise (bitsandbytes, "
+            "HQQ, torchao): C and R are taken from the dequantised weight"
         )
     slices = config.split_fused.get(name.rsplit(".", 1)[-1], 1)
-    out_features, _ = Target(name, base).shape
-    if out_features % slices:
-        raise ValueError(f"{name}: {out_features} output features do not split into {slices} equal slices")
-    return Target(name, base, slices)
+    whole = Target(name, base) if backend is None else QuantisedTarget(name, base, backend=backend)
+    if whole.shape[0] % slices:
+        raise ValueError(f"{name}: {whole.shape[0]} output features do not split into {slices} equal slices")
+    return dataclasses.replace(whole, slices=slices)
 
 
 def stack_config(stack: str, members: list[Target], config: TcurLoraConfig) -> TCURConfig:
