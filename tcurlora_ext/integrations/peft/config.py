@@ -30,8 +30,7 @@ def peft_type() -> PeftType:
         PeftType._member_map_[TYPE] = member
         PeftType._value2member_map_[TYPE] = member
         PeftType._member_names_.append(TYPE)
-        if TYPE not in dir(PeftType):  # from Python 3.12 on members are attributes of the class
-            type.__setattr__(PeftType, TYPE, member)
+        type.__setattr__(PeftType, TYPE, member)  # how Python 3.12 and later look members up
     return PeftType[TYPE]
 
 

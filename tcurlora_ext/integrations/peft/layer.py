@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,29 +37,17 @@ class LayerSlices(NamedTuple):
         return self.stack.delta_weights(layers, dtype).flatten(0, 1)
 
 
-class LayerCores(Mapping[str, nn.Parameter]):
-    """The cores that a layer uses, by adapter, as they are now. They are registered with the tuner, not here."""
-
-    def __init__(self, slices: dict[str, LayerSlices]) -> None:
-        self.slices = slices
-
-    def __getitem__(self, adapter: str) -> nn.Parameter:
-        return self.slices[adapter].stack.core
-
-    def __delitem__(self, adapter: str) -> None:
-        del self.slices[adapter]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.slices)
-
-    def __len__(self) -> int:
-        return len(self.slices)
-
-
 class TcurLoraLinear(nn.Module, BaseTunerLayer):
-    """``base_layer`` plus the active adapters. Stacks are plain references: a shared core is registered once."""
+    """``base_layer`` plus the active adapters.
+
+    tcurlora_core   adapter -> its stack; not registered as a child, for the tuner has registered the stacks, once
+    slices          adapter -> which slices of the stack are this layer's
+    """
 
     adapter_layer_names = ("tcurlora_core",)
+    other_param_names = ("slices",)
+
+    tcurlora_core: nn.ModuleDict
 
     def __init__(
         self,
@@ -78,6 +65,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.slices: dict[str, LayerSlices] = {}
+        object.__setattr__(self, "tcurlora_core", nn.ModuleDict())
         self.register_buffer("unmerged_weight", None, persistent=False)  # W, where the base layer holds W + dW
         self.update_layer(adapter_name, slices, inference_mode)
 
@@ -87,13 +75,10 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    @property
-    def tcurlora_core(self) -> LayerCores:
-        return LayerCores(self.slices)
-
     def update_layer(self, adapter_name: str, slices: LayerSlices, inference_mode: bool) -> None:
         """Take an adapter, whose stack is on the device of the base layer."""
         self.slices[adapter_name] = slices
+        self.tcurlora_core[adapter_name] = slices.stack
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -85,10 +85,7 @@ class TcurLoraModel(BaseTuner):
         ]
         targets = [as_target(name, module, model, peft_config) for name, module in matching]
         groups = group(targets, peft_config.for_stack(peft_config.r, peft_config.alpha))
-        stacks = {
-            name: _build(name, members, peft_config, on_meta or any(_is_meta(t.module) for t in members))
-            for name, members in groups.items()
-        }
+        stacks = {name: _build(name, members, peft_config, on_meta) for name, members in groups.items()}
         for stack in stacks.values():
             share_factors(stack, [other for name in self.tcurlora_core for other in self.stacks(name).values()])
         for name, members in groups.items():
@@ -181,10 +178,6 @@ def _build(name: str, members: list[Target], config: TcurLoraConfig, on_meta: bo
     if not config.init_weights:
         nn.init.normal_(stack.core, std=RANDOM_CORE)
     return stack
-
-
-def _is_meta(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _blank(members: list[Target], config: TCURConfig) -> TCURStack:

@@ -105,7 +105,7 @@ def test_gradients_are_those_of_the_dense_change(make_llama: MakeLlama, adapt: A
     """Through the fused operator and through the path beside a base layer of its own."""
     model = adapt(make_llama().double(), target_modules=["q_proj", "o_proj"])
     layer = next(iter(layers(model).values()))
-    core, x = layer.tcurlora_core["default"], torch.randn(7, 16, dtype=torch.float64)
+    core, x = layer.tcurlora_core["default"].core, torch.randn(7, 16, dtype=torch.float64)
     change = layer.slices["default"].delta_weight(torch.float64)
     expected = torch.autograd.grad((x @ (layer.weight + change).T).square().sum(), core)[0]
     for hook in (None, lambda *_: None):
@@ -157,6 +157,19 @@ def test_adapters_that_chose_the_same_indices_hold_c_and_r_once(make_llama: Make
     assert torch.equal(same.col, kept + 1)
 
 
+def test_status_says_what_there_is(make_llama: MakeLlama, adapt: Adapt) -> None:
+    model = adapt(make_llama())
+    model.add_adapter("second", TcurLoraConfig(r=3, target_modules=["down_proj"]))
+    model.merge_adapter()
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "TCURLORA", "second": "TCURLORA"}
+    assert status.available_adapters == ["default", "second"]
+    assert (status.active_adapters, status.merged_adapters) == (["default"], ["default"])
+    assert status.requires_grad == {"default": True, "second": False}
+    assert status.devices == {"default": ["cpu"], "second": ["cpu"]}
+    assert (status.num_adapter_layers, status.trainable_params) == (14, (3 * 4 + 2) * 2 * 2)
+
+
 def test_copies_are_models_of_their_own(make_llama: MakeLlama, tokens: Tensor, adapt: Adapt, assert_same: Same) -> None:
     model = adapt(make_llama())
     copied = copy.deepcopy(model)
@@ -165,6 +178,22 @@ def test_copies_are_models_of_their_own(make_llama: MakeLlama, tokens: Tensor, a
     for p in copied.parameters():
         p.data.zero_()
     assert_same(model(tokens).logits, before)
+
+
+def test_it_compiles_to_one_graph(make_llama: MakeLlama, tokens: Tensor, adapt: Adapt) -> None:
+    model = adapt(make_llama())
+    model.add_adapter("second", TcurLoraConfig(r=3, init_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(input_ids=tokens).logits, model(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    cores = [p for p in model.parameters() if p.requires_grad]
+    for here, there in zip(
+        torch.autograd.grad(found.square().sum(), cores),
+        torch.autograd.grad(expected.square().sum(), cores),
+        strict=True,
+    ):
+        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-4)
 
 
 def test_unload_gives_the_base_back(make_llama: MakeLlama, tokens: Tensor, adapt: Adapt, assert_same: Same) -> None:

@@ -76,6 +76,11 @@ def test_of_weights_that_are_not_finite(make_llama: Callable[[], LlamaForCausalL
         get_peft_model(model, TcurLoraConfig(r=2))
 
 
+def test_of_a_base_without_values(make_llama: Callable[[], LlamaForCausalLM]) -> None:
+    with pytest.raises(ValueError, match=r"stack 16x16 .*meta device: rows and columns are chosen from real values"):
+        get_peft_model(make_llama().to("meta"), TcurLoraConfig(r=2))
+
+
 def test_of_modules_that_are_not_called() -> None:
     """``nn.MultiheadAttention`` reads its out_proj's weight; an adapter there would silently do nothing."""
     with pytest.raises(TypeError, match="out_proj is a NonDynamicallyQuantizableLinear, expected a linear layer"):
