@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .config import TCURConfig
@@ -171,19 +170,25 @@ def slice_names(members: Sequence[Target]) -> list[str]:
 
 def stacked_weights(name: str, members: Sequence[Target]) -> Tensor:
     """The weights (S, out, in) of a stack's members. Raises ValueError where shapes, devices or dtypes differ."""
-    first = members[0].weight
+    first, stacked, at = members[0].weight[0], None, 0
     for target in members:
         if target.shape != members[0].shape:
             raise ValueError(
                 f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
                 f"{members[0].name}"
             )
-        if (target.weight.device, target.weight.dtype) != (first.device, first.dtype):
+        weight = target.weight  # asked for once, and kept no longer than needed: it may be dequantised here
+        if (weight.device, weight.dtype) != (first.device, first.dtype):
             raise ValueError(
-                f"stack {name}: {target.name} is {target.weight.dtype} on {target.weight.device}, expected "
-                f"{first.dtype} on {first.device} as {members[0].name}"
+                f"stack {name}: {target.name} is {weight.dtype} on {weight.device}, expected {first.dtype} on "
+                f"{first.device} as {members[0].name}"
             )
-    return torch.cat([target.weight for target in members])
+        if stacked is None:
+            stacked = weight.new_empty(sum(t.slices for t in members), *target.shape)
+        stacked[at : at + target.slices] = weight
+        at += target.slices
+    assert stacked is not None
+    return stacked
 
 
 def group(targets: list[Target], config: TCURConfig) -> dict[str, list[Target]]:

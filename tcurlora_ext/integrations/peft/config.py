@@ -1,0 +1,123 @@
+"""The method's configuration, with the fields of PEFT's other methods and those of :class:`TCURConfig`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.peft_types import PeftType
+
+from tcurlora_ext.adapter.config import Rank, TCURConfig, pair_of
+
+if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+    raise ImportError(f"peft {peft.__version__} is installed, expected 0.21 or newer")
+
+TYPE = "TCURLORA"
+IMPORT = "import tcurlora_ext.integrations.peft"
+BIAS = ("none", "all", "tcurlora_only")
+
+
+def peft_type() -> PeftType:
+    """The member of ``PeftType`` for this method, added on the first call: PEFT has no other way in for a method."""
+    if TYPE not in PeftType.__members__:
+        member = str.__new__(PeftType, TYPE)
+        member._name_ = member._value_ = TYPE
+        PeftType._member_map_[TYPE] = member
+        PeftType._value2member_map_[TYPE] = member
+        PeftType._member_names_.append(TYPE)
+        type.__setattr__(PeftType, TYPE, member)  # how Python 3.12 and later look members up
+    return PeftType[TYPE]
+
+
+@dataclass
+class TcurLoraConfig(PeftConfig):
+    """How PEFT adapts a model by t-CUR.
+
+    As in PEFT's LoRA: ``target_modules`` (names, ends of names, a regex for the whole name, "all-linear"),
+    ``exclude_modules``, ``modules_to_save``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` and
+    ``alpha_pattern`` (a name's end or regex -> its rank, alpha; one for all layers of a stack), ``fan_in_fan_out``.
+
+    r               tubal rank, or (c, r): c columns and r rows of every stack.
+    alpha           multiplies the default scale rule; 1.0 makes a step as long as one of LoRA.
+    target_modules  None: the projections that :func:`tcurlora_ext.inject` finds.
+    init_weights    True: U is zero, the model is unchanged; False: U is random.
+    bias            "none", "all" or "tcurlora_only" (those of the adapted layers).
+    save_projection C and R are saved too. False: only their indices and a fingerprint of the base, from whose weights
+                    they are taken again on loading; other base weights are refused.
+    stack_by, split_fused, selection, scale, transform, core_domain, backend, seed: as in :class:`TCURConfig`.
+
+    Raises ValueError for a value that none of them knows.
+    """
+
+    r: Rank = 8
+    alpha: float = 1.0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, Rank] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_weights: bool = True
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    save_projection: bool = True
+    stack_by: str = "shape"
+    split_fused: dict[str, int] = field(default_factory=lambda: TCURConfig().to_json()["split_fused"])
+    selection: str = "norm"
+    scale: float | None = None
+    transform: str = "dft"
+    core_domain: str = "fourier"
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        # JSON has no tuples.
+        self.r = _as_rank(self.r)
+        self.rank_pattern = {name: _as_rank(rank) for name, rank in (self.rank_pattern or {}).items()}
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+        for rank in self.rank_pattern.values():
+            pair_of(rank)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given, expected layers_to_transform beside it")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform is given with a regex for target_modules, expected a list of names")
+        if self.bias not in BIAS:
+            raise ValueError(f"bias is {self.bias!r}, expected one of {', '.join(map(repr, BIAS))}")
+        self.for_stack(self.r, self.alpha)
+
+    def for_stack(self, rank: Rank, alpha: float) -> TCURConfig:
+        """The stacks' configuration, for one rank and alpha. Raises ValueError for a value it does not know."""
+        return TCURConfig(
+            rank=rank,
+            alpha=alpha,
+            stack_by=self.stack_by,
+            split_fused=self.split_fused,
+            selection=self.selection,
+            scale=self.scale,
+            transform=self.transform,
+            core_domain=self.core_domain,
+            backend=self.backend,
+            seed=self.seed,
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As PEFT's; the model card that it wrote gets the import line without which the adapter does not load."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.exists() and IMPORT not in (text := card.read_text()):
+            card.write_text(f"{text.rstrip()}\n\nBefore loading this adapter:\n\n```python\n{IMPORT}\n```\n")
+
+
+def _as_rank(rank: Any) -> Rank:
+    return tuple(rank) if isinstance(rank, list) else rank

@@ -1,0 +1,82 @@
+"""Checkpoints without C and R: the chosen indices, and a fingerprint of the base weights to take C and R from.
+
+On disk, beside the core, ``rows``, ``columns`` and ``scale`` of a stack: ``tcurlora_fingerprint.<stack>`` and
+``tcurlora_base_dtype.<stack>``, an empty tensor of the base's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.fingerprint import fingerprint, mismatch
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.maths.selection import Selection
+
+from .layer import TcurLoraLinear
+from .sharing import FACTORS
+
+BASE = ("fingerprint", "base_dtype")
+
+
+def stack_key(adapter_name: str, stack: str, kind: str) -> str:
+    """The key in a PeftModel's state of what is saved of a stack."""
+    return f"base_model.tcurlora_core.{adapter_name}.{stack}.{kind}"
+
+
+def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tensor:
+    """The weights (S, out, in) that a stack's layers have in the model now, without any adapter."""
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, TcurLoraLinear)
+        and adapter_name in layer.slices
+        and layer.slices[adapter_name].stack is stack
+    ]
+    layers.sort(key=lambda layer: layer.slices[adapter_name].first_slice)
+    return torch.cat([layer.weight_slices(adapter_name) for layer in layers])
+
+
+def without_factors(
+    model: nn.Module, stacks: dict[str, TCURStack], adapter_name: str, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state to save: C and R left out, and a fingerprint of the base weights in their place."""
+    state = dict(state)
+    for name, stack in stacks.items():
+        base = base_weights(model, stack, adapter_name)
+        for kind in FACTORS:
+            state.pop(stack_key(adapter_name, name, kind), None)
+        for kind, value in zip(BASE, (fingerprint(base), torch.empty(0, dtype=base.dtype)), strict=True):
+            state[stack_key(adapter_name, name, kind)] = value
+    return state
+
+
+def with_factors(
+    model: nn.Module, stacks: dict[str, TCURStack], adapter_name: str, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The inverse: C and R are taken from the model's base weights by the saved indices.
+
+    Raises ValueError where these are not the weights that the adapter was trained on.
+    """
+    state = dict(state)
+    for name, stack in stacks.items():
+        found = [state.pop(f"base_model.tcurlora_{kind}.{name}", None) for kind in BASE]
+        saved, dtype = found
+        rows, columns = (state.get(stack_key(adapter_name, name, kind)) for kind in ("rows", "columns"))
+        if saved is None or dtype is None or rows is None or columns is None:
+            continue
+        base = base_weights(model, stack, adapter_name)
+        if base.is_meta:
+            raise ValueError(f"stack {name}: C and R are not in the checkpoint, and the base weights are on meta")
+        other = mismatch(saved.cpu(), fingerprint(base), str(dtype.dtype).removeprefix("torch."), base.dtype)
+        if other:
+            raise ValueError(
+                f"stack {name}: trained on other base weights: {len(other)} of {len(saved)} slices differ, first "
+                f"{stack.names[other[0]]}. Load it onto the weights it was trained on, or save it with "
+                "save_projection=True"
+            )
+        rows, columns = rows.to(base.device), columns.to(base.device)
+        chosen = Selection(rows, columns, torch.zeros(len(rows)), torch.zeros(len(columns)))
+        for kind, factor in stack.factors_of(base, chosen).items():
+            state[stack_key(adapter_name, name, kind)] = factor
+    return state

@@ -1,0 +1,208 @@
+"""A linear layer of a model with the adapters that PEFT put on it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.targets import is_conv1d
+
+from .quantised import dequantised
+
+BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
+
+
+class LayerSlices(NamedTuple):
+    """Where a layer's weight stands in a stack: which slices, stacked by rows."""
+
+    stack: TCURStack
+    first_slice: int
+    num_slices: int
+
+    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices)
+
+    def change(self, x: Tensor) -> Tensor:
+        return self.stack.change(x, self.first_slice, self.num_slices)
+
+    def delta_weight(self, dtype: torch.dtype) -> Tensor:
+        """(num_slices*out, in)"""
+        layers = range(self.first_slice, self.first_slice + self.num_slices)
+        return self.stack.delta_weights(layers, dtype).flatten(0, 1)
+
+
+class TcurLoraLinear(nn.Module, BaseTunerLayer):
+    """``base_layer`` plus the active adapters.
+
+    tcurlora_core   adapter -> its stack; not registered as a child, for the tuner has registered the stacks, once
+    slices          adapter -> which slices of the stack are this layer's
+    """
+
+    adapter_layer_names = ("tcurlora_core",)
+    other_param_names = ("slices",)
+
+    tcurlora_core: nn.ModuleDict
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        slices: LayerSlices,
+        inference_mode: bool,
+        quantization_backend: QuantizationBackend | None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = quantization_backend
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.slices: dict[str, LayerSlices] = {}
+        object.__setattr__(self, "tcurlora_core", nn.ModuleDict())
+        self.register_buffer("unmerged_weight", None, persistent=False)  # W, where the base layer holds W + dW
+        self.update_layer(adapter_name, slices, inference_mode)
+
+    unmerged_weight: Tensor | None
+
+    if TYPE_CHECKING:  # what BaseTunerLayer has, which mypy does not see
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def update_layer(self, adapter_name: str, slices: LayerSlices, inference_mode: bool) -> None:
+        """Take an adapter, whose stack is on the device of the base layer."""
+        self.slices[adapter_name] = slices
+        self.tcurlora_core[adapter_name] = slices.stack
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if adapter_name in self.slices and device is not None and device.type != "meta":
+            stack = self.slices[adapter_name].stack
+            if not stack.core.is_meta:
+                stack.to(device)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            self._check_rows(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        active = [self.slices[name] for name in self.active_adapters if name in self.slices]
+        if active and not args and not kwargs and self._is_plain(x):
+            base = self.get_base_layer()
+            result = active.pop(0).adapt(x, self._as_matrix(base.weight), base.bias)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        for slices in active:
+            result = result + self._change(slices, x, result.dtype)
+        return result
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether the operator may compute the base product itself: nothing else happens in the base layer's call."""
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return (
+            (type(base) is nn.Linear or is_conv1d(base))
+            and not hooked
+            and "forward" not in vars(base)
+            and type(base.weight) in (nn.Parameter, Tensor)
+            and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        )
+
+    def _change(self, slices: LayerSlices, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An adapter's part, in the dtype of the base's result."""
+        return slices.change(self._cast_input_dtype(x, slices.stack.col.dtype)).to(dtype)
+
+    def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """One base product for the whole batch; every adapter adds its part to its own rows."""
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in dict.fromkeys(adapter_names):
+            if adapter in self.slices:
+                rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
+                result = result.index_add(0, rows, self._change(self.slices[adapter], x[rows], result.dtype))
+        return result
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def _as_matrix(self, stored: Tensor) -> Tensor:
+        """A weight as the base layer stores it -> (out, in), and the other way round; shares memory."""
+        return stored.T if is_conv1d(self.get_base_layer()) else stored
+
+    def get_base_weight(self) -> Tensor:
+        """The base layer's weight as it is now, dequantised."""
+        if self.quantization_backend is None:
+            return super().get_base_weight()
+        return dequantised(self.get_base_layer(), self.quantization_backend)
+
+    def weight_slices(self, adapter_name: str) -> Tensor:
+        """The base weight, also where merged, as the slices (num_slices, out, in) that it has in an adapter's stack."""
+        stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
+        return self._as_matrix(stored.detach()).unflatten(0, (self.slices[adapter_name].num_slices, -1))
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """An adapter's dW, laid out and rounded as the base weight is."""
+        slices = self.slices[adapter_name]
+        return self._as_matrix(slices.delta_weight(slices.stack.core.dtype)).to(slices.stack.col.dtype)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W + dW in the place of W, summed over the adapters in float64 and rounded once; W is kept for unmerge.
+
+        A quantised base is dequantised, and the sum quantised again. ``safe_merge``: raises ValueError, and changes
+        nothing, where the sum is not finite.
+        """
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.slices]
+        if not new:
+            return
+        stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
+        total = self._as_matrix(stored).double()
+        for name in [*self.merged_adapters, *new]:
+            total = total + self.slices[name].delta_weight(torch.float64)
+            if safe_merge and not bool(torch.isfinite(total).all()):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was merged"
+                )
+        self.unmerged_weight = stored
+        self.set_base_weight(self._as_matrix(total.to(stored.dtype)).contiguous())
+        self.merged_adapters += new
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit; a quantised W is quantised again."""
+        if self.unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.set_base_weight(self.unmerged_weight)
+        self.unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The change is additive and of low rank: PEFT may take a LoRA from it."""
+        return True
+
+    def __repr__(self) -> str:
+        return "tcurlora." + super().__repr__()

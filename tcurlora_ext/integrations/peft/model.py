@@ -1,0 +1,204 @@
+"""The tuner: what PEFT calls to put adapters on a model, and what holds their stacks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.config import TCURConfig, pair_of
+from tcurlora_ext.adapter.inject import build_stack
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.targets import Target, group, is_conv1d, slice_names
+from tcurlora_ext.maths.selection import Selection
+
+from .config import TcurLoraConfig
+from .indices import with_factors, without_factors
+from .layer import LayerSlices, TcurLoraLinear
+from .mixed import rows_for_adapters
+from .quantised import backend_of
+from .sharing import share_factors
+from .targets import as_target, base_of, default_names, outer_modules, stack_config
+
+RANDOM_CORE = 0.1  # standard deviation of a core that is not to start at zero
+
+
+class TcurLoraModel(BaseTuner):
+    """A model with t-CUR adapters.
+
+    tcurlora_core   adapter -> stack -> :class:`TCURStack`: registered here once, used by the layers
+    """
+
+    prefix = "tcurlora_"
+    uses_shared_state = True
+    tuner_layer_cls = TcurLoraLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's; default_names() stands in for it
+
+    tcurlora_core: nn.ModuleDict
+
+    def stacks(self, adapter_name: str) -> dict[str, TCURStack]:
+        """An adapter's stacks by name."""
+        return dict(cast("nn.ModuleDict", self.tcurlora_core[adapter_name]).items())  # type: ignore[arg-type]
+
+    # -- putting an adapter on ----------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: TcurLoraConfig, adapter_name: str) -> None:
+        self.tcurlora_core = nn.ModuleDict()
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
+    ) -> None:
+        """As PEFT's. After an error no stack of the adapter is left."""
+        # PEFT keeps the flags of what was there before, but looks for it only inside the model.
+        before = [(core, core.requires_grad) for core in self.tcurlora_core.parameters()]
+        self._injected = (adapter_name, low_cpu_mem_usage)
+        self._slices: dict[str, LayerSlices] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+        except Exception:
+            if adapter_name in self.tcurlora_core:
+                del self.tcurlora_core[adapter_name]
+            raise
+        finally:
+            del self._injected, self._slices
+        for core, requires_grad in before:
+            core.requires_grad_(requires_grad)
+
+    def _prepare_adapter_config(self, peft_config: TcurLoraConfig, model_config: dict[str, Any]) -> TcurLoraConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_names(self.model)
+        return peft_config
+
+    def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:
+        """Build the adapter's stacks, before any layer is replaced: they need all their layers at once."""
+        adapter_name, on_meta = self._injected
+        _maybe_include_all_linear_layers(peft_config, model)
+        matching = [
+            (name, module)
+            for name, module in outer_modules(model)
+            if self._check_target_module_exists(peft_config, name)
+        ]
+        targets = [as_target(name, module, model, peft_config) for name, module in matching]
+        groups = group(targets, peft_config.for_stack(peft_config.r, peft_config.alpha))
+        stacks = {name: _build(name, members, peft_config, on_meta) for name, members in groups.items()}
+        for stack in stacks.values():
+            share_factors(stack, [other for name in self.tcurlora_core for other in self.stacks(name).values()])
+        for name, members in groups.items():
+            first = 0
+            for target in members:
+                self._slices[target.name] = LayerSlices(stacks[name], first, target.slices)
+                first += target.slices
+        self.tcurlora_core[adapter_name] = nn.ModuleDict(stacks)
+
+    def _create_and_replace(
+        self,
+        peft_config: TcurLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        slices = self._slices[current_key]
+        if isinstance(target, TcurLoraLinear):
+            target.update_layer(adapter_name, slices, peft_config.inference_mode)
+            return
+        _note_layout(peft_config, target)
+        backend = backend_of(base_of(target), self.model)
+        layer = TcurLoraLinear(target, adapter_name, slices, peft_config.inference_mode, backend)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cores are at least float32 from the start; without ``autocast_adapter_dtype`` they get the base's dtype."""
+        if not autocast_adapter_dtype:
+            for stack in self.stacks(adapter_name).values():
+                stack.core.data = stack.core.data.to(stack.col.dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        del self.tcurlora_core[adapter_name]
+
+    # -- mixed batches ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        with rows_for_adapters(self, adapter_names, kwargs.get("num_beams")):
+            yield
+
+    # -- saving and loading -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: TcurLoraConfig, adapter_name: str, *rest: Any, **named: Any
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *rest, **named)
+        if config.save_projection:
+            return state
+        return without_factors(model, cls._stacks_in(model, adapter_name), adapter_name, state)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TcurLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return with_factors(model, cls._stacks_in(model, adapter_name), adapter_name, state)
+
+    @classmethod
+    def _stacks_in(cls, model: nn.Module, adapter_name: str) -> dict[str, TCURStack]:
+        """An adapter's stacks in a model that PEFT has wrapped."""
+        tuner = next(module for module in model.modules() if isinstance(module, cls))
+        return tuner.stacks(adapter_name)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """``tcurlora_core.<adapter>.<stack>.core`` -> ``tcurlora_core.<stack>``, ``...row`` -> ``tcurlora_row...``."""
+        head, found, tail = key.partition(f"tcurlora_core.{adapter_name}.")
+        if not found:
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        stack, kind = tail.split(".")
+        return f"{head}tcurlora_{kind}.{stack}"
+
+
+def _build(name: str, members: list[Target], config: TcurLoraConfig, on_meta: bool) -> TCURStack:
+    """A stack for these members; ``on_meta``: one without values, which are loaded later."""
+    of_stack = stack_config(name, members, config)
+    if on_meta:
+        return _blank(members, of_stack)
+    stack = build_stack(name, members, of_stack)
+    if not config.init_weights:
+        nn.init.normal_(stack.core, std=RANDOM_CORE)
+    return stack
+
+
+def _blank(members: list[Target], config: TCURConfig) -> TCURStack:
+    """A stack of the right shapes on the meta device; nothing is chosen from the base weights, nor read of them."""
+    slices = sum(target.slices for target in members)
+    ones = torch.ones((), dtype=members[0].weight.dtype).expand(slices, *members[0].shape)
+    c, r = pair_of(config.rank)
+    first = Selection(torch.arange(r), torch.arange(c), torch.zeros(r), torch.zeros(c))
+    names = slice_names(members)
+    stack = TCURStack(ones, first, scale=config.scale, rule=config.selection, names=names, **config.stack_options())
+    return stack.to("meta")
+
+
+def _note_layout(config: TcurLoraConfig, target: nn.Module) -> None:
+    """Set ``fan_in_fan_out`` to what the layer is, which its type says, with the warning of PEFT's other methods."""
+    base = base_of(target)
+    transposed = is_conv1d(base)
+    if config.fan_in_fan_out != transposed:
+        warnings.warn(
+            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{type(base).__name__}`. "
+            f"Setting fan_in_fan_out to {transposed}.",
+            stacklevel=2,
+        )
+        config.fan_in_fan_out = transposed

@@ -1,0 +1,50 @@
+"""Frozen base layers whose weight is quantised: C and R are taken from the dequantised weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.targets import Target
+
+
+@dataclass(frozen=True)
+class QuantisedTarget(Target):
+    """A target whose weight is dequantised each time that it is asked for."""
+
+    backend: QuantizationBackend = None
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantised(self.module, self.backend).unflatten(0, (self.slices, -1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        in_features, out_features = _get_in_out_features(self.module)
+        return out_features // self.slices, in_features
+
+
+def backend_of(base_layer: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's access to the weight of a quantised layer; None for a plain one."""
+    # How to quantise a merged weight is known to a model that transformers loaded, not to one that torchao changed.
+    known = {"get_apply_tensor_subclass": _unknown} | get_quantization_kwargs(model)
+    return resolve_quantization_backend(base_layer, **known)
+
+
+def dequantised(base_layer: nn.Module, backend: QuantizationBackend) -> Tensor:
+    """The weight (out, in) as a plain tensor."""
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        # On some CPUs bitsandbytes keeps a 4 bit weight in a layout that dequantising misreads. Saving takes it back.
+        base_layer.state_dict()
+    return backend.get_base_weight(base_layer).detach()
+
+
+def _unknown() -> Any:
+    raise TypeError(
+        "cannot merge: how to quantise the merged weight again is unknown, expected a model that transformers quantised"
+    )

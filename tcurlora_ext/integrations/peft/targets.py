@@ -1,0 +1,105 @@
+"""Which of a model's modules an adapter of PEFT takes, and the stacks they form."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import TypeVar
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.targets import DEFAULT_TARGETS, Target, is_conv1d
+
+from .config import TcurLoraConfig
+from .quantised import QuantisedTarget, backend_of
+
+T = TypeVar("T")
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer itself, within whatever PEFT has wrapped around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a base layer that is not quantised can be adapted: it is linear, and its parent calls it."""
+    # nn.MultiheadAttention reads the weight of its out_proj, of this type, and never calls it.
+    uncalled = type(module).__name__ == "NonDynamicallyQuantizableLinear"
+    return (isinstance(module, nn.Linear) and not uncalled) or is_conv1d(module)
+
+
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The named modules without what lies inside PEFT's layers."""
+    inside = None
+    for name, module in model.named_modules():
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        yield name, module
+        if isinstance(module, BaseTunerLayer):
+            inside = name + "."  # its children follow at once
+
+
+def is_supported(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a base layer of the model can be adapted."""
+    return is_linear(module) or getattr(backend_of(module, model), "layer_type", None) == "linear"
+
+
+def default_names(model: nn.Module) -> set[str]:
+    """What is adapted where the configuration names no modules, as ends of names: what follows the block's number.
+
+    Raises ValueError where there is nothing.
+    """
+    names = {
+        Target(name, base_of(module)).role
+        for name, module in outer_modules(model)
+        if re.fullmatch(DEFAULT_TARGETS, name) and is_supported(base_of(module), model)
+    }
+    if not names:
+        raise ValueError(
+            f"Please specify `target_modules`: none of the modules of {type(model).__name__} has a name that the "
+            "default knows"
+        )
+    return names
+
+
+def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraConfig) -> Target:
+    """The target for a module that the configuration names. Raises TypeError or ValueError where it cannot be one."""
+    base = base_of(module)
+    if not is_supported(base, model):
+        raise TypeError(
+            f"{name} is a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' Conv1D or a "
+            "quantised one) that its parent calls"
+        )
+    backend = backend_of(base, model)
+    if backend is not None and not backend.supports_merge:
+        raise TypeError(
+            f"{name} is quantised by {backend.backend_name}, expected a kind that PEFT can dequantise (bitsandbytes, "
+            "HQQ, torchao): C and R are taken from the dequantised weight"
+        )
+    slices = config.split_fused.get(name.rsplit(".", 1)[-1], 1)
+    whole = Target(name, base) if backend is None else QuantisedTarget(name, base, backend=backend)
+    if whole.shape[0] % slices:
+        raise ValueError(f"{name}: {whole.shape[0]} output features do not split into {slices} equal slices")
+    return dataclasses.replace(whole, slices=slices)
+
+
+def stack_config(stack: str, members: list[Target], config: TcurLoraConfig) -> TCURConfig:
+    """The configuration of a stack. Raises ValueError where the patterns give its layers different ranks or alphas."""
+    rank = _common("rank", stack, members, config.rank_pattern, config.r)
+    return config.for_stack(rank, _common("alpha", stack, members, config.alpha_pattern, config.alpha))
+
+
+def _common(kind: str, stack: str, members: list[Target], pattern: dict[str, T], default: T) -> T:
+    values = [pattern.get(get_pattern_key(pattern.keys(), target.name), default) for target in members]
+    for target, value in zip(members, values, strict=True):
+        if value != values[0]:
+            raise ValueError(
+                f"{kind}_pattern gives {members[0].name} {kind} {values[0]} and {target.name} {kind} {value}, expected "
+                f"one for both: they are slices of stack {stack} and share its core. "
+                'stack_by="role" or "none" makes stacks of fewer layers'
+            )
+    return values[0]

@@ -1,0 +1,128 @@
+"""Errors name what was found and what was expected, and leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from tcurlora_ext.integrations.peft import TcurLoraConfig, TcurLoraLinear
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "rank is 0, expected a positive whole number"),
+        ({"rank_pattern": {"q_proj": -1}}, "rank is -1, expected a positive whole number"),
+        ({"alpha": float("nan")}, "alpha is nan, expected a finite number"),
+        ({"selection": "best"}, "selection is 'best', expected one of 'norm'"),
+        ({"bias": "some"}, "bias is 'some', expected one of 'none', 'all', 'tcurlora_only'"),
+        ({"layers_pattern": "layers"}, "layers_pattern is given, expected layers_to_transform"),
+        ({"target_modules": ".*", "layers_to_transform": [0]}, "expected a list of names"),
+    ],
+)
+def test_of_the_configuration(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TcurLoraConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, ValueError, "q_prj"),
+        ({"target_modules": ["embed_tokens"]}, TypeError, "model.embed_tokens is a Embedding, expected a linear layer"),
+        ({"r": 9}, ValueError, r"8x16 .*rank \(c, r\) = \(9, 9\) does not fit 8 x 16 weights"),
+        ({"split_fused": {"q_proj": 3}}, ValueError, "q_proj: 16 output features do not split into 3"),
+        (
+            {"rank_pattern": {"q_proj": 4}},
+            ValueError,
+            r"q_proj rank 4 and model.layers.0.self_attn.o_proj rank 2, expected one for both: .* stack 16x16",
+        ),
+        (
+            {"alpha_pattern": {"v_proj": 4.0}},
+            ValueError,
+            r"k_proj alpha 1.0 and model.layers.0.self_attn.v_proj alpha 4.0",
+        ),
+    ],
+)
+def test_of_an_adapter_leave_the_model_as_it_was(
+    make_llama: Callable[[], LlamaForCausalLM], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = make_llama()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(error, match=message):
+        get_peft_model(model, TcurLoraConfig(**({"r": 2} | options)))
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(p.requires_grad for p in model.parameters())
+
+    adapted = get_peft_model(model, TcurLoraConfig(r=2))
+    state = adapted.state_dict()
+    with pytest.raises(error, match=message):
+        adapted.add_adapter("second", TcurLoraConfig(**({"r": 2} | options)))
+    assert adapted.state_dict().keys() == state.keys()
+    assert list(adapted.peft_config) == ["default"]
+
+
+def test_of_weights_that_are_not_finite(make_llama: Callable[[], LlamaForCausalLM]) -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: 1 of 512 weights are NaN"):
+        get_peft_model(model, TcurLoraConfig(r=2))
+
+
+def test_of_a_base_without_values(make_llama: Callable[[], LlamaForCausalLM]) -> None:
+    with pytest.raises(ValueError, match=r"stack 16x16 .*meta device: rows and columns are chosen from real values"):
+        get_peft_model(make_llama().to("meta"), TcurLoraConfig(r=2))
+
+
+def test_of_modules_that_are_not_called() -> None:
+    """``nn.MultiheadAttention`` reads its out_proj's weight; an adapter there would silently do nothing."""
+    with pytest.raises(TypeError, match="out_proj is a NonDynamicallyQuantizableLinear, expected a linear layer"):
+        get_peft_model(nn.MultiheadAttention(8, 2), TcurLoraConfig(r=1, target_modules=["out_proj"]))
+
+
+def test_of_a_model_without_the_default_names() -> None:
+    with pytest.raises(ValueError, match="specify `target_modules`: none of the modules of Sequential"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), TcurLoraConfig(r=1))
+
+
+@pytest.mark.parametrize(
+    ("names", "training", "message"),
+    [
+        (["default"], False, "should be the same as the number of inputs, but got 1 and 3"),
+        (
+            ["default", "defualt", "__base__"],
+            False,
+            r"adapter\(s\): defualt; expected default or __base__",
+        ),
+        (["default"] * 3, True, "training mode"),
+    ],
+)
+def test_of_mixed_batches(
+    make_llama: Callable[[], LlamaForCausalLM],
+    adapt: Callable[..., PeftModel],
+    tokens: torch.Tensor,
+    names: list[str],
+    training: bool,
+    message: str,
+) -> None:
+    model = adapt(make_llama()).train(training)
+    with pytest.raises(ValueError, match=message):
+        model(tokens, adapter_names=names)
+    hooks = [module._forward_pre_hooks for module in model.modules() if isinstance(module, TcurLoraLinear)]
+    assert not any(hooks)
+
+
+def test_of_mixed_batches_over_merged_weights(
+    make_llama: Callable[[], LlamaForCausalLM], adapt: Callable[..., PeftModel], tokens: torch.Tensor
+) -> None:
+    model = adapt(make_llama())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters"):
+        model(tokens, adapter_names=["default"] * 3)
