@@ -40,7 +40,9 @@ def write_set(
     for found in run(SETS[name]() if cases is None else cases, device, rounds, keep, say):
         new = [about | {column: str(cell) for column, cell in row.items()} for row in found]
         measured = set(map(key, new))
-        rows = [row for row in rows if key(row) not in measured] + new
+        at = next((place for place, row in enumerate(rows) if key(row) in measured), len(rows))
+        rows = [row for row in rows if key(row) not in measured]
+        rows[at:at] = new
         write_csv(path, [{column: row.get(column, "") for column in new[0]} for row in rows])
         show(new)
     return path
