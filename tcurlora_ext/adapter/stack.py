@@ -211,15 +211,29 @@ class TCURStack(nn.Module):
         """``x W^T + bias`` plus the adapter, for slices whose weights stand in ``weight`` (num_slices*out, in)."""
         core, col, row = self.core_fourier(), self.col.to(weight.dtype), self.row.to(weight.dtype)
         if self.transform != "identity":
-            return tcur_linear(
-                x, weight, bias, col, core, row, first_slice, num_slices, self.scale, self.backend, self.transform
-            )
+            return self._linear(x, weight, bias, col, core, row, first_slice, num_slices, self.transform)
         layers = range(first_slice, first_slice + num_slices)
         outputs = []
         for layer, part, part_bias in zip(layers, weight.chunk(num_slices), _chunks(bias, num_slices), strict=True):
             factors = self._slice_factors(col, core, row, layer)
-            outputs.append(tcur_linear(x, part, part_bias, *factors, 0, 1, self.scale, self.backend))
+            outputs.append(self._linear(x, part, part_bias, *factors, 0, 1, "dft"))
         return outputs[0] if num_slices == 1 else torch.cat(outputs, -1)
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        col: Tensor,
+        core: Tensor,
+        row: Tensor,
+        first_slice: int,
+        num_slices: int,
+        transform: str,
+    ) -> Tensor:
+        return tcur_linear(
+            x, weight, bias, col, core, row, first_slice, num_slices, self.scale, self.backend, transform
+        )
 
     def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """The factors of one slice without a transform: a stack of its own of one slice."""
