@@ -7,6 +7,7 @@ from .adapter.inject import inject, remove, stacks, unfreeze
 from .adapter.linear import TCURLinear
 from .adapter.load import load_adapter
 from .adapter.merge import merge, unmerge
+from .adapter.plain import plain_copy
 from .adapter.stack import TCURStack
 from .adapter.summary import summary
 from .maths import reference, tproduct
@@ -23,6 +24,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "plain_copy",
     "reference",
     "remove",
     "save_adapter",

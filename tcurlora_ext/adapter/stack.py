@@ -225,9 +225,7 @@ class TCURStack(nn.Module):
             return nn.functional.linear(x, weight, bias) + self.change(dropped, first_slice, num_slices)
         calls = self._calls(first_slice, num_slices, weight.dtype)
         parts = zip(calls, weight.chunk(len(calls)), _chunks(bias, len(calls)), strict=True)
-        return _joined(
-            [tcur_linear(x, part, b, *call, self.scale, self.backend, self._call_transform) for call, part, b in parts]
-        )
+        return _joined([self._linear(x, part, part_bias, *call) for call, part, part_bias in parts])
 
     def change(self, x: Tensor, first_slice: int, num_slices: int) -> Tensor:
         """The adapter's part of :meth:`adapt` alone: x (..., in) -> (..., num_slices*out), in the dtype of x.
@@ -251,6 +249,21 @@ class TCURStack(nn.Module):
         if self.blocks < self.slices:
             return [(col, packing.core_at(core, layer, self.slices), row, 0, 1) for layer in layers]
         return [(col, core, row, first_slice, num_slices)]
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        col: Tensor,
+        core: Tensor,
+        row: Tensor,
+        first_slice: int,
+        num_slices: int,
+    ) -> Tensor:
+        """One call of the operator."""
+        slices = (first_slice, num_slices)
+        return tcur_linear(x, weight, bias, col, core, row, *slices, self.scale, self.backend, self._call_transform)
 
     def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """The factors of one slice without a transform: a stack of its own of one slice."""

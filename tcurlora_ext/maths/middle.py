@@ -12,15 +12,25 @@ from .packing import MiddleBlocks
 
 
 class BatchedMiddle:
-    """The middle product for slices first_slice..+num_slices: its blocks in ``dtype``, with the scale folded in."""
+    """The middle product for slices first_slice..+num_slices: its blocks in ``dtype``, with the scale folded in.
+
+    ``phases`` as :class:`MiddleBlocks` takes them.
+    """
 
     def __init__(
-        self, core: Tensor, first_slice: int, num_slices: int, scale: float, transform: str, dtype: torch.dtype
+        self,
+        core: Tensor,
+        first_slice: int,
+        num_slices: int,
+        scale: float,
+        transform: str,
+        dtype: torch.dtype,
+        phases: tuple[Tensor, ...] | None = None,
     ) -> None:
         self.slices, self.c, self.r = core.shape
         self.n = num_slices
         self.scale = scale
-        self.blocks = MiddleBlocks(core, first_slice, num_slices, transform)
+        self.blocks = MiddleBlocks(core, first_slice, num_slices, transform, phases)
         # Matrices of one batched product: (blocks, n*c, r) and (pairs, n*2c, 2r).
         self.single = (scale * self.blocks.single).transpose(0, 1).flatten(1, 2).to(dtype)
         self.pair = (scale * self.blocks.pair).transpose(0, 1).flatten(1, 2).to(dtype)
@@ -32,26 +42,26 @@ class BatchedMiddle:
         pairs = parts[..., self.blocks.pair_at, :].flatten(-2).unflatten(-1, (-1, 2 * width)).movedim(-2, 0)
         return single, pairs
 
-    def _join(self, single: Tensor, pair: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
-        """The inverse of :meth:`_split`, into a new tensor (*shape, S*width)."""
-        out = single.new_empty(*shape, self.slices, width)
-        out[..., self.blocks.single_at, :] = single.movedim(0, -2)
-        out[..., self.blocks.pair_at, :] = pair.movedim(0, -2).flatten(-2).unflatten(-1, (-1, width))
-        return out.flatten(-2)
+    def _join(self, single: Tensor, pair: Tensor, width: int) -> Tensor:
+        """The inverse of :meth:`_split`, a new tensor (T, ..., S*width)."""
+        single = single.movedim(0, -2)
+        pairs = pair.movedim(0, -2).flatten(-2).unflatten(-1, (-1, width))
+        # The first block stands alone; behind the pairs the last one of an even S, and of the DCT all others.
+        return torch.cat([single[..., :1, :], pairs, single[..., 1:, :]], -2).flatten(-2)
 
     def forward(self, h: Tensor) -> Tensor:
         """m = scale * h B^T: (T, r*S) -> (T, n, c*S)."""
         single, pair = self._split(h, self.r)
         single = torch.bmm(single, self.single.mT).unflatten(-1, (self.n, self.c))
         pair = torch.bmm(pair, self.pair.mT).unflatten(-1, (self.n, 2 * self.c))
-        return self._join(single, pair, (h.shape[0], self.n), self.c)
+        return self._join(single, pair, self.c)
 
     def backward(self, p: Tensor) -> Tensor:
         """dh = scale * p B: (T, n, c*S) -> (T, r*S)."""
         single, pair = self._split(p, self.c)
         single = torch.bmm(single.flatten(2), self.single)
         pair = torch.bmm(pair.flatten(2), self.pair)
-        return self._join(single, pair, (p.shape[0],), self.r)
+        return self._join(single, pair, self.r)
 
     def core_gradient(self, p: Tensor, h: Tensor) -> Tensor:
         """The core's gradient (S, c, r) from p (T, n, c*S) and h (T, r*S), summed in at least float32."""

@@ -114,7 +114,7 @@ def core_at(core_fourier: Tensor, layer: int, slices: int) -> Tensor:
     place of those of F. An operator that knows of one number of slices alone then computes with F of them.
     """
     blocks = core_fourier.shape[0]
-    single, cos, sin = _phases_on(slices, layer, 1, "dft", core_fourier.device, core_fourier.dtype)
+    single, cos, sin = phases_on(slices, layer, 1, "dft", core_fourier.device, core_fourier.dtype)
     pairs = (blocks - 1) // 2
     cos, sin = cos[0, :pairs], sin[0, :pairs]
     real, imaginary = core_fourier[1:].unflatten(0, (pairs, 2)).unbind(1)
@@ -211,10 +211,13 @@ def _phases(slices: int, first_slice: int, num_slices: int, transform: str) -> t
 
 
 @_constant
-def _phases_on(
+def phases_on(
     slices: int, first_slice: int, num_slices: int, transform: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """:func:`_phases` to multiply blocks by, kept on the device: copying waits for it and ends a graph capture."""
+    """:func:`_phases` to multiply blocks by: (num_slices, blocks or pairs, 1, 1) each.
+
+    Kept on the device: copying waits for it and ends a graph capture.
+    """
     constants = _phases(slices, first_slice, num_slices, transform)
     return tuple(t.to(device=device, dtype=dtype)[..., None, None] for t in constants)
 
@@ -235,18 +238,29 @@ class MiddleBlocks:
     """B_l for some layers of a stack, block by block: what stands between h and m.
 
     ``single`` (num_slices, blocks, c, r) and ``pair`` (num_slices, pairs, 2c, 2r), in the dtype of ``core_fourier``.
+    ``phases`` are those of :func:`phases_on` for these layers where the caller holds them.
     """
 
-    def __init__(self, core_fourier: Tensor, first_slice: int, num_slices: int, transform: str = "dft") -> None:
+    def __init__(
+        self,
+        core_fourier: Tensor,
+        first_slice: int,
+        num_slices: int,
+        transform: str = "dft",
+        phases: tuple[Tensor, ...] | None = None,
+    ) -> None:
         slices = core_fourier.shape[0]
         self.core_shape = core_fourier.shape
         self.transform = transform
         self.num_slices = num_slices
         self.single_at = single_blocks(slices, transform)
         self.pair_at = pair_blocks(slices, transform)
-        self._single, self._cos, self._sin = _phases_on(
-            slices, first_slice, num_slices, transform, core_fourier.device, core_fourier.dtype
-        )
+        if phases is None:
+            phases = phases_on(slices, first_slice, num_slices, transform, core_fourier.device, core_fourier.dtype)
+        self._single: Tensor
+        self._cos: Tensor
+        self._sin: Tensor
+        self._single, self._cos, self._sin = phases
         self.single = self._single * core_fourier[self.single_at]
         real, imaginary = core_fourier[self.pair_at].unflatten(0, (-1, 2)).unbind(1)
         a = self._cos * real - self._sin * imaginary

@@ -6,17 +6,21 @@
 
 ``backend`` is "auto" or the name of an implementation: "eager", "native" or "triton". For the core's gradient the
 smaller of h and x is saved.
-The shape-only fakes, which torch.compile needs, and what PyTorch's FLOP counter counts are the same for both.
+The shape-only fakes, which torch.compile needs, what torch.func's transforms see (``linear`` written out) and what
+PyTorch's FLOP counter counts are the same for both.
 """
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
-from . import eager, flops, fused, python
+from . import eager, flops, fused, plain, python
 from .available import extension
-from .choice import override, plain
+from .choice import override
+from .choice import plain as plain_choices
 
 
 def _forward_fake(
@@ -35,7 +39,8 @@ def _forward_fake(
     eager.check(x, weight, bias, col, core, row, num_slices)
     eager.check_slices(core.shape[0], first_slice, num_slices)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, x.new_empty(x.shape[:-1].numel(), row.shape[0])
+    # Not torch.Size.numel(), which would make a symbolic number of tokens the one of the first call.
+    return y, x.new_empty(prod(x.shape[:-1]), row.shape[0])
 
 
 def _backward_fake(
@@ -71,7 +76,9 @@ else:
     for _name, _implementation in (("eager", eager), ("triton", fused)):
         _library.impl(f"{_name}_forward", _implementation.forward, "CompositeExplicitAutograd")
         _library.impl(f"{_name}_backward", _implementation.backward, "CompositeExplicitAutograd")
-    _extension.set_choices(plain)
+    _extension.set_choices(plain_choices)
 torch.library.register_fake("tcurlora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tcurlora::backward", _backward_fake, lib=_library)
+# Above every transform of torch.func, which take a C++ autograd function for none of theirs.
+_library.impl("linear", plain.linear, "FuncTorchDynamicLayerFrontMode")
 flops.register()

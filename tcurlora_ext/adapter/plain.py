@@ -1,0 +1,85 @@
+"""An adapted model without this package's operator: for exporters, and for run times that know PyTorch's alone."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.maths.packing import fold_core, phases_on
+from tcurlora_ext.operator import plain
+
+from .inject import adapted_layers, remove
+from .merge import merge
+from .stack import TCURStack
+
+PHASES = ("phases_single", "phases_cos", "phases_sin")
+
+
+class PlainStack(TCURStack):
+    """A stack whose layers compute ``x W^T + b + (h B^T) col^T``, ``h = x row^T``, in plain matrix products.
+
+    The blocks of B are made of the core in each call, a few operations on r*c*S numbers: all layers follow from one
+    parameter, so that another adapter of the same base is another core. Constants, which are not in the state_dict:
+
+    phases_single, phases_cos, phases_sin   of B, for all slices
+    fold   (S, S), the slice transform of a core in the domain "slice"
+    """
+
+    fold: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def become(cls, stack: TCURStack) -> None:
+        """Make a stack a plain one where it is: its container and its layers hold it."""
+        core = stack.core
+        # Without a transform every slice is a stack of its own; of low frequencies a call has the kept blocks alone.
+        slices = 1 if stack.transform == "identity" else stack.blocks
+        constants = phases_on(slices, 0, slices, stack._call_transform, core.device, core.dtype)
+        for name, constant in zip(PHASES, constants, strict=True):
+            stack.register_buffer(name, constant.clone(), persistent=False)
+        unit = torch.eye(stack.slices, dtype=core.dtype, device=core.device)
+        stack.register_buffer("fold", fold_core(unit[:, :, None], stack.transform)[:, :, 0], persistent=False)
+        stack.__class__ = cls
+
+    def core_fourier(self) -> Tensor:
+        if self.core_domain == "fourier":
+            return self.core
+        return (self.fold @ self.core.flatten(1)).view_as(self.core)
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        col: Tensor,
+        core: Tensor,
+        row: Tensor,
+        first_slice: int,
+        num_slices: int,
+    ) -> Tensor:
+        slices = (first_slice, num_slices)
+        phases = tuple(self.get_buffer(name)[first_slice : first_slice + num_slices] for name in PHASES)
+        return plain.linear(x, weight, bias, col, core, row, *slices, self.scale, self._call_transform, phases=phases)
+
+
+def plain_copy(model: nn.Module, merged: bool = False) -> nn.Module:
+    """A copy of an adapted model that computes in PyTorch's own operations; ``model`` stays as it is.
+
+    ``merged=False``: every adapted layer is its base product and the adapter's three matrix products, as small as the
+    adapted model, and the cores are parameters under the names that they had. ``merged=True``: plain layers of
+    W + dW, as ``remove(merge(...))`` leaves them. Either may be exported by ``torch.export`` and ``torch.onnx``.
+    Raises ValueError where the model is not adapted, or a merged weight would not be finite.
+    """
+    plain_model = copy.deepcopy(model)
+    if merged:
+        return remove(merge(plain_model))
+    layers = [layer for _, layer in adapted_layers(plain_model)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} is not adapted; call inject(model) first")
+    for layer in layers:
+        layer.unmerge()
+        if not isinstance(layer.stack, PlainStack):
+            PlainStack.become(layer.stack)
+    return plain_model

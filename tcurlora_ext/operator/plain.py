@@ -1,0 +1,41 @@
+"""``tcurlora::linear`` written out in functional PyTorch operations, with no operator of this package in it.
+
+What other machinery can take apart: an exporter, which knows PyTorch's operations alone, and ``torch.func``, whose
+transforms (vmap, grad, jvp and all that is made of them) need a rule for every operation. Autograd keeps more for it
+than for the operator, and a sum more is written and read: training goes through the operator.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tcurlora_ext.maths.middle import BatchedMiddle
+
+from .eager import check_slices
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    col: Tensor,
+    core: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    transform: str = "dft",
+    backend: str = "auto",
+    phases: tuple[Tensor, ...] | None = None,
+) -> Tensor:
+    """The arguments and result of ``torch.ops.tcurlora.linear``, of which ``backend`` says nothing here.
+
+    ``phases`` are the constants of the middle product (:func:`tcurlora_ext.maths.packing.phases_on`) for a caller that
+    holds them, as an exported graph has to: it would compute them in each call. Raises ValueError where the slices are
+    not in the core; what else does not fit is PyTorch's to refuse.
+    """
+    check_slices(core.shape[0], first_slice, num_slices)
+    h = x.reshape(-1, x.shape[-1]) @ row.T
+    m = BatchedMiddle(core, first_slice, num_slices, scale, transform, x.dtype, phases).forward(h)
+    change = m.flatten(0, 1) @ col.T
+    return nn.functional.linear(x, weight, bias) + change.reshape(*x.shape[:-1], weight.shape[0])
