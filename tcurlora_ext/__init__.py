@@ -6,6 +6,7 @@ from .adapter.inject import inject, remove, stacks, unfreeze
 from .adapter.linear import TCURLinear
 from .adapter.load import load_adapter
 from .adapter.merge import merge, unmerge
+from .adapter.sharding import shard
 from .adapter.stack import TCURStack
 from .adapter.summary import summary
 from .maths import reference, tproduct
@@ -24,6 +25,7 @@ __all__ = [
     "reference",
     "remove",
     "save_adapter",
+    "shard",
     "stacks",
     "summary",
     "tproduct",
