@@ -20,7 +20,7 @@ from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.plan import plan
-from tcurlora_ext.adapter.ranks import RankCost, Rates, rank_costs
+from tcurlora_ext.adapter.processes import RankCost, Rates, rank_costs
 from tcurlora_ext.segmentation.artifacts import write_csv
 
 # hidden size, intermediate size, layers, heads, key and value heads, vocabulary: Llama 2 7B, Llama 3.1 8B, 70B, 405B.

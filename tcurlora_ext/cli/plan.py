@@ -70,7 +70,7 @@ def plan(
     from tcurlora_ext.adapter.config import TCURConfig
     from tcurlora_ext.adapter.plan import plan as count
     from tcurlora_ext.adapter.plan import trace_calls
-    from tcurlora_ext.adapter.ranks import Rates, rank_costs, rank_rows, rank_table, rank_text
+    from tcurlora_ext.adapter.processes import Rates, rank_costs, rank_rows, rank_table, rank_text
     from tcurlora_ext.cli.model_source import build_model, preset_input
     from tcurlora_ext.segmentation.artifacts import write_csv, write_json
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.plan import plan
-from tcurlora_ext.adapter.ranks import RankCost, Rates, rank_costs, rank_rows, rank_table, rank_text
+from tcurlora_ext.adapter.processes import RankCost, Rates, rank_costs, rank_rows, rank_table, rank_text
 
 WIDTH, DEPTH, RANKS = 32, 3, 4
 BLOCK = WIDTH * WIDTH + WIDTH  # numbers
