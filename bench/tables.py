@@ -28,12 +28,18 @@ from .variants import FLOOR, LORA
 
 COMMAND = "python -m tcurlora_ext.bench.tables"
 MEASURE = "tcurlora bench"  # writes the files
+COUNT = "python -m tcurlora_ext.bench.scaling"  # writes those of tables in COUNTED
+COUNTED = ("scaling", "scaling-step")
 MARKED = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 OPENED = re.compile(r"^\s*<!-- (?:table:|end)", re.M)
 SAID = {"rounds": "{} rounds", "torch": "torch {}", "commit": "commit {}"}
 PROFILE = "python -m tcurlora_ext.bench.profile"
 STAGES = ("stage", "launches", "time_ms", "least_ms", "gflop", "fewest_mib")
 HOST = ("variant", "median_us", "least_us")
+SCALING = (
+    "model", "method", "layout", "numbers", "base", "gathered", "factors", "trained", "saved", "weights", "gradients",
+    "flops_over_base", "compute_s", "transfer_s",
+)  # fmt: skip
 
 Table = list[list[str]]  # the header, then rows
 
@@ -60,11 +66,13 @@ def _section(marker: str, root: Path) -> str:
     name, file = words
     make, columns = TABLES[name]
     rows = read_results(root / file) if columns is None else read_rows(root / file, columns)
-    return f"<!-- table: {name} {file} -->\n\n{markdown(make(rows))}\n\n{_source(file, rows)}\n\n<!-- end -->"
+    return f"<!-- table: {name} {file} -->\n\n{markdown(make(rows))}\n\n{_source(name, file, rows)}\n\n<!-- end -->"
 
 
-def _source(file: str, rows: list[Row]) -> str:
+def _source(name: str, file: str, rows: list[Row]) -> str:
     """Where a table is from: its file, what the cases share, device, rounds, versions, commit."""
+    if name in COUNTED:
+        return f"`{file}`, counted by `{COUNT}`."
     shared = labels(rows)[1] if "case" in rows[0] else ""
     stem = Path(file).stem
     command = PROFILE if stem.startswith("profile") else MEASURE
@@ -201,6 +209,42 @@ def profile(rows: list[Row]) -> Table:
     return [list(STAGES), *([f"`{row['stage']}`", *(row[name] for name in STAGES[1:])] for row in rows)]
 
 
+def scaling(rows: list[Row]) -> Table:
+    """A row a model and method in GB: what a rank holds by DDP and by FSDP."""
+    header = ["GB a rank", "trained", "base, DDP", "base, FSDP", "gathered, FSDP", "C and R", "core state", "kept"]
+    table = [header]
+    for (model, method), (ddp, fsdp) in _layouts(rows).items():
+        bytes_ = [ddp["base"], fsdp["base"], fsdp["gathered"], fsdp["factors"], ddp["trained"], fsdp["saved"]]
+        table.append([f"{model}: {method}", f"{int(fsdp['numbers']):,}", *map(_gigabytes, bytes_)])
+    return table
+
+
+def scaling_step(rows: list[Row]) -> Table:
+    """A row a model and method: what a step computes and brings to a rank, and seconds by the file's rates."""
+    table = [
+        ["a step of a rank", "FLOPs over the base's", "weights, FSDP, GB", "gradients, GB", "computing, s",
+         "transfers, DDP, s", "transfers, FSDP, s"]
+    ]  # fmt: skip
+    for (model, method), (ddp, fsdp) in _layouts(rows).items():
+        seconds = [_short(row, name) for row, name in ((fsdp, "compute_s"), (ddp, "transfer_s"), (fsdp, "transfer_s"))]
+        sent = [_gigabytes(fsdp["weights"]), _gigabytes(ddp["gradients"])]
+        table.append([f"{model}: {method}", f"{number(fsdp, 'flops_over_base'):.3f}", *sent, *seconds])
+    return table
+
+
+def _layouts(rows: list[Row]) -> dict[tuple[str, str], tuple[Row, Row]]:
+    """(model, method) -> its rows by DDP and by FSDP."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["method"]), {})[row["layout"]] = row
+    return {key: (layouts["ddp"], layouts["fsdp"]) for key, layouts in found.items()}
+
+
+def _gigabytes(text: str) -> str:
+    found = float(text) / 1e9
+    return f"{found:,.0f}" if found >= 100 else f"{found:.3g}"
+
+
 def _times(row: Row, column: str) -> str:
     found = value(row, column)
     return "" if found is None else f"{found:.2f}"
@@ -245,6 +289,8 @@ TABLES: dict[str, tuple[Callable[[list[Row]], Table], tuple[str, ...] | None]] =
     "summary": (summary, None),
     "profile": (profile, STAGES),
     "host": (host, HOST),
+    "scaling": (scaling, SCALING),
+    "scaling-step": (scaling_step, SCALING),
 }
 
 

@@ -8,6 +8,7 @@ from .adapter.linear import TCURLinear
 from .adapter.load import load_adapter
 from .adapter.merge import merge, unmerge
 from .adapter.plain import plain_copy
+from .adapter.sharding import shard
 from .adapter.stack import TCURStack
 from .adapter.summary import summary
 from .maths import reference, tproduct
@@ -28,6 +29,7 @@ __all__ = [
     "reference",
     "remove",
     "save_adapter",
+    "shard",
     "stacks",
     "summary",
     "tproduct",

@@ -19,10 +19,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .atomic import write_bytes
 from .config import TCURConfig
+from .dtensor import sharded_parameter, whole
 from .fingerprint import PROBES, fingerprint
 from .inject import CONTAINER, adapted_layers, require_container, stacks
 from .stack import TCURStack
@@ -53,6 +54,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     weights. ``include_factors`` adds C and R, so that the file loads onto other base weights too; where C and R are
     trained, or are not those of the base weights as they are now, they are always there. The file appears whole or not
     at all: an older one stays until the new one is written. Raises ValueError where the model is not adapted.
+
+    Of a model sharded over processes every process calls this and gathers the base weights of one stack at a time; the
+    first one writes, and all return when the file is there.
     """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path
@@ -77,8 +81,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     tensors |= {f"state.{name}": b for name, b in _buffers_beside(model)}
     header = {"format": FORMAT, "config": container.config.to_json(), "stacks": description}
     # A tensor that two names share (tied weights) is written under both: safetensors refuses shared memory.
-    content = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_bytes(path, safetensors.torch.save(content, {HEADER: json.dumps(header)}))
+    content = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
+    sharded = sharded_parameter(model) is not None
+    if not sharded or distributed.get_rank() == 0:
+        write_bytes(path, safetensors.torch.save(content, {HEADER: json.dumps(header)}))
+    if sharded:
+        distributed.barrier()
     return path
 
 

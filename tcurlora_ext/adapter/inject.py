@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .calibration import stack_inputs
 from .config import Rank, TCURConfig
+from .dtensor import refuse_sharded
 from .linear import TCURLayer
 from .ranks import stack_ranks
 from .stack import TCURStack
@@ -39,10 +40,11 @@ def inject(
     The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation
     for a fused projection with ``transform="identity"``). ``calibration`` is what :func:`calibrate` returned, for
     ``selection="activation"`` and for no other. Raises ValueError, before anything is changed, where nothing
-    matches, a layer is adapted already, shapes, devices or dtypes in a stack differ, the rank is larger than a side, or
-    weights are not finite; the message names the module.
+    matches, a layer is adapted already, the model is sharded over processes, shapes, devices or dtypes in a stack
+    differ, the rank is larger than a side, or weights are not finite; the message names the module.
     """
     config = config or TCURConfig()
+    refuse_sharded(model, "call inject(model) before it is sharded")
     container = find_container(model)
     adapted = next((name for name, module in model.named_modules() if isinstance(module, TCURLayer)), None)
     if container is not None or adapted is not None or hasattr(model, CONTAINER):

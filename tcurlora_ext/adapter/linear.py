@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .config import Rank
+from .dtensor import whole
 from .stack import TCURStack
 
 
@@ -33,9 +34,9 @@ class TCURLayer(nn.Module):
         return stored
 
     def weight_slices(self) -> Tensor:
-        """The base weight, also where merged, as slices (num_slices, out, in), sharing memory."""
+        """The base weight, also where merged, as slices (num_slices, out, in), sharing memory; gathered if sharded."""
         base = self.weight.detach() if self.base is None else self.base
-        return self.as_matrix(base).unflatten(0, (self.num_slices, -1))
+        return self.as_matrix(whole(base)).unflatten(0, (self.num_slices, -1))
 
     @classmethod
     def adopt(cls, plain: nn.Module) -> Self:

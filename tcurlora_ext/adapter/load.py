@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.maths.selection import Selection
 
+from .dtensor import refuse_sharded
 from .files import AdapterFile, read_adapter
 from .fingerprint import fingerprint, mismatch
 from .inject import adapted_layers, attach, find_container, stacks
@@ -28,6 +29,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     missing or of another shape, or the base weights are not those of the file (unless it holds the factors).
     """
     file = read_adapter(path)
+    refuse_sharded(model, f"load {file.path} before shard(model)")
     merged = next((name for name, layer in adapted_layers(model) if layer.merged), None)
     if merged is not None:
         raise ValueError(f"{merged} is merged: call unmerge(model) before loading {file.path}")

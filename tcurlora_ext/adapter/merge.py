@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from .dtensor import refuse_sharded
 from .inject import adapted_layers, require_container
 from .linear import TCURLayer
 
@@ -21,6 +22,7 @@ def merge(model: nn.Module) -> nn.Module:
     a dW by more than a tenth of its norm, as bfloat16 does to a small one.
     """
     require_container(model)
+    refuse_sharded(model, "save the adapter, load it onto the base in one process and merge there")
     merged: list[tuple[TCURLayer, Tensor]] = []
     worst = 0.0
     for name, layer in adapted_layers(model):

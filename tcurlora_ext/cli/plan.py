@@ -14,9 +14,15 @@ from tcurlora_ext.cli.options import mapping
 if TYPE_CHECKING:
     from torch import dtype as Dtype
 
-    from tcurlora_ext.adapter.plan import Plan
-
 TOKENS = 2048
+NOTES = (
+    "T > dW: above so many tokens a materialised dW takes fewer forward FLOPs. FLOPs and bytes are the adapter's own, "
+    "for one forward and backward pass; those of base are the frozen layers'."
+)
+RANK_NOTES = (
+    "base, gathered: frozen weights at rest, and at most gathered beside. trained: numbers, gradients, Adam's means. "
+    "weights, gradients: received in a step. Seconds are these counts over the given rates, not a measurement."
+)
 
 
 def plan(
@@ -59,6 +65,15 @@ def plan(
         str | None, typer.Option(help="Of weights and activations: float32, bfloat16 or float16. Default: the model's.")
     ] = None,
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA beside it.")] = 8,
+    ranks: Annotated[
+        int | None, typer.Option(help="Also what each of so many processes holds and receives, by DDP and FSDP.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="FLOPs a second of one process, for an estimate of a step's time by count.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Bytes a second that reach one process, for the same estimate.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this JSON file; - for stdout alone.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write all numbers to this CSV file.")] = None,
 ) -> None:
@@ -66,6 +81,7 @@ def plan(
     from tcurlora_ext.adapter.config import TCURConfig
     from tcurlora_ext.adapter.plan import plan as count
     from tcurlora_ext.adapter.plan import trace_calls
+    from tcurlora_ext.adapter.processes import Rates, rank_costs, rank_rows, rank_table, rank_text
     from tcurlora_ext.cli.model_source import build_model, preset_input
     from tcurlora_ext.segmentation.artifacts import write_csv, write_json
 
@@ -73,6 +89,9 @@ def plan(
         raise ValueError("found both --target and --target-regex, expected one of them")
     if target_regex is not None:
         _check_regex(target_regex)
+    if ranks is None and (flops, bandwidth) != (None, None):
+        raise ValueError("found --flops or --bandwidth without --ranks, expected the number of processes, too")
+    rates = Rates(flops, bandwidth)
     arguments = mapping("kwargs", kwargs)
     if batch < 1:
         raise ValueError(f"batch: found {batch}, expected a positive whole number")
@@ -94,8 +113,11 @@ def plan(
         found = count(built, config, number, lora_rank, precision)
         rows = f"{number} tokens a layer"
     heading = f"{model}: {rows}, {found.dtype}, tCUR of rank {rank} beside LoRA of rank {lora_rank}"
-    content = {"model": model, "tokens": rows, "dtype": found.dtype, "lora_rank": lora_rank,
+    content: dict[str, Any] = {"model": model, "tokens": rows, "dtype": found.dtype, "lora_rank": lora_rank,
                "config": config.to_json(), "rows": found.rows()}  # fmt: skip
+    costs = None if ranks is None else rank_costs(built, found, ranks, rates, precision)
+    if costs is not None:
+        content |= {"rates": {"flops": flops, "bandwidth": bandwidth}, "ranks": rank_rows(costs)}
     if csv is not None:
         write_csv(csv, found.rows())
     if json == Path("-"):
@@ -103,7 +125,9 @@ def plan(
         return
     if json is not None:
         write_json(json, content)
-    _show(found, heading)
+    _show(found.table(), str(found), heading, NOTES)
+    if costs is not None:
+        _show(rank_table(costs), rank_text(costs), f"\nOn {ranks} processes, bytes of each in a step", RANK_NOTES)
 
 
 def parse_rank(text: str) -> int | tuple[int, int]:
@@ -152,23 +176,19 @@ def _ranked(text: str) -> tuple[str, int | tuple[int, int]]:
     return name, parse_rank(rank)
 
 
-def _show(found: Plan, heading: str) -> None:
+def _show(table: list[list[str]], text: str, heading: str, notes: str) -> None:
     """A table on a terminal, plain text in a file or pipe."""
     from rich.console import Console
     from rich.table import Table
 
-    notes = (
-        "T > dW: above so many tokens a materialised dW takes fewer forward FLOPs. FLOPs and bytes are the adapter's "
-        "own, for one forward and backward pass; those of base are the frozen layers'."
-    )
     console = Console()
     if not console.is_terminal:
-        typer.echo(f"{heading}\n\n{found}\n\n{notes}")
+        typer.echo(f"{heading}\n\n{text}\n\n{notes}")
         return
-    headings, *lines = found.table()
-    table = Table(title=heading, caption=notes)
-    for index, name in enumerate(headings):
-        table.add_column(name, justify="left" if index in (0, 5) else "right")
+    headings, *lines = table
+    shown = Table(title=heading, caption=notes)
+    for name in headings:
+        shown.add_column(name, justify="left" if name in ("stack", "method", "layout") else "right")
     for index, line in enumerate(lines):
-        table.add_row(*line, end_section=index % 3 == 2)
-    console.print(table)
+        shown.add_row(*line, end_section=headings[0] == "stack" and index % 3 == 2)
+    console.print(shown)

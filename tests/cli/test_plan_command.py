@@ -107,6 +107,22 @@ def test_a_transformers_configuration(form: str, tmp_path: Path) -> None:
     assert found == {"32x32": 6, "16x32": 6, "64x32": 6, "32x64": 3, "total": 21}
 
 
+def test_ranks_say_what_each_process_holds(own_model: str, tmp_path: Path) -> None:
+    arguments = [own_model, "--target", "q_proj", "--rank", "2", "--ranks", "4", "--flops", "1e9", "--bandwidth", "1e6"]
+    content = json.loads(run(*arguments, "--json", "-").stdout)
+    assert [(r["method"], r["layout"]) for r in content["ranks"]] == [
+        ("tcur", "ddp"), ("tcur", "fsdp"), ("lora", "ddp"), ("lora", "fsdp"),
+    ]  # fmt: skip
+    ddp, fsdp = content["ranks"][:2]
+    assert (ddp["base"], fsdp["base"]) == (4 * 2 * 72, 2 * 72)
+    assert ddp["transfer_s"] == pytest.approx(ddp["gradients"] / 1e6)
+    assert content["rates"] == {"flops": 1e9, "bandwidth": 1e6}
+    shown = run(*arguments).output
+    assert "On 4 processes" in shown
+    assert "not a measurement" in shown
+    assert "ranks" not in json.loads(run(own_model, "--target", "q_proj", "--rank", "2", "--json", "-").stdout)
+
+
 WRONG = {
     "unknown preset": (["nonet"], "model: found 'nonet', expected unetr, swinunetr, vit, a folder or file with a"),
     "no such folder": (["no/such/folder"], "no/such/folder: no such file or folder; expected unetr"),
@@ -141,6 +157,9 @@ WRONG = {
     "tokens": (["unetr", "--kwargs", SMALL, "--tokens", "0"], "tokens is 0, expected a positive whole number"),
     "batch": (["unetr", "--kwargs", SMALL, "--batch", "0"], "batch: found 0, expected a positive whole number"),
     "lora rank": (["unetr", "--kwargs", SMALL, "--lora-rank", "0"], "lora_rank is 0, expected a positive whole number"),
+    "ranks": (["unetr", "--kwargs", SMALL, "--ranks", "0"], "ranks is 0, expected a positive whole number"),
+    "flops": (["unetr", "--ranks", "2", "--flops", "-1"], "flops is -1.0, expected a positive number a second"),
+    "rates without ranks": (["unetr", "--flops", "1e9"], "found --flops or --bandwidth without --ranks"),
     "nothing matched": (["unetr", "--kwargs", SMALL, "--target", "nothing"], "match none of the"),
     "bad regex": (["unetr", "--kwargs", SMALL, "--target-regex", "("], "target-regex: found '(', expected a regular"),
     "both targets": (["unetr", "--target", "qkv", "--target-regex", "x"], "found both --target and --target-regex"),

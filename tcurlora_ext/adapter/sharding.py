@@ -1,0 +1,60 @@
+"""An adapted model on several processes: FSDP2 around its blocks, the cores in a group of their own.
+
+DDP and accelerate need nothing from here: they see an ordinary model of which few parameters train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .inject import adapted_layers, require_container
+
+# What the cores' group takes over from the options of the other groups. It keeps its dtype, and stays gathered.
+_SHARED = ("mesh", "offload_policy")
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], **options: Any) -> nn.Module:
+    """Shard an adapted model by FSDP2, in place, and return it: ``fully_shard`` on every block, then on the model.
+
+    ``blocks`` are the modules gathered one at a time (``model.model.layers`` of a Llama), ``options`` those of
+    ``torch.distributed.fsdp.fully_shard`` (mesh, mp_policy, reshard_after_forward, ...). Every process calls it, on a
+    model of the same weights and adapter, before it makes the optimizer.
+
+    All blocks read the cores, so these are a group of their own: gathered as the model is called, there until the end
+    of backward, reduced once, and in their own dtype whatever ``mp_policy`` says. In the model's group they would be
+    cast to its dtype, and refused beside trained parameters of another one.
+
+    Raises ValueError, before anything is changed, where the model is not adapted, a layer is merged, or a block is not
+    a module of it.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    container = require_container(model)
+    merged = next((name for name, layer in adapted_layers(model) if layer.merged), None)
+    if merged is not None:
+        raise ValueError(f"{merged} is merged: call unmerge(model) before shard(model)")
+    blocks, modules = list(blocks), set(model.modules())
+    foreign = next((block for block in blocks if block not in modules), None)
+    if foreign is not None:
+        raise ValueError(f"blocks: found a {type(foreign).__name__} that is not within {type(model).__name__}")
+
+    shared = {name: options[name] for name in _SHARED if name in options}
+    cores = fully_shard(container, reshard_after_forward=False, **shared)
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+    # Nothing calls the container, so FSDP's own hooks do not gather it.
+    model.register_forward_pre_hook(lambda *_: cores.unshard())
+
+    def release(*_: object) -> None:
+        # No backward pass will do it; the next call would see values from before an optimizer's step.
+        if not torch.is_grad_enabled():
+            cores.reshard()
+
+    model.register_forward_hook(release)
+    return model
