@@ -11,10 +11,11 @@ import pytest
 
 import tcurlora_ext as tcur
 
-from . import two_processes
-from .two_processes import CASES, adapted, base
+from .shared_network import adapted, base
+from .two_processes import CASES
 
-ROOT = Path(tcur.__file__).parents[1]
+TESTS = Path(__file__).parents[1]
+PACKAGE = Path(tcur.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each case found in all processes: nothing, or what went wrong."""
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(TESTS), str(PACKAGE), os.environ.get("PYTHONPATH"))))
     ran = subprocess.run(
-        [*command, two_processes.__file__, str(folder)], env=os.environ | {"PYTHONPATH": path}, capture_output=True,
-        text=True, timeout=600,
+        [*command, "-m", "integrations.two_processes", str(folder)], env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     texts = {}
     for name in CASES:
