@@ -8,8 +8,8 @@ from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.targets import find_targets, group
-from tcurlora_ext.bench.cases import LLAMA_3_8B, LLAMA_7B, SETS, UNETR, Layer, every
-from tcurlora_ext.bench.networks import _BUILDERS
+from tcurlora_ext.bench.cases import LLAMA_3_8B, LLAMA_7B, SETS, UNETR, Layer, every, networks
+from tcurlora_ext.bench.networks import _BUILDERS, build
 
 
 def stacks_of(model: nn.Module) -> set[tuple[int, int, int, int]]:
@@ -46,3 +46,15 @@ def test_a_set_has_no_case_twice_and_every_case_has_a_network() -> None:
         cases = make()
         assert len({(case.id, case.sweep, case.layer) for case in cases}) == len(cases) > 5
     assert {case.network for case in every()} == set(_BUILDERS)
+
+
+def test_networks_have_the_layers_of_their_models_and_what_trains_beside() -> None:
+    """Twelve blocks of qkv, out_proj, linear1 and linear2; q, k, v, o, gate, up and down of one block of 32."""
+    built = {case.network: build(case, torch.device("meta")) for case in networks() if case.network != "stack"}
+    found = {name: (len(network.targets), network.repeats) for name, network in built.items()}
+    assert found == {"encoder": (48, 1), "llama block": (7, 32), "unetr step": (48, 1)}
+    step = built["unetr step"]
+    names = [name for name, _ in step.module.named_parameters()]
+    for prefix in step.trained:
+        assert any(name.startswith(prefix) for name in names), prefix
+    assert not any(name.startswith(step.trained) for name in step.targets)
