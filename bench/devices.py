@@ -85,6 +85,12 @@ def timed(steps: Callable[[], Any], device: torch.device) -> tuple[float, float]
     return time.perf_counter() - start, asked
 
 
+def several(call: Callable[[], Any], times: int) -> None:
+    """So many calls."""
+    for _ in range(times):
+        call()
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the device does at best: FLOP/s of a large product, bytes/s read and written by a large copy."""

@@ -12,7 +12,7 @@ import torch
 from tcurlora_ext.adapter.linear import TCURLinear
 
 from .cases import TINY, of_layer
-from .devices import timed
+from .devices import several, timed
 from .networks import build
 from .reference import Reference
 from .run import Row, number
@@ -42,7 +42,7 @@ def host_times(device: torch.device, rounds: int) -> list[Row]:
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds + 1):  # the first warms up
             for name, call in calls.items():
-                taken[name].append(1e6 / CALLS * timed(partial(several, call), device)[1])
+                taken[name].append(1e6 / CALLS * timed(partial(several, call, CALLS), device)[1])
     finally:
         torch.set_num_threads(threads)
     return [
@@ -59,9 +59,3 @@ def operator_call(problem: Problem, backend: str) -> Callable[[], Any]:
     tensors = (x, layer.weight, layer.bias, stack.col, stack.core_fourier(), stack.row)
     numbers = (layer.first_slice, layer.num_slices, stack.scale, stack.transform, backend)
     return partial(torch.ops.tcurlora.linear.default, *tensors, *numbers)
-
-
-def several(call: Callable[[], Any]) -> None:
-    """500 calls."""
-    for _ in range(CALLS):
-        call()

@@ -12,7 +12,7 @@ import torch
 
 from .cases import Case
 from .counts import fewest_bytes, flops
-from .devices import PACKAGES, Ceilings, ceilings, timed
+from .devices import PACKAGES, Ceilings, ceilings, several, timed
 from .memory import forward_pass, observe
 from .networks import build
 from .reference import Reference
@@ -90,7 +90,7 @@ def interleaved(
     asked: dict[str, list[float]] = {name: [] for name, _ in named(problems)}
     for _ in range(rounds):
         for name, problem in named(problems):
-            taken, host = timed(partial(several, problem, counts[name]), device)
+            taken, host = timed(partial(several, problem.step, counts[name]), device)
             times[name].append(taken / counts[name])
             asked[name].append(host / counts[name])
     return times, asked
@@ -101,12 +101,6 @@ def _steps_a_look(problem: Problem, device: torch.device) -> int:
         return 1
     problem.step()
     return math.ceil(BATCH_SECONDS / timed(problem.step, device)[0])
-
-
-def several(problem: Problem, steps: int) -> None:
-    """So many steps."""
-    for _ in range(steps):
-        problem.step()
 
 
 def about(case: Case) -> Row:

@@ -64,9 +64,9 @@ class Problem:
     network: Network
     plain: nn.Module  # the adapted module
     module: Callable[..., Any]  # the same, or what torch.compile makes of it
-    steps: int = 0
-    optimizer: torch.optim.Optimizer | None = None
-    trained: list[nn.Parameter] = field(default_factory=list)
+    steps: int = field(default=0, init=False)
+    optimizer: torch.optim.Optimizer | None = field(default=None, init=False)
+    trained: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.trained = [p for p in self.plain.parameters() if p.requires_grad]

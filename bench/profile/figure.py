@@ -10,10 +10,10 @@ from tcurlora_ext.segmentation.artifacts import write_with
 from tcurlora_ext.segmentation.figures import pyplot
 
 from ..run import Row
+from ..styles import BLUE, ORANGE, SKY
 from .measured import TOTAL
 
-# Okabe and Ito's colours, told apart by readers with any colour vision.
-MEASURED, SECOND, LEAST = "#0072b2", "#56b4e9", "#e69f00"
+MEASURED, SECOND, LEAST = BLUE, SKY, ORANGE
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tcurlora_ext.maths.middle import BatchedMiddle
-
+from . import plain
 from . import registration as _registration  # noqa: F401  registers torch.ops.tcurlora
 
 
@@ -53,6 +52,4 @@ def tcur_delta(
     For an adapter that reads another x than the base does, as with dropout. PyTorch operations whatever the backend,
     under autograd and autocast like any others; h is kept for the core's gradient.
     """
-    h = x.reshape(-1, x.shape[-1]) @ row.T
-    m = BatchedMiddle(core_fourier, first_slice, num_slices, scale, transform, h.dtype).forward(h)
-    return (m @ col.T).reshape(*x.shape[:-1], -1)
+    return plain.delta(x, col, core_fourier, row, first_slice, num_slices, scale, transform)

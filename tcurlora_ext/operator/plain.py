@@ -35,7 +35,24 @@ def linear(
     not in the core; what else does not fit is PyTorch's to refuse.
     """
     check_slices(core.shape[0], first_slice, num_slices)
+    return nn.functional.linear(x, weight, bias) + delta(
+        x, col, core, row, first_slice, num_slices, scale, transform, phases
+    )
+
+
+def delta(
+    x: Tensor,
+    col: Tensor,
+    core: Tensor,
+    row: Tensor,
+    first_slice: int,
+    num_slices: int,
+    scale: float,
+    transform: str = "dft",
+    phases: tuple[Tensor, ...] | None = None,
+) -> Tensor:
+    """The adapter's part of :func:`linear` alone: ``scale * m col^T``, (..., in) -> (..., num_slices*out)."""
     h = x.reshape(-1, x.shape[-1]) @ row.T
-    m = BatchedMiddle(core, first_slice, num_slices, scale, transform, x.dtype, phases).forward(h)
+    m = BatchedMiddle(core, first_slice, num_slices, scale, transform, h.dtype, phases).forward(h)
     change = m.flatten(0, 1) @ col.T
-    return nn.functional.linear(x, weight, bias) + change.reshape(*x.shape[:-1], weight.shape[0])
+    return change.reshape(*x.shape[:-1], num_slices * col.shape[0])
