@@ -1,4 +1,4 @@
-"""A quantised base: wrapped, C and R from its dequantised weight. Each kind runs where its library is installed."""
+"""A quantised base: wrapped, C and R from its dequantised weight."""
 
 from __future__ import annotations
 
