@@ -224,8 +224,11 @@ class TCURStack(nn.Module):
             dropped = nn.functional.dropout(x, self.dropout)
             return nn.functional.linear(x, weight, bias) + self.change(dropped, first_slice, num_slices)
         calls = self._calls(first_slice, num_slices, weight.dtype)
-        parts = zip(calls, weight.chunk(len(calls)), _chunks(bias, len(calls)), strict=True)
-        return _joined([self._linear(x, part, part_bias, *call) for call, part, part_bias in parts])
+        if len(calls) == 1:
+            return self._linear(x, weight, bias, *calls[0])
+        biases = [None] * len(calls) if bias is None else bias.chunk(len(calls))
+        parts = zip(calls, weight.chunk(len(calls)), biases, strict=True)
+        return torch.cat([self._linear(x, part, part_bias, *call) for call, part, part_bias in parts], -1)
 
     def change(self, x: Tensor, first_slice: int, num_slices: int) -> Tensor:
         """The adapter's part of :meth:`adapt` alone: x (..., in) -> (..., num_slices*out), in the dtype of x.
@@ -233,7 +236,8 @@ class TCURStack(nn.Module):
         For what cannot be fused with the base product: another x, a quantised base, some rows of a batch.
         """
         calls = self._calls(first_slice, num_slices, x.dtype)
-        return _joined([tcur_delta(x, *call, self.scale, self._call_transform) for call in calls])
+        changes = [tcur_delta(x, *call, self.scale, self._call_transform) for call in calls]
+        return changes[0] if len(changes) == 1 else torch.cat(changes, -1)
 
     @property
     def _call_transform(self) -> str:
@@ -242,13 +246,15 @@ class TCURStack(nn.Module):
 
     def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[_Call]:
         """What the operator takes for these slices: one call, or one a slice where its core is one of its own."""
-        core, col, row = self.core_fourier(), self.col.to(dtype), self.row.to(dtype)
+        core, col, row = self.core_fourier(), self.col, self.row
+        if col.dtype != dtype:
+            col, row = col.to(dtype), row.to(dtype)
+        if self.transform != "identity" and core.shape[0] == self.slices:
+            return [(col, core, row, first_slice, num_slices)]
         layers = range(first_slice, first_slice + num_slices)
         if self.transform == "identity":
             return [(*self._slice_factors(col, core, row, layer), 0, 1) for layer in layers]
-        if self.blocks < self.slices:
-            return [(col, packing.core_at(core, layer, self.slices), row, 0, 1) for layer in layers]
-        return [(col, core, row, first_slice, num_slices)]
+        return [(col, packing.core_at(core, layer, self.slices), row, 0, 1) for layer in layers]
 
     def _linear(
         self,
@@ -378,11 +384,3 @@ def require_finite(weights: Tensor, names: Sequence[str]) -> None:
             name = names[index] if names else f"slice {index}"
             bad = int((~torch.isfinite(weight)).sum())
             raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")
-
-
-def _joined(outputs: list[Tensor]) -> Tensor:
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-
-
-def _chunks(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if bias is None else bias.chunk(count)

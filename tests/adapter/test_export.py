@@ -106,6 +106,22 @@ def test_onnxruntime_computes_the_same_merged_or_not(model: nn.Module, tmp_path:
     assert own < sizes[False] - sizes[True] < own + blocks + 4096
 
 
+def test_onnxruntime_computes_a_language_model_of_any_length(train: Callable[..., Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, use_cache=False, **sizes)).eval()
+    model = train(tcur.inject(llama, tcur.TCURConfig(rank=2, target_modules=["q_proj", "v_proj"])))
+    tokens = torch.randint(40, (2, 7))
+    torch.onnx.export(
+        tcur.plain_copy(model), (tokens,), tmp_path / "model.onnx", dynamo=True, external_data=False,
+        dynamic_shapes={"input_ids": {0: "batch", 1: "length"}},
+    )  # fmt: skip
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "model.onnx")
+    for shape in ((2, 7), (3, 5), (1, 12)):
+        tokens = torch.randint(40, shape)
+        assert_close(run(session, tokens), model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("transform", ["identity"])
 def test_onnxruntime_computes_other_transforms(transform: str, train: Callable[..., Any], tmp_path: Path) -> None:
     config = tcur.TCURConfig(rank=2, transform=transform, core_domain="slice")
