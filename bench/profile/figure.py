@@ -9,8 +9,8 @@ from typing import Any
 from tcurlora_ext.segmentation.artifacts import write_with
 from tcurlora_ext.segmentation.figures import pyplot
 
+from ..reading.styles import BLUE, ORANGE, SKY
 from ..run import Row
-from ..styles import BLUE, ORANGE, SKY
 from .measured import TOTAL
 
 MEASURED, SECOND, LEAST = BLUE, SKY, ORANGE

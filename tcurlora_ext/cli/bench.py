@@ -106,6 +106,6 @@ def _measure(name: str, cases: list[Case] | None, forms: list[str], device: Any,
 
 
 def _compare(a: Path, b: Path, everything: bool) -> None:
-    from tcurlora_ext.bench.compare import compare
+    from tcurlora_ext.bench.reading.compare import compare
 
     typer.echo(compare(a, b).text(everything))

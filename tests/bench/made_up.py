@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tcurlora_ext.bench.crossover import DENSE, TRANSIENT
+from tcurlora_ext.bench.reading.crossover import DENSE, TRANSIENT
 from tcurlora_ext.bench.rows import NEEDED, PROVENANCE
 from tcurlora_ext.segmentation.artifacts import write_csv
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tcurlora_ext.bench.compare import Comparison, compare
+from tcurlora_ext.bench.reading.compare import Comparison, compare
 
 from .made_up import row, write
 

@@ -9,7 +9,8 @@ import torch
 
 from tcurlora_ext.bench.cases import Layer, of_layer
 from tcurlora_ext.bench.counts import flops
-from tcurlora_ext.bench.crossover import (
+from tcurlora_ext.bench.networks import build
+from tcurlora_ext.bench.reading.crossover import (
     DENSE,
     TRANSIENT,
     crossing,
@@ -19,7 +20,6 @@ from tcurlora_ext.bench.crossover import (
     merge,
     training,
 )
-from tcurlora_ext.bench.networks import build
 from tcurlora_ext.bench.variants import prepare, variants
 
 from .made_up import row, sweep

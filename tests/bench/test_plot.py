@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from tcurlora_ext.bench.cases import SETS
-from tcurlora_ext.bench.plot import draw, main, source
-from tcurlora_ext.bench.styles import STYLES, style
+from tcurlora_ext.bench.reading.plot import draw, main, source
+from tcurlora_ext.bench.reading.styles import STYLES, style
 from tcurlora_ext.bench.variants import variants
 
 from .made_up import row, sweep, write
@@ -80,7 +80,7 @@ def test_the_committed_figures_are_of_the_committed_results(figure: Path) -> Non
     with Image.open(figure) as picture:
         said = picture.info["Source"]
     path = ROOT / "bench" / "results" / said.split(" ")[0]
-    assert said == source(path), f"python -m tcurlora_ext.bench.plot draws {figure} anew"
+    assert said == source(path), f"python -m tcurlora_ext.bench.reading.plot draws {figure} anew"
 
 
 def test_every_variant_has_a_style_of_its_own() -> None:
@@ -94,7 +94,7 @@ def test_every_variant_has_a_style_of_its_own() -> None:
 
 
 def test_there_is_a_panel_for_every_sweep() -> None:
-    from tcurlora_ext.bench.plot import PANELS
+    from tcurlora_ext.bench.reading.plot import PANELS
 
     assert {(case.sweep, case.mode) for case in SETS["growth"]()} == {panel[:2] for panel in PANELS}
 

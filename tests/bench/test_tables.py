@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tcurlora_ext.bench.crossover import DENSE, TRANSIENT
-from tcurlora_ext.bench.tables import TABLES, fill, main, outdated
+from tcurlora_ext.bench.reading.crossover import DENSE, TRANSIENT
+from tcurlora_ext.bench.reading.tables import TABLES, fill, main, outdated
 
 from .made_up import row, sweep, write
 
@@ -18,7 +18,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_the_committed_pages_are_what_their_files_give() -> None:
     stale = outdated(PAGES, ROOT)
-    assert not stale, f"python -m tcurlora_ext.bench.tables README.md docs/*.md brings up to date: {list(stale)}"
+    assert not stale, (
+        f"python -m tcurlora_ext.bench.reading.tables README.md docs/*.md brings up to date: {list(stale)}"
+    )
 
 
 def page(name: str, file: str = "quick.csv") -> str:

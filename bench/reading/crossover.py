@@ -19,9 +19,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cases import MODES
-from .rows import Row, number, tcur_backend
-from .variants import FLOOR
+from ..cases import MODES
+from ..rows import Row, number, tcur_backend
+from ..variants import FLOOR
 
 DENSE, TRANSIENT, STACK = "tcur dense layer", "tcur transient", "tcur dense stack"
 

@@ -1,6 +1,6 @@
 """Figures of the README and the docs, from result files alone.
 
-    python -m tcurlora_ext.bench.plot [RESULTS] [--output FOLDER]
+    python -m tcurlora_ext.bench.reading.plot [RESULTS] [--output FOLDER]
 
 For every device's folder in RESULTS, of what is there: quick-time.png and quick-memory.png from quick.csv, the same
 from gpu.csv, growth.png from growth.csv. A picture names its file and that file's hash in its metadata and holds no
@@ -22,12 +22,12 @@ from typing import Any
 from tcurlora_ext.segmentation.artifacts import write_with
 from tcurlora_ext.segmentation.figures import pyplot
 
+from ..rows import Row, by_case, labels, number, read_results, tcur_backend, value
+from ..variants import FLOOR, LORA
 from .crossover import DENSE, TRANSIENT, Crossover, crossovers, curves
-from .rows import Row, by_case, labels, number, read_results, tcur_backend, value
 from .styles import style, style_order
-from .variants import FLOOR, LORA
 
-COMMAND = "python -m tcurlora_ext.bench.plot"
+COMMAND = "python -m tcurlora_ext.bench.reading.plot"
 # Independent of a user's matplotlibrc; sizes are for a page 9 inches wide.
 LOOK = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,

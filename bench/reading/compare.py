@@ -33,8 +33,8 @@ from pathlib import Path
 
 from tcurlora_ext.adapter.table import text_table
 
-from .rows import PROVENANCE, Row, key, number, read_results, title, value
-from .variants import FLOOR
+from ..rows import PROVENANCE, Row, key, number, read_results, title, value
+from ..variants import FLOOR
 
 COUNTED = ("peak_mib", "saved_mib", "adapter_mib", "trained", "launches", "gflop", "fewest_mib")
 ENOUGH_ROUNDS = 14  # for the percentiles as they are

@@ -7,7 +7,7 @@ In a page, between two comments that a reader does not see,
 
 stands the table NAME of FILE, a path from the repository's root, and a line that says where it is from.
 
-    python -m tcurlora_ext.bench.tables [--check] README.md docs/*.md
+    python -m tcurlora_ext.bench.reading.tables [--check] README.md docs/*.md
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 
 from tcurlora_ext.adapter.atomic import write_bytes
 
+from ..rows import PROVENANCE, Row, by_case, labels, number, read_results, read_rows, tcur_backend, value
+from ..run import PAPER
+from ..variants import FLOOR, LORA
 from .crossover import DENSE, STACK, TRANSIENT, crossovers, merge
-from .rows import PROVENANCE, Row, by_case, labels, number, read_results, read_rows, tcur_backend, value
-from .run import PAPER
-from .variants import FLOOR, LORA
 
-COMMAND = "python -m tcurlora_ext.bench.tables"
+COMMAND = "python -m tcurlora_ext.bench.reading.tables"
 MEASURE = "tcurlora bench"  # writes the files
 COUNT = "python -m tcurlora_ext.bench.scaling"  # writes those of tables in COUNTED
 COUNTED = ("scaling", "scaling-step")
