@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tcurlora_ext.adapter.linear import TCURLinear
+from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.middle import BatchedMiddle
 
 
@@ -84,7 +85,8 @@ class DenseTCUR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         stack, layer = self.layer.stack, self.layer
-        delta = dense(stack.core_fourier(), stack.col, stack.row, layer.first_slice, layer.num_slices, stack.scale)
+        at = (layer.first_slice, layer.num_slices, stack.scale)
+        delta = dense(Factors(stack.col, stack.core_fourier(), stack.row, *at))
         return linear(x, layer.weight + delta, layer.bias)
 
 
@@ -131,14 +133,13 @@ class StackDelta:
         self.built = None
 
 
-def dense(core: Tensor, col: Tensor, row: Tensor, first_slice: int, num_slices: int, scale: float) -> Tensor:
-    """dW (num_slices*out, in) of a layer as col B_l row, in the dtype of ``col``: 2q*out*in FLOPs a slice and a little.
+def dense(factors: Factors) -> Tensor:
+    """dW (num_slices*out, in) of a layer as col B_l row, in the dtype of col: 2q*out*in FLOPs a slice and a little.
 
     Differentiable in the core. B_l row is the middle product of row^T.
     """
-    middle = BatchedMiddle(core, first_slice, num_slices, scale, "dft", col.dtype)
-    inner = middle.forward(row.T)  # (in, num_slices, q_c)
-    return torch.einsum("oq,inq->noi", col, inner).flatten(0, 1)
+    inner = BatchedMiddle(factors, factors.col.dtype).forward(factors.row.T)  # (in, num_slices, q_c)
+    return torch.einsum("oq,inq->noi", factors.col, inner).flatten(0, 1)
 
 
 class _Transient(torch.autograd.Function):
@@ -148,14 +149,14 @@ class _Transient(torch.autograd.Function):
     def forward(ctx, x, core, weight, bias, col, row, at):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, core, weight, col, row)
         ctx.at = at
-        return linear(x, weight + dense(core, col, row, *at), bias)
+        return linear(x, weight + dense(Factors(col, core, row, *at)), bias)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         x, core, weight, col, row = ctx.saved_tensors
         with torch.enable_grad():
             leaf = core.detach().requires_grad_()
-            delta = dense(leaf, col, row, *ctx.at)
+            delta = dense(Factors(col, leaf, row, *ctx.at))
         dx = g @ (weight + delta.detach()) if ctx.needs_input_grad[0] else None
         (dcore,) = torch.autograd.grad(delta, leaf, g.flatten(0, -2).T @ x.flatten(0, -2))
         return dx, dcore, None, None, None, None, None

@@ -6,6 +6,7 @@ float32, float16 and bfloat16; the core in any floating dtype. Arguments are tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tcurlora_ext.maths.contract import Factors, Gradients, required
 from tcurlora_ext.maths.middle import BatchedMiddle
 from tcurlora_ext.trace import stage
 
@@ -21,7 +23,6 @@ from .configs import Config, Table, table_for
 from .middle import Middle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,12 @@ def _check_dtype(tensor: Tensor) -> None:
 class Call:
     """The operands of one call, and how its kernels run."""
 
-    def __init__(
-        self, data: Tensor, weight: Tensor, col: Tensor, core: Tensor, row: Tensor, first_slice: int, num_slices: int,
-        scale: float, transform: str,
-    ) -> None:  # fmt: skip
+    def __init__(self, data: Tensor, weight: Tensor, factors: Factors) -> None:
         _check_dtype(data)
-        self.data, self.weight, self.n = data, weight.detach(), num_slices
-        self.col, self.row = _rows_of(col), _rows_of(row)
+        self.data, self.weight, self.factors, self.n = data, weight.detach(), factors, factors.num_slices
+        self.col, self.row = _rows_of(factors.col), _rows_of(factors.row)
         self.tokens, self.dtype = data.shape[0], data.dtype
-        self.middle = Middle.of(core, first_slice, num_slices, scale, transform)
-        self.options = (core, first_slice, num_slices, scale, transform, data.dtype)
+        self.middle = Middle.of(factors.core, *factors[3:])
         self.device = device_of(data.device)
         self.table: Table = table_for(self.device.name, launch.aligned(data, self.weight, self.col, self.row))
         self.precision = precision()
@@ -95,7 +92,7 @@ class Call:
 
     def batched_middle(self) -> BatchedMiddle:
         """In PyTorch's products: for a group wider than a tile, a matrix that a library fills, and for dcol."""
-        return BatchedMiddle(*self.options)
+        return BatchedMiddle(self.factors, self.dtype)
 
     def padded(self, *shape: int) -> Tensor:
         """Uninitialised, with rows 16 bytes aligned, so that a descriptor can address them."""
@@ -122,23 +119,12 @@ class Call:
         return self.descriptors and (self.n == 1 or self.col.shape[0] % self.config(kernel).block_k == 0)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    transform: str,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
     """y (..., n*out) and h (T, r*S)."""
     x2 = _rows_of(x)
-    call = Call(x2, weight, col, core, row, first_slice, num_slices, scale, transform)
+    call = Call(x2, weight, factors)
     y = x2.new_empty(x2.shape[0], weight.shape[0])
-    h = x2.new_empty(x2.shape[0], row.shape[0])
+    h = x2.new_empty(x2.shape[0], factors.row.shape[0])
     if call.tokens:
         with _on(x2):
             _forward(call, None if bias is None else bias.detach().contiguous(), y, h)
@@ -171,51 +157,41 @@ def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
 
 
 def backward(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Tensor,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    needs: list[bool],
-    transform: str,
+    g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, factors: Factors, needs: Sequence[bool]
 ) -> Gradients:
     """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no.
 
     Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
     """
     needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
+    col, core, row = factors[:3]
     # Of their own: outputs of an operator must not share memory.
     dx, dweight, dbias, dcol, drow = (g.new_empty(0) for _ in range(5))
     dcore = core.new_empty(0)
     g2 = _rows_of(g)
     x2 = None if x is None else _rows_of(x)
     if needs_weight:
-        dweight = g2.T @ _required(x2, "x")
+        dweight = g2.T @ required(x2, "x")
     if needs_bias:
         dbias = g2.sum(0)
     if not (needs_x or needs_col or needs_core or needs_row):
         return dx, dweight, dbias, dcol, dcore, drow
-    call = Call(g2, weight, col, core, row, first_slice, num_slices, scale, transform)
+    call = Call(g2, weight, factors)
     if needs_x:
         dx = g2.new_empty(call.tokens, row.shape[1])
     if needs_core or needs_col:
         with nullcontext() if h is not None else stage("h = x row^T"):
-            h = _required(x2, "x or h") @ row.T if h is None else _rows_of(h)
+            h = required(x2, "x or h") @ row.T if h is None else _rows_of(h)
     with _on(g2):
         p, dh = _backward(call, dx, needs_x, needs_row)
         if needs_core:
             with stage("dcore = diag(p^T h)"):
-                dcore = _core_gradient(call, p, _required(h, "h")).to(core.dtype)
+                dcore = _core_gradient(call, p, required(h, "h")).to(core.dtype)
     if needs_col:
-        m = call.batched_middle().forward(_required(h, "h"))
+        m = call.batched_middle().forward(required(h, "h"))
         dcol = g2.reshape(-1, col.shape[0]).T @ m.flatten(0, 1)
     if needs_row:
-        drow = dh.T @ _required(x2, "x")
+        drow = dh.T @ required(x2, "x")
     if needs_x:
         dx = dx.view(*g.shape[:-1], row.shape[1])
     return dx, dweight, dbias, dcol, dcore, drow
@@ -263,9 +239,3 @@ def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
     for one in launch.core_gradient_launches(p, h, call.middle, gradient, call.config("core_gradient"), call.precision):
         one.run()
     return gradient
-
-
-def _required(tensor: Tensor | None, name: str) -> Tensor:
-    if tensor is None:
-        raise ValueError(f"{name} was not saved for this gradient")
-    return tensor

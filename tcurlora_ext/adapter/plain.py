@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.packing import fold_core, phases_on
 from tcurlora_ext.operator import plain
 
@@ -35,8 +36,8 @@ class PlainStack(TCURStack):
         """Make a stack a plain one where it is: its container and its layers hold it."""
         core = stack.core
         # Without a transform every slice is a stack of its own; of low frequencies a call has the kept blocks alone.
-        slices = 1 if stack.transform == "identity" else stack.blocks
-        constants = phases_on(slices, 0, slices, stack._call_transform, core.device, core.dtype)
+        slices, transform = (1, "dft") if stack.transform == "identity" else (stack.blocks, stack.transform)
+        constants = phases_on(slices, 0, slices, transform, core.device, core.dtype)
         for name, constant in zip(PHASES, constants, strict=True):
             stack.register_buffer(name, constant.clone(), persistent=False)
         unit = torch.eye(stack.slices, dtype=core.dtype, device=core.device)
@@ -48,20 +49,9 @@ class PlainStack(TCURStack):
             return self.core
         return (self.fold @ self.core.flatten(1)).view_as(self.core)
 
-    def _linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        col: Tensor,
-        core: Tensor,
-        row: Tensor,
-        first_slice: int,
-        num_slices: int,
-    ) -> Tensor:
-        slices = (first_slice, num_slices)
-        phases = tuple(self.get_buffer(name)[first_slice : first_slice + num_slices] for name in PHASES)
-        return plain.linear(x, weight, bias, col, core, row, *slices, self.scale, self._call_transform, phases=phases)
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Factors) -> Tensor:
+        own = slice(call.first_slice, call.first_slice + call.num_slices)
+        return plain.linear(x, weight, bias, call, tuple(self.get_buffer(name)[own] for name in PHASES))
 
 
 def plain_copy(model: nn.Module, merged: bool = False) -> nn.Module:

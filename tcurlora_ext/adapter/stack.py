@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from tcurlora_ext.maths import packing
 from tcurlora_ext.maths import scale as scaling
+from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 
 from .config import Rank, fitting_pair
 from .reloaded import Reloaded
-
-_Call = tuple[Tensor, Tensor, Tensor, int, int]  # col, core, row, first_slice, num_slices
 
 
 class TCURStack(nn.Module):
@@ -225,10 +224,10 @@ class TCURStack(nn.Module):
             return nn.functional.linear(x, weight, bias) + self.change(dropped, first_slice, num_slices)
         calls = self._calls(first_slice, num_slices, weight.dtype)
         if len(calls) == 1:
-            return self._linear(x, weight, bias, *calls[0])
+            return self._linear(x, weight, bias, calls[0])
         biases = [None] * len(calls) if bias is None else bias.chunk(len(calls))
         parts = zip(calls, weight.chunk(len(calls)), biases, strict=True)
-        return torch.cat([self._linear(x, part, part_bias, *call) for call, part, part_bias in parts], -1)
+        return torch.cat([self._linear(x, part, part_bias, call) for call, part, part_bias in parts], -1)
 
     def change(self, x: Tensor, first_slice: int, num_slices: int) -> Tensor:
         """The adapter's part of :meth:`adapt` alone: x (..., in) -> (..., num_slices*out), in the dtype of x.
@@ -236,40 +235,27 @@ class TCURStack(nn.Module):
         For what cannot be fused with the base product: another x, a quantised base, some rows of a batch.
         """
         calls = self._calls(first_slice, num_slices, x.dtype)
-        changes = [tcur_delta(x, *call, self.scale, self._call_transform) for call in calls]
+        changes = [tcur_delta(x, *call) for call in calls]
         return changes[0] if len(changes) == 1 else torch.cat(changes, -1)
 
-    @property
-    def _call_transform(self) -> str:
-        """The transform within a call; without one every slice is a stack of its own, whose DFT does nothing."""
-        return "dft" if self.transform == "identity" else self.transform
+    def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[Factors]:
+        """What the operator takes for these slices: one call, or one a slice where its core is one of its own.
 
-    def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[_Call]:
-        """What the operator takes for these slices: one call, or one a slice where its core is one of its own."""
+        Without a transform every slice is a stack of one slice, whose DFT does nothing.
+        """
         core, col, row = self.core_fourier(), self.col, self.row
         if col.dtype != dtype:
             col, row = col.to(dtype), row.to(dtype)
         if self.transform != "identity" and core.shape[0] == self.slices:
-            return [(col, core, row, first_slice, num_slices)]
+            return [Factors(col, core, row, first_slice, num_slices, self.scale, self.transform)]
         layers = range(first_slice, first_slice + num_slices)
         if self.transform == "identity":
-            return [(*self._slice_factors(col, core, row, layer), 0, 1) for layer in layers]
-        return [(col, packing.core_at(core, layer, self.slices), row, 0, 1) for layer in layers]
+            return [Factors(*self._slice_factors(col, core, row, layer), 0, 1, self.scale) for layer in layers]
+        return [Factors(col, packing.core_at(core, layer, self.slices), row, 0, 1, self.scale) for layer in layers]
 
-    def _linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        col: Tensor,
-        core: Tensor,
-        row: Tensor,
-        first_slice: int,
-        num_slices: int,
-    ) -> Tensor:
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Factors) -> Tensor:
         """One call of the operator."""
-        slices = (first_slice, num_slices)
-        return tcur_linear(x, weight, bias, col, core, row, *slices, self.scale, self.backend, self._call_transform)
+        return tcur_linear(x, weight, bias, *call[:6], self.backend, call.transform)
 
     def _slice_factors(self, col: Tensor, core: Tensor, row: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """The factors of one slice without a transform: a stack of its own of one slice."""

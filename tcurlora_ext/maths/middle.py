@@ -8,32 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .contract import Factors
 from .packing import MiddleBlocks
 
 
 class BatchedMiddle:
-    """The middle product for slices first_slice..+num_slices: its blocks in ``dtype``, with the scale folded in.
+    """The middle product of a call: its blocks in ``dtype``, with the scale folded in.
 
     ``phases`` as :class:`MiddleBlocks` takes them.
     """
 
-    def __init__(
-        self,
-        core: Tensor,
-        first_slice: int,
-        num_slices: int,
-        scale: float,
-        transform: str,
-        dtype: torch.dtype,
-        phases: tuple[Tensor, ...] | None = None,
-    ) -> None:
+    def __init__(self, factors: Factors, dtype: torch.dtype, phases: tuple[Tensor, ...] | None = None) -> None:
+        core = factors.core
         self.slices, self.c, self.r = core.shape
-        self.n = num_slices
-        self.scale = scale
-        self.blocks = MiddleBlocks(core, first_slice, num_slices, transform, phases)
+        self.n, self.scale = factors.num_slices, factors.scale
+        self.blocks = MiddleBlocks(core, factors.first_slice, self.n, factors.transform, phases)
         # Matrices of one batched product: (blocks, n*c, r) and (pairs, n*2c, 2r).
-        self.single = (scale * self.blocks.single).transpose(0, 1).flatten(1, 2).to(dtype)
-        self.pair = (scale * self.blocks.pair).transpose(0, 1).flatten(1, 2).to(dtype)
+        self.single = (self.scale * self.blocks.single).transpose(0, 1).flatten(1, 2).to(dtype)
+        self.pair = (self.scale * self.blocks.pair).transpose(0, 1).flatten(1, 2).to(dtype)
 
     def _split(self, tensor: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """(T, ..., S*width) -> single blocks (blocks, T, ..., width) and pairs (pairs, T, ..., 2*width)."""

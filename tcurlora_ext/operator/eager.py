@@ -6,17 +6,19 @@ transform's coordinates; row (r*S, in). T is the number of rows of x. Notation a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from tcurlora_ext.maths.contract import Factors, Gradients, required
 from tcurlora_ext.maths.middle import BatchedMiddle
 from tcurlora_ext.trace import stage
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Tensor, row: Tensor, n: int) -> None:
-    """Raise ValueError where shapes, dtypes or devices do not fit together; nothing is computed."""
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> None:
+    """Raise ValueError where shapes, dtypes, devices or slices do not fit together; nothing is computed."""
+    col, core, row, _, n, *_ = factors
     if weight.dim() != 2 or col.dim() != 2 or row.dim() != 2 or core.dim() != 3:
         raise ValueError(
             f"weight {tuple(weight.shape)}, col {tuple(col.shape)}, row {tuple(row.shape)} and core "
@@ -47,40 +49,29 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Ten
             raise ValueError(f"{name} is {tensor.dtype}, expected {x.dtype} as x")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {x.device} as x")
+    check_slices(factors)
 
 
-def check_slices(slices: int, first_slice: int, num_slices: int) -> None:
+def check_slices(factors: Factors) -> None:
     """Raise ValueError unless the layer's slices lie in the stack's."""
-    if num_slices < 1 or first_slice < 0 or first_slice + num_slices > slices:
-        raise ValueError(
-            f"slices {first_slice}..{first_slice + num_slices - 1} asked for, the core has 0..{slices - 1}"
-        )
+    slices, first, n = factors.core.shape[0], factors.first_slice, factors.num_slices
+    if n < 1 or first < 0 or first + n > slices:
+        raise ValueError(f"slices {first}..{first + n - 1} asked for, the core has 0..{slices - 1}")
 
 
 def _rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    transform: str,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
     """y (..., n*out) and h (T, r*S). Raises ValueError where the tensors do not fit together."""
-    check(x, weight, bias, col, core, row, num_slices)
-    check_slices(core.shape[0], first_slice, num_slices)
+    check(x, weight, bias, factors)
+    col, row = factors.col, factors.row
     x2 = _rows_of(x)
     with stage("h = x row^T"):
         h = x2 @ row.T
     with stage("m = h B^T"):
-        m = BatchedMiddle(core, first_slice, num_slices, scale, transform, x.dtype).forward(h)
+        m = BatchedMiddle(factors, x.dtype).forward(h)
     # The base as nn.Linear computes it, then the adapter accumulated onto it: a zero core gives the base bit for bit.
     with stage("y = x W^T + bias"):
         y = torch.nn.functional.linear(x2, weight, bias)
@@ -90,42 +81,32 @@ def forward(
 
 
 def backward(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Tensor,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    needs: list[bool],
-    transform: str,
+    g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, factors: Factors, needs: Sequence[bool]
 ) -> Gradients:
     """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no.
 
     Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
     """
     needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
+    col, core, row, _, n, *_ = factors
     gradients = [g.new_empty(0), g.new_empty(0), g.new_empty(0), g.new_empty(0), core.new_empty(0), g.new_empty(0)]
     g2 = _rows_of(g)
     x2 = None if x is None else _rows_of(x)
     if needs_weight:
-        gradients[1] = g2.T @ _required(x2, "x")
+        gradients[1] = g2.T @ required(x2, "x")
     if needs_bias:
         gradients[2] = g2.sum(0)
     if not (needs_x or needs_col or needs_core or needs_row):
         return _six(gradients)
 
-    middle = BatchedMiddle(core, first_slice, num_slices, scale, transform, g.dtype)
+    middle = BatchedMiddle(factors, g.dtype)
     g_slices = g2.reshape(-1, col.shape[0])
     with stage("p = g col"):
-        p = (g_slices @ col).view(-1, num_slices, col.shape[1])
+        p = (g_slices @ col).view(-1, n, col.shape[1])
     if needs_col or needs_core:
         if h is None:
             with stage("h = x row^T"):
-                h = _required(x2, "x or h") @ row.T
+                h = required(x2, "x or h") @ row.T
         if needs_core:
             with stage("dcore = diag(p^T h)"):
                 gradients[4] = middle.core_gradient(p, h).to(core.dtype)
@@ -139,16 +120,10 @@ def backward(
             with stage("dx = g W + dh row"):
                 gradients[0] = (g2 @ weight).addmm_(dh, row).view(*g.shape[:-1], row.shape[1])
         if needs_row:
-            gradients[5] = dh.T @ _required(x2, "x")
+            gradients[5] = dh.T @ required(x2, "x")
     return _six(gradients)
 
 
 def _six(gradients: list[Tensor]) -> Gradients:
     dx, dweight, dbias, dcol, dcore, drow = gradients
     return dx, dweight, dbias, dcol, dcore, drow
-
-
-def _required(tensor: Tensor | None, name: str) -> Tensor:
-    if tensor is None:
-        raise ValueError(f"{name} was not saved for this gradient")
-    return tensor

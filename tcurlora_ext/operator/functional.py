@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tcurlora_ext.maths.contract import Factors
+
 from . import plain
 from . import registration as _registration  # noqa: F401  registers torch.ops.tcurlora
 
@@ -52,4 +54,4 @@ def tcur_delta(
     For an adapter that reads another x than the base does, as with dropout. PyTorch operations whatever the backend,
     under autograd and autocast like any others; h is kept for the core's gradient.
     """
-    return plain.delta(x, col, core_fourier, row, first_slice, num_slices, scale, transform)
+    return plain.delta(x, Factors(col, core_fourier, row, first_slice, num_slices, scale, transform))

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tcurlora_ext.maths.contract import Factors, Gradients
+
 from . import eager
 
 
@@ -16,23 +18,12 @@ def _kernels() -> Any:
     return operator
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first: int,
-    n: int,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
     """As eager.forward. Raises ValueError where the tensors do not fit together, before any kernel is launched."""
-    eager.check(x, weight, bias, col, core, row, n)
-    eager.check_slices(core.shape[0], first, n)
-    return _kernels().forward(x, weight, bias, col, core, row, first, n, *rest)
+    eager.check(x, weight, bias, factors)
+    return _kernels().forward(x, weight, bias, factors)
 
 
-def backward(*arguments: Any) -> eager.Gradients:
+def backward(*arguments: Any) -> Gradients:
     """As eager.backward."""
     return _kernels().backward(*arguments)

@@ -9,50 +9,28 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.middle import BatchedMiddle
 
 from .eager import check_slices
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    transform: str = "dft",
-    backend: str = "auto",
-    phases: tuple[Tensor, ...] | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, phases: tuple[Tensor, ...] | None = None
 ) -> Tensor:
-    """The arguments and result of ``torch.ops.tcurlora.linear``, of which ``backend`` says nothing here.
+    """The result of ``torch.ops.tcurlora.linear``, whatever the backend.
 
     ``phases`` are the constants of the middle product (:func:`tcurlora_ext.maths.packing.phases_on`) for a caller that
     holds them, as an exported graph has to: it would compute them in each call. Raises ValueError where the slices are
     not in the core; what else does not fit is PyTorch's to refuse.
     """
-    check_slices(core.shape[0], first_slice, num_slices)
-    return nn.functional.linear(x, weight, bias) + delta(
-        x, col, core, row, first_slice, num_slices, scale, transform, phases
-    )
+    check_slices(factors)
+    return nn.functional.linear(x, weight, bias) + delta(x, factors, phases)
 
 
-def delta(
-    x: Tensor,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    transform: str = "dft",
-    phases: tuple[Tensor, ...] | None = None,
-) -> Tensor:
+def delta(x: Tensor, factors: Factors, phases: tuple[Tensor, ...] | None = None) -> Tensor:
     """The adapter's part of :func:`linear` alone: ``scale * m col^T``, (..., in) -> (..., num_slices*out)."""
-    h = x.reshape(-1, x.shape[-1]) @ row.T
-    m = BatchedMiddle(core, first_slice, num_slices, scale, transform, h.dtype, phases).forward(h)
-    change = m.flatten(0, 1) @ col.T
-    return change.reshape(*x.shape[:-1], num_slices * col.shape[0])
+    h = x.reshape(-1, x.shape[-1]) @ factors.row.T
+    m = BatchedMiddle(factors, h.dtype, phases).forward(h)
+    change = m.flatten(0, 1) @ factors.col.T
+    return change.reshape(*x.shape[:-1], factors.num_slices * factors.col.shape[0])

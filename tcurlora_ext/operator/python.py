@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcurlora_ext.maths.contract import Gradients
+
 from . import eager, fused
+from .arguments import backward_arguments, forward_arguments
 from .choice import Sizes, choose
 
 _FACTORS = "Tensor col, Tensor core, Tensor row, int first_slice, int num_slices, float scale"
@@ -40,42 +43,14 @@ def _linear(*arguments: Any) -> Tensor:
     return torch.ops.tcurlora.forward(*arguments)[0]
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    transform: str = "dft",
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    return _implementation(backend, x, weight, core).forward(
-        x, weight, bias, col, core, row, first_slice, num_slices, scale, transform
-    )
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    factors, backend = forward_arguments(*rest)
+    return _implementation(backend, x, weight, factors.core).forward(x, weight, bias, factors)
 
 
-def _backward(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Tensor,
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    needs: list[bool],
-    transform: str = "dft",
-    backend: str = "auto",
-) -> eager.Gradients:
-    return _implementation(backend, g, weight, core).backward(
-        g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform
-    )
+def _backward(g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, *rest: Any) -> Gradients:
+    factors, needs, backend = backward_arguments(*rest)
+    return _implementation(backend, g, weight, factors.core).backward(g, x, h, weight, factors, needs)
 
 
 def _implementation(backend: str, rows: Tensor, weight: Tensor, core: Tensor) -> Any:

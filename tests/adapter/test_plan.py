@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.plan import Plan, plan, trace_calls
 from tcurlora_ext.operator import eager
+from tcurlora_ext.operator.arguments import backward_of, forward_of
 
 TOKENS = 35
 NAMES = ["qkv", "out_proj", "linear1", "linear2"]
@@ -62,12 +63,8 @@ class InsideOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "tcurlora":
             return func(*args, **(kwargs or {}))
-        # The dispatcher leaves out arguments that have their default.
-        given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-        given |= dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | (kwargs or {})
-        del given["backend"]
-        kernel = {"forward": eager.forward, "backward": eager.backward}[func._schema.name.partition("::")[2]]
-        return kernel(**given)
+        kernel = {"tcurlora::forward": forward_of(eager), "tcurlora::backward": backward_of(eager)}[func._schema.name]
+        return kernel(*args)
 
 
 def flop_counter() -> FlopCounterMode:

@@ -86,10 +86,8 @@ SEPARATE = replace(configs.FALLBACK, fused_q=0)
 
 def run(module: Any, case: Any, g: Tensor, needs: list[bool] = ALL) -> tuple[Tensor, ...]:
     """y, h and the six gradients."""
-    rest = (case.first_slice, case.num_slices, case.scale)
-    y, h = module.forward(*case.tensors, *rest, case.transform)
-    frozen = (case.weight, case.col, case.core, case.row)
-    return y, h, *module.backward(g, case.x, h, *frozen, *rest, needs, case.transform)
+    y, h = module.forward(case.x, case.weight, case.bias, case.factors)
+    return y, h, *module.backward(g, case.x, h, case.weight, case.factors, needs)
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -208,7 +206,7 @@ def test_rows_too_far_apart_are_refused() -> None:
     case = build(leading=(2,)).to(torch.float32)
     far = torch.zeros(2 * launch.LONGEST_STRIDE + 8).as_strided((2, 7), (launch.LONGEST_STRIDE + 1, 1))
     with pytest.raises(ValueError, match=r"strides \(4194305, 1\), the Triton kernels take at most 4,194,304"):
-        operator.forward(far, *case.tensors[1:], 0, 1, 1.0, "dft")
+        operator.forward(far, case.weight, case.bias, case.factors)
 
 
 @pytest.mark.parametrize("leading", [(0,), (3, 0), (), (2, 3), (1, 1, 5)], ids=str)
@@ -236,8 +234,8 @@ def test_only_the_gradients_that_are_asked_for(
     take(monkeypatch, table)
     case = build(4, 24, 32, 4, 4, n=2, leading=(19,)).to(torch.float32)
     g, needs = torch.randn(19, 48), [name in asked for name in NAMES]
-    rest = (case.weight, case.col, case.core, case.row, case.first_slice, case.num_slices, case.scale, needs, "dft")
-    h = eager.forward(*case.tensors, *rest[4:7], "dft")[1]
+    rest = (case.weight, case.factors, needs)
+    h = eager.forward(case.x, case.weight, case.bias, case.factors)[1]
     kept = (case.x if saved != "h" else None, h if saved != "x" else None)
     for name, found, right in zip(NAMES, operator.backward(g, *kept, *rest), eager.backward(g, case.x, h, *rest),
                                   strict=True):  # fmt: skip
@@ -247,9 +245,8 @@ def test_only_the_gradients_that_are_asked_for(
 
 def test_what_was_not_saved_is_named() -> None:
     case = build().to(torch.float32)
-    rest = (case.weight, case.col, case.core, case.row, 0, 1, 1.0)
     with pytest.raises(ValueError, match="x or h was not saved"):
-        operator.backward(torch.randn(4, 6), None, None, *rest, [False] * 4 + [True, False], "dft")
+        operator.backward(torch.randn(4, 6), None, None, case.weight, case.factors, [False] * 4 + [True, False])
 
 
 def _strided(tensor: Tensor, kind: str) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tcurlora_ext.maths import packing, reference
+from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.middle import BatchedMiddle
 
 SCALE, T, C, R = 0.7, 5, 3, 2
@@ -22,32 +23,38 @@ cases = pytest.mark.parametrize(
 )
 
 
+def of_core(core: Tensor, first: int, n: int, transform: str, dtype: torch.dtype = torch.float64) -> BatchedMiddle:
+    unused = torch.empty(0)
+    return BatchedMiddle(Factors(unused, core, unused, first, n, SCALE, transform), dtype)
+
+
 @cases
 def test_between_row_and_col_it_is_the_dense_change(slices: int, first: int, n: int, transform: str) -> None:
     columns, core, rows = double(slices, 6, C), double(slices, C, R), double(slices, R, 7)
-    middle = BatchedMiddle(packing.fold_core(core, transform), first, n, SCALE, transform, torch.float64)
+    col, row = packing.fold_columns(columns, transform), packing.fold_rows(rows, transform)
+    middle = BatchedMiddle(Factors(col, packing.fold_core(core, transform), row, first, n, SCALE, transform), col.dtype)
     x = double(T, 7)
-    m = middle.forward(x @ packing.fold_rows(rows, transform).T)
+    m = middle.forward(x @ row.T)
     if transform == "dft":
         delta = reference.delta_weights(columns, core, rows, SCALE)
     else:
         left = packing.slice_product(columns, core, transform)
         delta = SCALE * packing.slice_product(left, rows, transform)
     expected = torch.einsum("ti,noi->tno", x, delta[first : first + n])
-    assert_close(m @ packing.fold_columns(columns, transform).T, expected, rtol=1e-12, atol=1e-12)
+    assert_close(m @ col.T, expected, rtol=1e-12, atol=1e-12)
 
 
 @cases
 def test_backward_and_the_core_gradient_are_those_of_autograd(slices: int, first: int, n: int, transform: str) -> None:
     h, core, p = double(T, R * slices).requires_grad_(), double(slices, C, R).requires_grad_(), double(T, n, C * slices)
-    middle = BatchedMiddle(core, first, n, SCALE, transform, torch.float64)
+    middle = of_core(core, first, n, transform)
     dh, dcore = torch.autograd.grad((middle.forward(h) * p).sum(), (h, core))
     assert_close(middle.backward(p), dh, rtol=1e-12, atol=1e-12)
     assert_close(middle.core_gradient(p, h), dcore, rtol=1e-12, atol=1e-12)
 
 
 def test_blocks_are_in_the_dtype_of_the_data_and_the_core_gradient_is_wide() -> None:
-    middle = BatchedMiddle(torch.randn(4, C, R), 1, 2, SCALE, "dft", torch.bfloat16)
+    middle = of_core(torch.randn(4, C, R), 1, 2, "dft", torch.bfloat16)
     h, p = torch.randn(T, 4 * R).bfloat16(), torch.randn(T, 2, 4 * C).bfloat16()
     assert middle.forward(h).dtype == middle.backward(p).dtype == torch.bfloat16
     assert middle.core_gradient(p, h).dtype == torch.float32

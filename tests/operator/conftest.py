@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcurlora_ext.maths import packing, reference
+from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.operator.available import missing
 
 # tests/conftest.py sets it where these tests are for a GPU.
@@ -44,6 +45,10 @@ class Case:
     def arguments(self) -> tuple[Any, ...]:
         """In the order of ``torch.ops.tcurlora.linear``."""
         return (*self.tensors, self.first_slice, self.num_slices, self.scale, self.transform, self.backend)
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(*self.arguments[3:-1])
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

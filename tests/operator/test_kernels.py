@@ -178,12 +178,10 @@ def test_no_tensor_of_the_size_of_a_weight_is_made(
     case = make_case(S=5, out=out, in_=in_, c=3, r=2, n=n, leading=(T,))
     legitimate = max(T * n * out, T * in_, out * 15, in_ * 10)
     assert legitimate < out * in_  # or the test could not tell
-    rest = (case.first_slice, case.num_slices, case.scale, case.transform)
     g = torch.randn(T, n * out, dtype=torch.float64)
     with largest_new(*case.tensors, g) as mode:
-        _, h = eager.forward(*case.tensors, *rest)
-        frozen = (case.weight, case.col, case.core, case.row)
-        eager.backward(g, case.x, h, *frozen, *rest[:3], [True, False, True, True, True, True], rest[3])
+        _, h = eager.forward(case.x, case.weight, case.bias, case.factors)
+        eager.backward(g, case.x, h, case.weight, case.factors, [True, False, True, True, True, True])
     assert T * n * out <= mode.largest <= legitimate
     with largest_new(*case.tensors) as mode:  # the watch sees what it should refuse
         torch.nn.functional.linear(case.x, case.weight + 1.0)
