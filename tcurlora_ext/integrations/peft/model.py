@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig, pair_of
 from tcurlora_ext.adapter.inject import build_stack
 from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.targets import Target, group, is_conv1d, slice_names
+from tcurlora_ext.adapter.targets import Target, is_conv1d, placed, slice_names
 from tcurlora_ext.maths.selection import Selection
 
 from .config import TcurLoraConfig
@@ -23,7 +25,7 @@ from .layer import LayerSlices, TcurLoraLinear
 from .mixed import rows_for_adapters
 from .quantised import backend_of
 from .sharing import share_factors
-from .targets import as_target, base_of, default_names, outer_modules, stack_config
+from .targets import base_of, default_names, find_groups, rank_pattern, stack_configs
 
 RANDOM_CORE = 0.1  # standard deviation of a core that is not to start at zero
 
@@ -77,23 +79,19 @@ class TcurLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:
         """Build the adapter's stacks, before any layer is replaced: they need all their layers at once."""
         adapter_name, on_meta = self._injected
-        _maybe_include_all_linear_layers(peft_config, model)
-        matching = [
-            (name, module)
-            for name, module in outer_modules(model)
-            if self._check_target_module_exists(peft_config, name)
-        ]
-        targets = [as_target(name, module, model, peft_config) for name, module in matching]
-        groups = group(targets, peft_config.for_stack(peft_config.r, peft_config.alpha))
-        stacks = {name: _build(name, members, peft_config, on_meta) for name, members in groups.items()}
+        groups = find_groups(model, peft_config)
+        configs = stack_configs(groups, peft_config)
+        stacks = {name: _build(name, groups[name], configs[name], peft_config, on_meta) for name in groups}
         for stack in stacks.values():
             share_factors(stack, [other for name in self.tcurlora_core for other in self.stacks(name).values()])
         for name, members in groups.items():
-            first = 0
-            for target in members:
+            for target, first in placed(members):
                 self._slices[target.name] = LayerSlices(stacks[name], first, target.slices)
-                first += target.slices
         self.tcurlora_core[adapter_name] = nn.ModuleDict(stacks)
+        if peft_config.budget is not None:
+            # On other base weights the budget may give other ranks, and the checkpoint would not fit.
+            peft_config.rank_pattern = rank_pattern(groups, {name: config.rank for name, config in configs.items()})
+            peft_config.budget = None
 
     def _create_and_replace(
         self,
@@ -123,6 +121,9 @@ class TcurLoraModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self.tcurlora_core[adapter_name]
+
+    # LoRA's alone of PEFT's methods, though it is of no method: modules_to_save of the embedding and of what is tied to it.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     # -- mixed batches ------------------------------------------------------------------------------------------------
 
@@ -169,12 +170,19 @@ class TcurLoraModel(BaseTuner):
         return f"{head}tcurlora_{kind}.{stack}"
 
 
-def _build(name: str, members: list[Target], config: TcurLoraConfig, on_meta: bool) -> TCURStack:
+def _build(name: str, members: list[Target], of_stack: TCURConfig, config: TcurLoraConfig, on_meta: bool) -> TCURStack:
     """A stack for these members; ``on_meta``: one without values, which are loaded later."""
-    of_stack = stack_config(name, members, config)
     if on_meta:
         return _blank(members, of_stack)
-    stack = build_stack(name, members, of_stack)
+    if config.selection == "activation" and not config.calibration:
+        if config.calibration is None:
+            raise ValueError(
+                "selection='activation' without calibration, expected what calibrate(model, config, ...) gave"
+            )
+        of_stack = replace(
+            of_stack, selection="norm"
+        )  # the checkpoint that the configuration comes from has the choice
+    stack = build_stack(name, members, of_stack, calibration=config.calibration or None)
     if not config.init_weights:
         nn.init.normal_(stack.core, std=RANDOM_CORE)
     return stack
