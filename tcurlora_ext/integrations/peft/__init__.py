@@ -2,10 +2,11 @@
 
 from .calibration import calibrate
 from .config import TcurLoraConfig
+from .hotswap import hotswap_adapter
 from .layer import TcurLoraLinear
 from .model import TcurLoraModel
 from .registration import register
 
-__all__ = ["TcurLoraConfig", "TcurLoraLinear", "TcurLoraModel", "calibrate"]
+__all__ = ["TcurLoraConfig", "TcurLoraLinear", "TcurLoraModel", "calibrate", "hotswap_adapter"]
 
 register()

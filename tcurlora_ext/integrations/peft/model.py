@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -19,6 +19,7 @@ from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.targets import Target, is_conv1d, placed, slice_names
 from tcurlora_ext.maths.selection import Selection
 
+from . import weighted
 from .config import TcurLoraConfig
 from .indices import with_factors, without_factors
 from .layer import LayerSlices, TcurLoraLinear
@@ -82,16 +83,21 @@ class TcurLoraModel(BaseTuner):
         groups = find_groups(model, peft_config)
         configs = stack_configs(groups, peft_config)
         stacks = {name: _build(name, groups[name], configs[name], peft_config, on_meta) for name in groups}
-        for stack in stacks.values():
-            share_factors(stack, [other for name in self.tcurlora_core for other in self.stacks(name).values()])
+        self.share_with_the_others(stacks)
         for name, members in groups.items():
             for target, first in placed(members):
                 self._slices[target.name] = LayerSlices(stacks[name], first, target.slices)
         self.tcurlora_core[adapter_name] = nn.ModuleDict(stacks)
         if peft_config.budget is not None:
             # On other base weights the budget may give other ranks, and the checkpoint would not fit.
-            peft_config.rank_pattern = rank_pattern(groups, {name: config.rank for name, config in configs.items()})
+            peft_config.rank_pattern = rank_pattern(groups, {name: stack.rank for name, stack in stacks.items()})
             peft_config.budget = None
+
+    def share_with_the_others(self, stacks: dict[str, TCURStack]) -> None:
+        """Let an adapter's stacks use the C and R of other adapters that have the same."""
+        others = [stack for name in self.tcurlora_core for stack in self.stacks(name).values()]
+        for stack in stacks.values():
+            share_factors(stack, [other for other in others if other is not stack])
 
     def _create_and_replace(
         self,
@@ -112,6 +118,10 @@ class TcurLoraModel(BaseTuner):
         layer = TcurLoraLinear(target, adapter_name, slices, peft_config.inference_mode, backend)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also assigns weight and bias, which the layers here have, and merged trainable tokens do not take.
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cores are at least float32 from the start; without ``autocast_adapter_dtype`` they get the base's dtype."""
         if not autocast_adapter_dtype:
@@ -122,7 +132,13 @@ class TcurLoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         del self.tcurlora_core[adapter_name]
 
-    # LoRA's alone of PEFT's methods, though it is of no method: modules_to_save of the embedding and of what is tied to it.
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose dW is the weighted sum of those of others, as :func:`.weighted.add` says."""
+        weighted.add(self, adapters, weights, adapter_name, combination_type)
+
+    # For ensure_weight_tying: PEFT has it for LoRA alone, though nothing in it is LoRA's.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     # -- mixed batches ------------------------------------------------------------------------------------------------
@@ -177,11 +193,10 @@ def _build(name: str, members: list[Target], of_stack: TCURConfig, config: TcurL
     if config.selection == "activation" and not config.calibration:
         if config.calibration is None:
             raise ValueError(
-                "selection='activation' without calibration, expected what calibrate(model, config, ...) gave"
+                f"stack {name}: selection is 'activation' and calibration None, expected what calibrate(model, config, "
+                "batches) returned"
             )
-        of_stack = replace(
-            of_stack, selection="norm"
-        )  # the checkpoint that the configuration comes from has the choice
+        of_stack = replace(of_stack, selection="norm")  # until the indices are loaded that activations chose
     stack = build_stack(name, members, of_stack, calibration=config.calibration or None)
     if not config.init_weights:
         nn.init.normal_(stack.core, std=RANDOM_CORE)

@@ -122,9 +122,10 @@ def stack_configs(groups: Mapping[str, list[Target]], config: TcurLoraConfig) ->
     }
 
 
-def rank_pattern(groups: Mapping[str, list[Target]], ranks: Mapping[str, Rank]) -> dict[str, Rank]:
-    """The ``rank_pattern`` that gives every stack its own rank, whatever other names end like those of its layers."""
-    return {f"^{re.escape(target.name)}$": ranks[name] for name, members in groups.items() for target in members}
+def rank_pattern(groups: Mapping[str, list[Target]], ranks: Mapping[str, tuple[int, int]]) -> dict[str, Rank]:
+    """The ``rank_pattern`` that gives every stack its own (c, r), whatever other names end like those of its layers."""
+    short = {name: c if c == r else (c, r) for name, (c, r) in ranks.items()}
+    return {f"^{re.escape(target.name)}$": short[name] for name, members in groups.items() for target in members}
 
 
 def _common(kind: str, stack: str, members: list[Target], pattern: dict[str, T], default: T) -> T:
