@@ -49,7 +49,7 @@ class TcurLoraConfig(PeftConfig):
     As in PEFT's LoRA: ``target_modules`` (names, ends of names, a regex for the whole name, "all-linear"),
     ``exclude_modules``, ``modules_to_save``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` and
     ``alpha_pattern`` (a name's end or regex -> its rank, alpha; one for all layers of a stack), ``fan_in_fan_out``,
-    ``trainable_token_indices``, ``ensure_weight_tying`` (of ``modules_to_save`` and tokens).
+    ``trainable_token_indices``, ``ensure_weight_tying`` (of ``modules_to_save`` and tokens), ``layer_replication``.
 
     r               tubal rank, or (c, r): c columns and r rows of every stack.
     alpha           multiplies the default scale rule; 1.0 makes a step as long as one of LoRA.
@@ -100,6 +100,7 @@ class TcurLoraConfig(PeftConfig):
     calibration: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
+    layer_replication: list[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +110,8 @@ class TcurLoraConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         # JSON has no tuples.
         self.r = _as_rank(self.r)
+        if self.layer_replication is not None:
+            self.layer_replication = [(start, end) for start, end in self.layer_replication]
         self.rank_pattern = {name: _as_rank(rank) for name, rank in (self.rank_pattern or {}).items()}
         self.alpha_pattern = dict(self.alpha_pattern or {})
         if self.layers_pattern and self.layers_to_transform is None:

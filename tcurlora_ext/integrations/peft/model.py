@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig, pair_of
@@ -52,6 +52,7 @@ class TcurLoraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: TcurLoraConfig, adapter_name: str) -> None:
         self.tcurlora_core = nn.ModuleDict()
+        self.layer_replication, self._replicated = config.layer_replication, False
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
@@ -82,6 +83,16 @@ class TcurLoraModel(BaseTuner):
         adapter_name, on_meta = self._injected
         groups = find_groups(model, peft_config)
         configs = stack_configs(groups, peft_config)
+        if peft_config.layer_replication != self.layer_replication:
+            raise ValueError(
+                f"layer_replication is {peft_config.layer_replication}, expected {self.layer_replication} as of the "
+                "model's first adapter: all are on the same layers"
+            )
+        if self.layer_replication and not self._replicated:
+            replicate_layers(model, self.layer_replication)
+            self._replicated = True
+            groups = find_groups(model, peft_config)
+            configs = stack_configs(groups, peft_config)
         stacks = {name: _build(name, groups[name], configs[name], peft_config, on_meta) for name in groups}
         self.share_with_the_others(stacks)
         for name, members in groups.items():
@@ -92,6 +103,11 @@ class TcurLoraModel(BaseTuner):
             # On other base weights the budget may give other ranks, and the checkpoint would not fit.
             peft_config.rank_pattern = rank_pattern(groups, {name: stack.rank for name, stack in stacks.items()})
             peft_config.budget = None
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if self.layer_replication:
+            raise ValueError("cannot merge: replicated layers have one weight between them, and changes of their own")
 
     def share_with_the_others(self, stacks: dict[str, TCURStack]) -> None:
         """Let an adapter's stacks use the C and R of other adapters that have the same."""

@@ -135,3 +135,8 @@ def test_of_mixed_batches_over_merged_weights(
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
         model(tokens, adapter_names=["default"] * 3)
+
+
+def test_of_peft_mixed_model(make_llama: Callable[[], LlamaForCausalLM]) -> None:
+    with pytest.raises(ValueError, match="'TCURLORA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(make_llama(), TcurLoraConfig(r=2), mixed=True)

@@ -24,7 +24,7 @@ MakeLlama = Callable[[], LlamaForCausalLM]
 # As adapters were saved before these fields.
 NEW = (
     *("dropout", "rank_stabilised", "budget", "stack_blocks", "frequencies", "calibration"),
-    *("trainable_token_indices", "ensure_weight_tying"),
+    *("trainable_token_indices", "ensure_weight_tying", "layer_replication"),
 )
 
 
@@ -226,6 +226,32 @@ def test_layers_that_cannot_be_stacked_are_in_stacks_of_their_own(make_llama: Ma
     for options in ({"stack_by": "none"}, {"stack_blocks": 1}):
         stacks = adapt(mixed(), **options).base_model.stacks("default")
         assert {stack.col.dtype for stack in stacks.values()} == {torch.float32, torch.bfloat16}
+
+
+def test_replicated_layers_share_their_weights_and_have_slices_of_their_own(
+    make_llama: MakeLlama, tokens: Tensor, adapt: Adapt, assert_same: Same, tmp_path: Path
+) -> None:
+    replication = [(0, 1), (0, 2), (1, 2)]
+    model = adapt(make_llama(), layer_replication=replication)
+    blocks = model.base_model.model.model.layers
+    assert [blocks[i].mlp.up_proj.weight is blocks[j].mlp.up_proj.weight for i, j in ((0, 1), (1, 2), (2, 3))] == [
+        True, False, True
+    ]  # fmt: skip
+    stack = model.base_model.stacks("default")["16x32"]
+    assert stack.names == [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
+    changes = stack.delta_weights()
+    assert not torch.allclose(changes[0], changes[1])
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path).eval()
+    assert_same(loaded(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+    loaded.load_adapter(tmp_path, "again")
+    assert len(loaded.base_model.model.model.layers) == 4
+    for change in (loaded.merge_adapter, loaded.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot merge: replicated layers have one weight"):
+            change()
+    with pytest.raises(ValueError, match=r"layer_replication is None, expected \[\(0, 1\), \(0, 2\)"):
+        loaded.add_adapter("other", TcurLoraConfig(r=2))
 
 
 def test_a_saved_core_of_other_frequencies_is_refused(make_llama: MakeLlama, adapt: Adapt, tmp_path: Path) -> None:

@@ -60,6 +60,24 @@ CUSTOM = [
         TcurLoraConfig,
         {"target_modules": ["lin0", "lin1"], "r": 1, "split_fused": {"lin0": 4, "lin1": 2}, "transform": "identity"},
     ),
+    (
+        "tCURLoRA dropout",
+        "MLP",
+        TcurLoraConfig,
+        {"target_modules": ["lin0", "lin1"], "r": 2, "dropout": 0.1, "rank_stabilised": True},
+    ),
+    (
+        "tCURLoRA budget, low frequencies",
+        "MLP",
+        TcurLoraConfig,
+        {"target_modules": ["lin0", "lin1"], "budget": 20, "split_fused": {"lin0": 4}, "frequencies": 2},
+    ),
+    (
+        "tCURLoRA trainable tokens",
+        "EmbConv1D",
+        TcurLoraConfig,
+        {"target_modules": ["conv1d"], "r": 1, "trainable_token_indices": {"emb": [0, 10]}},
+    ),
     ("tCURLoRA transformers Conv1D", "EmbConv1D", TcurLoraConfig, {"target_modules": ["conv1d"], "r": 1, "alpha": 4.0}),
 ]
 
