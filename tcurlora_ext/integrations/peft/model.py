@@ -81,18 +81,9 @@ class TcurLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:
         """Build the adapter's stacks, before any layer is replaced: they need all their layers at once."""
         adapter_name, on_meta = self._injected
+        self._replicate_layers(peft_config, model)
         groups = find_groups(model, peft_config)
         configs = stack_configs(groups, peft_config)
-        if peft_config.layer_replication != self.layer_replication:
-            raise ValueError(
-                f"layer_replication is {peft_config.layer_replication}, expected {self.layer_replication} as of the "
-                "model's first adapter: all are on the same layers"
-            )
-        if self.layer_replication and not self._replicated:
-            replicate_layers(model, self.layer_replication)
-            self._replicated = True
-            groups = find_groups(model, peft_config)
-            configs = stack_configs(groups, peft_config)
         stacks = {name: _build(name, groups[name], configs[name], peft_config, on_meta) for name in groups}
         self.share_with_the_others(stacks)
         for name, members in groups.items():
@@ -103,6 +94,20 @@ class TcurLoraModel(BaseTuner):
             # On other base weights the budget may give other ranks, and the checkpoint would not fit.
             peft_config.rank_pattern = rank_pattern(groups, {name: stack.rank for name, stack in stacks.items()})
             peft_config.budget = None
+
+    def _replicate_layers(self, config: TcurLoraConfig, model: nn.Module) -> None:
+        """For the first adapter, as it asks. Raises ValueError where a further one asks for something else."""
+        if config.layer_replication != self.layer_replication:
+            raise ValueError(
+                f"layer_replication is {config.layer_replication}, expected {self.layer_replication} as of the model's "
+                "first adapter: all are on the same layers"
+            )
+        if self.layer_replication and not self._replicated:
+            stack_configs(
+                find_groups(model, config), config
+            )  # what is wrong with the targets, while nothing is changed
+            replicate_layers(model, self.layer_replication)
+            self._replicated = True
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
