@@ -82,6 +82,8 @@ def with_factors(
             )
         rows, columns = rows.to(base.device), columns.to(base.device)
         chosen = Selection(rows, columns, torch.zeros(len(rows)), torch.zeros(len(columns)))
+        scale = stack.scale
         for kind, factor in stack.factors_of(base, chosen).items():
             state[stack_key(adapter_name, name, kind)] = factor
+        stack.scale = scale  # that of its own factors still, until the state is loaded
     return state

@@ -34,8 +34,8 @@ def add(
     "cat"     for any on the same layers: C = [C_1 C_2 ...], R = [R_1; R_2; ...] and a core of blocks on the diagonal,
               whose rank is the sum of theirs.
 
-    Adapters may be on different layers, in stacks that are the same or have no layer in common. The scale is that of
-    the first. Raises ValueError, before anything is changed, for all else, and where the rank becomes too large.
+    Adapters may be on different layers, in stacks that are the same or have no layer in common. Scale and options are
+    the first's. Raises ValueError, before anything is changed, for all else, and where the rank becomes too large.
     """
     _check(tuner, adapters, weights, adapter_name, combination_type)
     configs = [tuner.peft_config[name] for name in adapters]

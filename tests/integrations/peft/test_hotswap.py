@@ -80,6 +80,21 @@ def test_an_adapter_that_is_not_alike_is_refused_and_changes_nothing(
     assert torch.equal(model(tokens).logits, expected)
 
 
+def test_indices_for_another_base_are_refused_and_change_nothing(
+    make_llama: MakeLlama, tokens: Tensor, adapt: Adapt, tmp_path: Path
+) -> None:
+    """The stack that differs is the last, so that the others have been looked at."""
+    other = make_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.add_(0.1)
+    adapt(other, selection="uniform", save_projection=False).save_pretrained(tmp_path)
+    model = adapt(make_llama())
+    expected = model(tokens).logits
+    with pytest.raises(ValueError, match="stack 16x32: trained on other base weights"):
+        hotswap_adapter(model, tmp_path, "default")
+    assert torch.equal(model(tokens).logits, expected)
+
+
 def test_another_method_another_name_and_a_merged_adapter_are_refused(
     make_llama: MakeLlama, adapt: Adapt, tmp_path: Path
 ) -> None:
