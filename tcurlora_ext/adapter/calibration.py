@@ -12,7 +12,6 @@ from .config import TCURConfig
 from .targets import Target, find_targets, watching
 
 
-@torch.no_grad()
 def calibrate(model: nn.Module, config: TCURConfig, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Run the plain ``model`` on ``batches`` and return, for :func:`inject`, what its target modules read.
 
@@ -21,7 +20,12 @@ def calibrate(model: nn.Module, config: TCURConfig, batches: Iterable[Any]) -> d
     its input features over all tokens of all batches, (in,) float64 on the CPU. Raises ValueError where no module
     matches, one is never called, or an input is not finite.
     """
-    targets = find_targets(model, config)
+    return input_sizes(model, find_targets(model, config), batches)
+
+
+@torch.no_grad()
+def input_sizes(model: nn.Module, targets: Sequence[Target], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """As :func:`calibrate`, for the targets that a caller has found."""
     squares: dict[str, Tensor] = {}
     tokens = dict.fromkeys((target.name for target in targets), 0)
 

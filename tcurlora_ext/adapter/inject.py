@@ -13,7 +13,7 @@ from .dtensor import refuse_sharded
 from .linear import TCURLayer
 from .ranks import stack_ranks
 from .stack import TCURStack
-from .targets import Target, adapted_type, find_targets, group, plain_type, slice_names, stacked_weights
+from .targets import Target, adapted_type, find_targets, group, placed, plain_type, slice_names, stacked_weights
 
 CONTAINER = "tcur_stacks"
 
@@ -63,14 +63,12 @@ def attach(
     """Replace the targets by layers that use the stacks, whose slices are in the order of the targets."""
     layers: dict[int, TCURLayer] = {}
     for name, members in groups.items():
-        first = 0
-        for target in members:
+        for target, first in placed(members):
             kind = adapted_type(target.module)
             assert kind is not None
             layer = kind.adopt(target.module)
             layer.attach(stacks[name], first, target.slices, owned=False)
             layers[id(target.module)] = layer
-            first += target.slices
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):

@@ -220,8 +220,7 @@ class TCURStack(nn.Module):
         In ``training`` the adapter's x goes through dropout, and the base's does not.
         """
         if training and self.dropout > 0:
-            dropped = nn.functional.dropout(x, self.dropout)
-            return nn.functional.linear(x, weight, bias) + self.change(dropped, first_slice, num_slices)
+            return nn.functional.linear(x, weight, bias) + self.change(x, first_slice, num_slices, training)
         calls = self._calls(first_slice, num_slices, weight.dtype)
         if len(calls) == 1:
             return self._linear(x, weight, bias, calls[0])
@@ -229,11 +228,13 @@ class TCURStack(nn.Module):
         parts = zip(calls, weight.chunk(len(calls)), biases, strict=True)
         return torch.cat([self._linear(x, part, part_bias, call) for call, part, part_bias in parts], -1)
 
-    def change(self, x: Tensor, first_slice: int, num_slices: int) -> Tensor:
+    def change(self, x: Tensor, first_slice: int, num_slices: int, training: bool = False) -> Tensor:
         """The adapter's part of :meth:`adapt` alone: x (..., in) -> (..., num_slices*out), in the dtype of x.
 
-        For what cannot be fused with the base product: another x, a quantised base, some rows of a batch.
+        For what cannot be fused with the base product: a dropped x, a quantised base, some rows of a batch.
         """
+        if training and self.dropout > 0:
+            x = nn.functional.dropout(x, self.dropout)
         calls = self._calls(first_slice, num_slices, x.dtype)
         changes = [tcur_delta(x, *call) for call in calls]
         return changes[0] if len(changes) == 1 else torch.cat(changes, -1)

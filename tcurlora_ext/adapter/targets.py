@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from .config import TCURConfig
 from .linear import TCURConv1D, TCURLayer, TCURLinear
@@ -61,6 +62,17 @@ class Target:
     def block(self) -> str:
         """The path of the block that it is in: all up to the last number in the name."""
         return self.name[: len(self.name) - len(self.role)]
+
+    def split(self, split_fused: Mapping[str, int]) -> Self:
+        """This projection as the slices that ``split_fused`` gives it by the last component of its name.
+
+        Raises ValueError where its output features do not split into so many equal ones.
+        """
+        slices = split_fused.get(self.name.rsplit(".", 1)[-1], 1)
+        out_features = self.shape[0] * self.slices
+        if out_features % slices:
+            raise ValueError(f"{self.name}: {out_features} output features do not split into {slices} equal slices")
+        return replace(self, slices=slices)
 
     def _around_numbers(self) -> tuple[str, str]:
         parts = self.name.split(".")
@@ -156,11 +168,15 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
 def _target(name: str, module: nn.Module, config: TCURConfig) -> Target:
     if "forward" in vars(module):
         raise ValueError(f"{name}: its forward was replaced on the instance, an adapter in it would not be called")
-    slices = config.split_fused.get(name.rsplit(".", 1)[-1], 1)
-    out_features, _ = Target(name, module).shape
-    if out_features % slices:
-        raise ValueError(f"{name}: {out_features} output features do not split into {slices} equal slices")
-    return Target(name, module, slices)
+    return Target(name, module).split(config.split_fused)
+
+
+def placed(members: Iterable[Target]) -> Iterator[tuple[Target, int]]:
+    """A stack's members, each with the index of its first slice."""
+    first = 0
+    for target in members:
+        yield target, first
+        first += target.slices
 
 
 def slice_names(members: Sequence[Target]) -> list[str]:
@@ -170,8 +186,8 @@ def slice_names(members: Sequence[Target]) -> list[str]:
 
 def stacked_weights(name: str, members: Sequence[Target]) -> Tensor:
     """The weights (S, out, in) of a stack's members. Raises ValueError where shapes, devices or dtypes differ."""
-    first, stacked, at = members[0].weight[0], None, 0
-    for target in members:
+    first, stacked = members[0].weight[0], None
+    for target, at in placed(members):
         if target.shape != members[0].shape:
             raise ValueError(
                 f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
@@ -181,12 +197,12 @@ def stacked_weights(name: str, members: Sequence[Target]) -> Tensor:
         if (weight.device, weight.dtype) != (first.device, first.dtype):
             raise ValueError(
                 f"stack {name}: {target.name} is {weight.dtype} on {weight.device}, expected {first.dtype} on "
-                f"{first.device} as {members[0].name}"
+                f"{first.device} as {members[0].name}; stack_by='none', or stack_blocks=n for blocks of one device, "
+                "makes stacks of fewer layers"
             )
         if stacked is None:
             stacked = weight.new_empty(sum(t.slices for t in members), *target.shape)
         stacked[at : at + target.slices] = weight
-        at += target.slices
     assert stacked is not None
     return stacked
 

@@ -19,7 +19,7 @@ sqrt(S) of the orthonormal core in one number).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -162,6 +162,16 @@ def unfold_columns(col: Tensor, slices: int, transform: str = "dft", blocks: int
     """The inverse of :func:`fold_columns`: (out, c*S) -> (S, out, c)."""
     parts = col.unflatten(1, (blocks or slices, -1)).transpose(0, 1)
     return _unfold(parts * _column_signs(slices, transform, parts)[: len(parts)], slices, transform)
+
+
+def join_rows(rows: Sequence[Tensor], blocks: int) -> Tensor:
+    """The folded form of [R1; R2; ...] from those of R1, R2, ..., each of so many blocks."""
+    return torch.cat([row.unflatten(0, (blocks, -1)) for row in rows], 1).flatten(0, 1)
+
+
+def join_columns(columns: Sequence[Tensor], blocks: int) -> Tensor:
+    """The folded form of [C1 C2 ...] from those of C1, C2, ..., each of so many blocks."""
+    return torch.cat([col.unflatten(1, (blocks, -1)) for col in columns], 2).flatten(1)
 
 
 def slice_product(a: Tensor, b: Tensor, transform: str = "dft") -> Tensor:

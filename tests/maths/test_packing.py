@@ -69,6 +69,20 @@ def test_folding_is_undone_by_unfolding(slices: int, transform: str) -> None:
 
 
 @transforms
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_joined_folds_are_the_folds_of_joined_factors(transform: str, blocks: int) -> None:
+    first, second = double(5, 7, 2), double(5, 7, 3)
+    expected = packing.fold_columns(torch.cat([first, second], 2), transform, blocks)
+    folds = [packing.fold_columns(C, transform, blocks) for C in (first, second)]
+    assert_close(packing.join_columns(folds, blocks), expected, **CLOSE)
+
+    first, second = first.mT.contiguous(), second.mT.contiguous()
+    expected = packing.fold_rows(torch.cat([first, second], 1), transform, blocks)
+    folds = [packing.fold_rows(R, transform, blocks) for R in (first, second)]
+    assert_close(packing.join_rows(folds, blocks), expected, **CLOSE)
+
+
+@transforms
 @pytest.mark.parametrize("slices", SLICES)
 def test_the_transform_of_the_core_is_orthonormal(slices: int, transform: str) -> None:
     """So that a step on the folded core is as long as the same step on U."""

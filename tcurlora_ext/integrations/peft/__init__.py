@@ -1,10 +1,12 @@
 """tCURLoRA as a method of PEFT. Importing this package registers it under ``tcurlora``; see docs/peft.md."""
 
+from .calibration import calibrate
 from .config import TcurLoraConfig
+from .hotswap import hotswap_adapter
 from .layer import TcurLoraLinear
 from .model import TcurLoraModel
 from .registration import register
 
-__all__ = ["TcurLoraConfig", "TcurLoraLinear", "TcurLoraModel"]
+__all__ = ["TcurLoraConfig", "TcurLoraLinear", "TcurLoraModel", "calibrate", "hotswap_adapter"]
 
 register()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import peft
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
+from torch import Tensor
 
-from tcurlora_ext.adapter.config import Rank, TCURConfig, pair_of
+from tcurlora_ext.adapter.config import Rank, TCURConfig
 
 if not hasattr(BaseTuner, "_get_adapter_state_dict"):
     raise ImportError(f"peft {peft.__version__} is installed, expected 0.21 or newer")
@@ -20,6 +22,12 @@ if not hasattr(BaseTuner, "_get_adapter_state_dict"):
 TYPE = "TCURLORA"
 IMPORT = "import tcurlora_ext.integrations.peft"
 BIAS = ("none", "all", "tcurlora_only")
+
+# What is passed on to the stacks' configuration as it is.
+OF_STACKS = (
+    *("stack_by", "stack_blocks", "split_fused", "selection", "scale", "rank_stabilised"),
+    *("transform", "frequencies", "core_domain", "dropout", "backend", "seed"),
+)
 
 
 def peft_type() -> PeftType:
@@ -40,7 +48,8 @@ class TcurLoraConfig(PeftConfig):
 
     As in PEFT's LoRA: ``target_modules`` (names, ends of names, a regex for the whole name, "all-linear"),
     ``exclude_modules``, ``modules_to_save``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` and
-    ``alpha_pattern`` (a name's end or regex -> its rank, alpha; one for all layers of a stack), ``fan_in_fan_out``.
+    ``alpha_pattern`` (a name's end or regex -> its rank, alpha; one for all layers of a stack), ``fan_in_fan_out``,
+    ``trainable_token_indices``, ``ensure_weight_tying`` (of ``modules_to_save`` and tokens), ``layer_replication``.
 
     r               tubal rank, or (c, r): c columns and r rows of every stack.
     alpha           multiplies the default scale rule; 1.0 makes a step as long as one of LoRA.
@@ -49,7 +58,15 @@ class TcurLoraConfig(PeftConfig):
     bias            "none", "all" or "tcurlora_only" (those of the adapted layers).
     save_projection C and R are saved too. False: only their indices and a fingerprint of the base, from whose weights
                     they are taken again on loading; other base weights are refused.
-    stack_by, split_fused, selection, scale, transform, core_domain, backend, seed: as in :class:`TCURConfig`.
+    dropout         share of the adapter's input that is set to zero in training: LoRA's ``lora_dropout``.
+    rank_stabilised a first step as long at any rank: what ``use_rslora`` is to LoRA.
+    budget          how many numbers all cores may have together, in place of ``r``. As the adapter is put on, the ranks
+                    that it gives take its place here, in ``rank_pattern``.
+    calibration     for ``selection="activation"``: what :func:`calibrate` returned. A checkpoint has the indices that
+                    were chosen by it and not the inputs themselves: in a configuration read from one this is empty,
+                    and a new adapter of that is chosen by "norm".
+    stack_by, stack_blocks, split_fused, selection, scale, transform, frequencies, core_domain, backend, seed: as in
+    :class:`TCURConfig`.
 
     Raises ValueError for a value that none of them knows.
     """
@@ -75,6 +92,15 @@ class TcurLoraConfig(PeftConfig):
     core_domain: str = "fourier"
     backend: str = "auto"
     seed: int = 0
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+    budget: int | None = None
+    stack_blocks: int | None = None
+    frequencies: int | None = None
+    calibration: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    layer_replication: list[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,32 +110,25 @@ class TcurLoraConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         # JSON has no tuples.
         self.r = _as_rank(self.r)
+        if self.layer_replication is not None:
+            self.layer_replication = [(start, end) for start, end in self.layer_replication]
         self.rank_pattern = {name: _as_rank(rank) for name, rank in (self.rank_pattern or {}).items()}
         self.alpha_pattern = dict(self.alpha_pattern or {})
-        for rank in self.rank_pattern.values():
-            pair_of(rank)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given, expected layers_to_transform beside it")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform is given with a regex for target_modules, expected a list of names")
         if self.bias not in BIAS:
             raise ValueError(f"bias is {self.bias!r}, expected one of {', '.join(map(repr, BIAS))}")
-        self.for_stack(self.r, self.alpha)
+        replace(self.for_stack(self.r, self.alpha), rank_pattern=self.rank_pattern, budget=self.budget)
 
     def for_stack(self, rank: Rank, alpha: float) -> TCURConfig:
         """The stacks' configuration, for one rank and alpha. Raises ValueError for a value it does not know."""
-        return TCURConfig(
-            rank=rank,
-            alpha=alpha,
-            stack_by=self.stack_by,
-            split_fused=self.split_fused,
-            selection=self.selection,
-            scale=self.scale,
-            transform=self.transform,
-            core_domain=self.core_domain,
-            backend=self.backend,
-            seed=self.seed,
-        )
+        return TCURConfig(rank=rank, alpha=alpha, **{name: getattr(self, name) for name in OF_STACKS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values that are saved: all but the calibration inputs."""
+        return super().to_dict() | {"calibration": None if self.calibration is None else {}}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As PEFT's; the model card that it wrote gets the import line without which the adapter does not load."""

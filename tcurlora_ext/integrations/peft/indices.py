@@ -24,6 +24,11 @@ def stack_key(adapter_name: str, stack: str, kind: str) -> str:
     return f"base_model.tcurlora_core.{adapter_name}.{stack}.{kind}"
 
 
+def saved_key(stack: str, kind: str) -> str:
+    """The key in a checkpoint, which has no adapter's name."""
+    return f"base_model.tcurlora_{kind}.{stack}"
+
+
 def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tensor:
     """The weights (S, out, in) that a stack's layers have in the model now, without any adapter."""
     layers = [
@@ -60,7 +65,7 @@ def with_factors(
     """
     state = dict(state)
     for name, stack in stacks.items():
-        found = [state.pop(f"base_model.tcurlora_{kind}.{name}", None) for kind in BASE]
+        found = [state.pop(saved_key(name, kind), None) for kind in BASE]
         saved, dtype = found
         rows, columns = (state.get(stack_key(adapter_name, name, kind)) for kind in ("rows", "columns"))
         if saved is None or dtype is None or rows is None or columns is None:
@@ -77,6 +82,8 @@ def with_factors(
             )
         rows, columns = rows.to(base.device), columns.to(base.device)
         chosen = Selection(rows, columns, torch.zeros(len(rows)), torch.zeros(len(columns)))
+        scale = stack.scale
         for kind, factor in stack.factors_of(base, chosen).items():
             state[stack_key(adapter_name, name, kind)] = factor
+        stack.scale = scale  # that of its own factors still, until the state is loaded
     return state

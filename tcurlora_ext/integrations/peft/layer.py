@@ -25,11 +25,11 @@ class LayerSlices(NamedTuple):
     first_slice: int
     num_slices: int
 
-    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices)
+    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+        return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices, training)
 
-    def change(self, x: Tensor) -> Tensor:
-        return self.stack.change(x, self.first_slice, self.num_slices)
+    def change(self, x: Tensor, training: bool) -> Tensor:
+        return self.stack.change(x, self.first_slice, self.num_slices, training)
 
     def delta_weight(self, dtype: torch.dtype) -> Tensor:
         """(num_slices*out, in)"""
@@ -104,7 +104,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         active = [self.slices[name] for name in self.active_adapters if name in self.slices]
         if active and not args and not kwargs and self._is_plain(x):
             base = self.get_base_layer()
-            result = active.pop(0).adapt(x, self._as_matrix(base.weight), base.bias)
+            result = active.pop(0).adapt(x, self._as_matrix(base.weight), base.bias, self.training)
         else:
             result = self.base_layer(x, *args, **kwargs)
         for slices in active:
@@ -125,7 +125,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
 
     def _change(self, slices: LayerSlices, x: Tensor, dtype: torch.dtype) -> Tensor:
         """An adapter's part, in the dtype of the base's result."""
-        return slices.change(self._cast_input_dtype(x, slices.stack.col.dtype)).to(dtype)
+        return slices.change(self._cast_input_dtype(x, slices.stack.col.dtype), self.training).to(dtype)
 
     def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig, pair_of
 from tcurlora_ext.adapter.inject import build_stack
 from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.targets import Target, group, is_conv1d, slice_names
+from tcurlora_ext.adapter.targets import Target, is_conv1d, placed, slice_names
 from tcurlora_ext.maths.selection import Selection
 
+from . import weighted
 from .config import TcurLoraConfig
 from .indices import with_factors, without_factors
 from .layer import LayerSlices, TcurLoraLinear
 from .mixed import rows_for_adapters
 from .quantised import backend_of
 from .sharing import share_factors
-from .targets import as_target, base_of, default_names, outer_modules, stack_config
+from .targets import base_of, default_names, find_groups, rank_pattern, stack_configs
 
 RANDOM_CORE = 0.1  # standard deviation of a core that is not to start at zero
 
@@ -49,6 +52,7 @@ class TcurLoraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: TcurLoraConfig, adapter_name: str) -> None:
         self.tcurlora_core = nn.ModuleDict()
+        self.layer_replication, self._replicated = config.layer_replication, False
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
@@ -77,23 +81,44 @@ class TcurLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:
         """Build the adapter's stacks, before any layer is replaced: they need all their layers at once."""
         adapter_name, on_meta = self._injected
-        _maybe_include_all_linear_layers(peft_config, model)
-        matching = [
-            (name, module)
-            for name, module in outer_modules(model)
-            if self._check_target_module_exists(peft_config, name)
-        ]
-        targets = [as_target(name, module, model, peft_config) for name, module in matching]
-        groups = group(targets, peft_config.for_stack(peft_config.r, peft_config.alpha))
-        stacks = {name: _build(name, members, peft_config, on_meta) for name, members in groups.items()}
-        for stack in stacks.values():
-            share_factors(stack, [other for name in self.tcurlora_core for other in self.stacks(name).values()])
+        self._replicate_layers(peft_config, model)
+        groups = find_groups(model, peft_config)
+        configs = stack_configs(groups, peft_config)
+        stacks = {name: _build(name, groups[name], configs[name], peft_config, on_meta) for name in groups}
+        self.share_with_the_others(stacks)
         for name, members in groups.items():
-            first = 0
-            for target in members:
+            for target, first in placed(members):
                 self._slices[target.name] = LayerSlices(stacks[name], first, target.slices)
-                first += target.slices
         self.tcurlora_core[adapter_name] = nn.ModuleDict(stacks)
+        if peft_config.budget is not None:
+            # On other base weights the budget may give other ranks, and the checkpoint would not fit.
+            peft_config.rank_pattern = rank_pattern(groups, {name: stack.rank for name, stack in stacks.items()})
+            peft_config.budget = None
+
+    def _replicate_layers(self, config: TcurLoraConfig, model: nn.Module) -> None:
+        """For the first adapter, as it asks. Raises ValueError where a further one asks for something else."""
+        if config.layer_replication != self.layer_replication:
+            raise ValueError(
+                f"layer_replication is {config.layer_replication}, expected {self.layer_replication} as of the model's "
+                "first adapter: all are on the same layers"
+            )
+        if self.layer_replication and not self._replicated:
+            stack_configs(
+                find_groups(model, config), config
+            )  # what is wrong with the targets, while nothing is changed
+            replicate_layers(model, self.layer_replication)
+            self._replicated = True
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if self.layer_replication:
+            raise ValueError("cannot merge: replicated layers have one weight between them, and changes of their own")
+
+    def share_with_the_others(self, stacks: dict[str, TCURStack]) -> None:
+        """Let an adapter's stacks use the C and R of other adapters that have the same."""
+        others = [stack for name in self.tcurlora_core for stack in self.stacks(name).values()]
+        for stack in stacks.values():
+            share_factors(stack, [other for other in others if other is not stack])
 
     def _create_and_replace(
         self,
@@ -114,6 +139,10 @@ class TcurLoraModel(BaseTuner):
         layer = TcurLoraLinear(target, adapter_name, slices, peft_config.inference_mode, backend)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also assigns weight and bias, which the layers here have, and merged trainable tokens do not take.
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cores are at least float32 from the start; without ``autocast_adapter_dtype`` they get the base's dtype."""
         if not autocast_adapter_dtype:
@@ -123,6 +152,15 @@ class TcurLoraModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self.tcurlora_core[adapter_name]
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose dW is the weighted sum of those of others, as :func:`.weighted.add` says."""
+        weighted.add(self, adapters, weights, adapter_name, combination_type)
+
+    # For ensure_weight_tying: PEFT has it for LoRA alone, though nothing in it is LoRA's.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     # -- mixed batches ------------------------------------------------------------------------------------------------
 
@@ -169,12 +207,18 @@ class TcurLoraModel(BaseTuner):
         return f"{head}tcurlora_{kind}.{stack}"
 
 
-def _build(name: str, members: list[Target], config: TcurLoraConfig, on_meta: bool) -> TCURStack:
+def _build(name: str, members: list[Target], of_stack: TCURConfig, config: TcurLoraConfig, on_meta: bool) -> TCURStack:
     """A stack for these members; ``on_meta``: one without values, which are loaded later."""
-    of_stack = stack_config(name, members, config)
     if on_meta:
         return _blank(members, of_stack)
-    stack = build_stack(name, members, of_stack)
+    if config.selection == "activation" and not config.calibration:
+        if config.calibration is None:
+            raise ValueError(
+                f"stack {name}: selection is 'activation' and calibration None, expected what calibrate(model, config, "
+                "batches) returned"
+            )
+        of_stack = replace(of_stack, selection="norm")  # until the indices are loaded that activations chose
+    stack = build_stack(name, members, of_stack, calibration=config.calibration or None)
     if not config.init_weights:
         nn.init.normal_(stack.core, std=RANDOM_CORE)
     return stack

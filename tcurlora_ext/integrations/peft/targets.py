@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.targets import DEFAULT_TARGETS, Target, is_conv1d
+from tcurlora_ext.adapter.config import Rank, TCURConfig
+from tcurlora_ext.adapter.ranks import stack_ranks
+from tcurlora_ext.adapter.targets import DEFAULT_TARGETS, Target, group, is_conv1d
 
 from .config import TcurLoraConfig
 from .quantised import QuantisedTarget, backend_of
@@ -66,6 +67,24 @@ def default_names(model: nn.Module) -> set[str]:
     return names
 
 
+def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
+    """The modules that the configuration names, in registration order; "all-linear" in it is written out.
+
+    Raises TypeError or ValueError where one cannot be adapted.
+    """
+    _maybe_include_all_linear_layers(config, model)
+    return [
+        as_target(name, module, model, config)
+        for name, module in outer_modules(model)
+        if check_target_module_exists(config, name)
+    ]
+
+
+def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Target]]:
+    """The targets as stacks by name. Raises as :func:`find_targets`."""
+    return group(find_targets(model, config), config.for_stack(config.r, config.alpha))
+
+
 def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraConfig) -> Target:
     """The target for a module that the configuration names. Raises TypeError or ValueError where it cannot be one."""
     base = base_of(module)
@@ -80,17 +99,33 @@ def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraCo
             f"{name} is quantised by {backend.backend_name}, expected a kind that PEFT can dequantise (bitsandbytes, "
             "HQQ, torchao): C and R are taken from the dequantised weight"
         )
-    slices = config.split_fused.get(name.rsplit(".", 1)[-1], 1)
     whole = Target(name, base) if backend is None else QuantisedTarget(name, base, backend=backend)
-    if whole.shape[0] % slices:
-        raise ValueError(f"{name}: {whole.shape[0]} output features do not split into {slices} equal slices")
-    return dataclasses.replace(whole, slices=slices)
+    return whole.split(config.split_fused)
 
 
-def stack_config(stack: str, members: list[Target], config: TcurLoraConfig) -> TCURConfig:
-    """The configuration of a stack. Raises ValueError where the patterns give its layers different ranks or alphas."""
-    rank = _common("rank", stack, members, config.rank_pattern, config.r)
-    return config.for_stack(rank, _common("alpha", stack, members, config.alpha_pattern, config.alpha))
+def stack_configs(groups: Mapping[str, list[Target]], config: TcurLoraConfig) -> dict[str, TCURConfig]:
+    """The configuration of every stack.
+
+    Raises ValueError where the patterns give the layers of a stack different ranks or alphas, and where the budget is
+    too small.
+    """
+    ranks: Mapping[str, Rank]
+    if config.budget is None:
+        ranks = {
+            name: _common("rank", name, members, config.rank_pattern, config.r) for name, members in groups.items()
+        }
+    else:
+        ranks = stack_ranks(groups, replace(config.for_stack(config.r, config.alpha), budget=config.budget))
+    return {
+        name: config.for_stack(ranks[name], _common("alpha", name, members, config.alpha_pattern, config.alpha))
+        for name, members in groups.items()
+    }
+
+
+def rank_pattern(groups: Mapping[str, list[Target]], ranks: Mapping[str, tuple[int, int]]) -> dict[str, Rank]:
+    """The ``rank_pattern`` that gives every stack its own (c, r), whatever other names end like those of its layers."""
+    short = {name: c if c == r else (c, r) for name, (c, r) in ranks.items()}
+    return {f"^{re.escape(target.name)}$": short[name] for name, members in groups.items() for target in members}
 
 
 def _common(kind: str, stack: str, members: list[Target], pattern: dict[str, T], default: T) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ def make_llama() -> Callable[[], LlamaForCausalLM]:
 
     def make() -> LlamaForCausalLM:
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(copy.deepcopy(config)).eval()
 
     return make
 

@@ -18,7 +18,13 @@ from tcurlora_ext.integrations.peft import TcurLoraConfig, TcurLoraLinear
     ("options", "message"),
     [
         ({"r": 0}, "rank is 0, expected a positive whole number"),
-        ({"rank_pattern": {"q_proj": -1}}, "rank is -1, expected a positive whole number"),
+        ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] is -1, expected a positive whole number"),
+        ({"rank_pattern": {"q_proj": 1}, "budget": 99}, r"budget is 99 and rank_pattern .*: expected one"),
+        ({"budget": 0}, "budget is 0, expected a positive whole number"),
+        ({"dropout": 1.0}, "dropout is 1.0, expected a number from 0 to below 1"),
+        ({"frequencies": 2, "transform": "dct"}, "found transform 'dct'"),
+        ({"rank_stabilised": True, "scale": 1.0}, "found scale 1.0"),
+        ({"stack_blocks": 2, "stack_by": "none"}, "found stack_by 'none'"),
         ({"alpha": float("nan")}, "alpha is nan, expected a finite number"),
         ({"selection": "best"}, "selection is 'best', expected one of 'norm'"),
         ({"bias": "some"}, "bias is 'some', expected one of 'none', 'all', 'tcurlora_only'"),
@@ -37,6 +43,9 @@ def test_of_the_configuration(options: dict[str, Any], message: str) -> None:
         ({"target_modules": ["q_prj"]}, ValueError, "q_prj"),
         ({"target_modules": ["embed_tokens"]}, TypeError, "model.embed_tokens is a Embedding, expected a linear layer"),
         ({"r": 9}, ValueError, r"8x16 .*rank \(c, r\) = \(9, 9\) does not fit 8 x 16 weights"),
+        ({"budget": 4}, ValueError, "budget is 4 numbers, expected at least 14"),
+        ({"selection": "activation"}, ValueError, "stack 16x16: selection is 'activation' and calibration None"),
+        ({"calibration": {}, "selection": "activation", "r": 99}, ValueError, "does not fit"),
         ({"split_fused": {"q_proj": 3}}, ValueError, "q_proj: 16 output features do not split into 3"),
         (
             {"rank_pattern": {"q_proj": 4}},
@@ -126,3 +135,8 @@ def test_of_mixed_batches_over_merged_weights(
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
         model(tokens, adapter_names=["default"] * 3)
+
+
+def test_of_peft_mixed_model(make_llama: Callable[[], LlamaForCausalLM]) -> None:
+    with pytest.raises(ValueError, match="'TCURLORA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(make_llama(), TcurLoraConfig(r=2), mixed=True)

@@ -49,10 +49,17 @@ CUSTOM = [
         {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "r": (3, 2), "scale": 1.0},
     ),
     (
-        "tCURLoRA indices only",
+        "tCURLoRA indices only, dropout",
         "MLP",
         TcurLoraConfig,
-        {"target_modules": ["lin0", "lin1"], "r": 2, "save_projection": False, "core_domain": "slice"},
+        {
+            "target_modules": ["lin0", "lin1"],
+            "r": 2,
+            "save_projection": False,
+            "core_domain": "slice",
+            "dropout": 0.1,
+            "rank_stabilised": True,
+        },
     ),
     (
         "tCURLoRA fused rows",
@@ -60,7 +67,18 @@ CUSTOM = [
         TcurLoraConfig,
         {"target_modules": ["lin0", "lin1"], "r": 1, "split_fused": {"lin0": 4, "lin1": 2}, "transform": "identity"},
     ),
-    ("tCURLoRA transformers Conv1D", "EmbConv1D", TcurLoraConfig, {"target_modules": ["conv1d"], "r": 1, "alpha": 4.0}),
+    (
+        "tCURLoRA budget, low frequencies",
+        "MLP",
+        TcurLoraConfig,
+        {"target_modules": ["lin0", "lin1"], "budget": 20, "split_fused": {"lin0": 4}, "frequencies": 2},
+    ),
+    (
+        "tCURLoRA transformers Conv1D, trainable tokens",
+        "EmbConv1D",
+        TcurLoraConfig,
+        {"target_modules": ["conv1d"], "r": 1, "alpha": 4.0, "trainable_token_indices": {"emb": [0, 10]}},
+    ),
 ]
 
 TWO_ADAPTERS = [

@@ -1,0 +1,157 @@
+"""A new adapter whose change is the weighted sum of those of others: exactly, and a t-CUR adapter like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tcurlora_ext.adapter.config import fitting_pair
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.targets import slice_names
+from tcurlora_ext.maths import packing
+
+from .config import TcurLoraConfig
+from .targets import find_groups, rank_pattern
+
+if TYPE_CHECKING:
+    from .model import TcurLoraModel
+
+COMBINATIONS = ("linear", "cat")
+OF_THE_CORE = ("transform", "frequencies", "core_domain")
+
+Part = tuple[str, float, TCURStack]  # an adapter, its weight, its stack
+
+
+def add(
+    tuner: TcurLoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+) -> None:
+    """Add ``adapter_name`` with the change ``sum_i weights[i] * dW_i``.
+
+    "linear"  for adapters that chose the same columns and rows: the weighted sum of their cores, at their rank.
+    "cat"     for any on the same layers: C = [C_1 C_2 ...], R = [R_1; R_2; ...] and a core of blocks on the diagonal,
+              whose rank is the sum of theirs.
+
+    Adapters may be on different layers, in stacks that are the same or have no layer in common. Scale and options are
+    the first's. Raises ValueError, before anything is changed, for all else, and where the rank becomes too large.
+    """
+    _check(tuner, adapters, weights, adapter_name, combination_type)
+    configs = [tuner.peft_config[name] for name in adapters]
+    parts = [
+        (name, weight, stack)
+        for name, weight in zip(adapters, weights, strict=True)
+        for stack in tuner.stacks(name).values()
+    ]
+    config = replace(
+        configs[0],
+        target_modules={name.partition("[")[0] for *_, stack in parts for name in stack.names},
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={},
+        alpha_pattern={},
+        calibration=None if configs[0].calibration is None else {},
+    )
+    groups = find_groups(tuner.model, config)
+    combined = {
+        name: _combined(_of_layers(name, slice_names(members), parts), combination_type)
+        for name, members in groups.items()
+    }
+    ranks = {name: fitting_pair(tuple(v["core"].shape[1:]), groups[name][0].shape) for name, v in combined.items()}
+    config.rank_pattern = rank_pattern(groups, ranks)
+
+    tuner.peft_config[adapter_name] = config
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name, low_cpu_mem_usage=True)
+    except Exception:
+        del tuner.peft_config[adapter_name]
+        raise
+    state = {
+        f"tcurlora_core.{adapter_name}.{name}.{kind}": value
+        for name, values in combined.items()
+        for kind, value in values.items()
+    }
+    tuner.load_state_dict(state, strict=False, assign=True)
+    tuner.share_with_the_others(tuner.stacks(adapter_name))
+
+
+def require_same(configs: dict[str, TcurLoraConfig]) -> None:
+    """Raise ValueError where the cores of adapters, given by name, mean different things."""
+    first, *others = configs
+    for other in others:
+        for field in (*OF_THE_CORE, "scale"):
+            here, there = (getattr(configs[name], field) for name in (first, other))
+            # Raw factors may have any scale; beside them those of unit norm cannot be told apart by their indices.
+            if here != there and (field != "scale" or None in (here, there)):
+                raise ValueError(f"{field} is {here!r} in adapter {first} and {there!r} in {other}, expected the same")
+
+
+def _check(
+    tuner: TcurLoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+) -> None:
+    if combination_type not in COMBINATIONS:
+        raise ValueError(
+            f"combination_type is {combination_type!r}, expected one of {', '.join(map(repr, COMBINATIONS))}: LoRA's "
+            "others approximate the sum"
+        )
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"found {len(adapters)} adapters and {len(weights)} weights, expected a weight for each")
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"adapter {adapter_name} exists, expected a new name")
+    for name in adapters:
+        if name not in tuner.peft_config:
+            raise ValueError(f"adapter {name} does not exist, expected some of {', '.join(tuner.peft_config)}")
+        config = tuner.peft_config[name]
+        also = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
+        also["bias"] = None if config.bias == "none" else config.bias
+        for option, value in also.items():
+            if value:
+                raise ValueError(f"adapter {name} has {option} {value!r}, expected cores alone: these have no sum")
+    require_same({name: tuner.peft_config[name] for name in adapters})
+
+
+def _of_layers(stack: str, layers: list[str], parts: list[Part]) -> list[Part]:
+    """The parts over exactly these layers. Raises ValueError where another shares some of them."""
+    for name, _, other in parts:
+        if other.names != layers and set(other.names) & set(layers):
+            raise ValueError(
+                f"the layers {', '.join(other.names)} are a stack of adapter {name}, and {', '.join(layers)} would be "
+                f"stack {stack} of the sum, expected the same: stack_by='role' or 'none' makes stacks that agree"
+            )
+    own = [part for part in parts if part[2].names == layers]
+    if not own:
+        raise ValueError(f"{layers[0]} has the end of an adapted layer's name and is in none of the adapters")
+    return own
+
+
+def _combined(parts: list[Part], combination_type: str) -> dict[str, Any]:
+    """The tensors of the stack that is the sum of the parts."""
+    stacks = [stack for *_, stack in parts]
+    scale = next((stack.scale for stack in stacks if stack.scale), 1.0)
+    cores = [weight * stack.scale / scale * stack.core.detach() for _, weight, stack in parts]
+    values = {"scale": torch.tensor(scale, dtype=torch.float64)}
+    if combination_type == "linear" or len(parts) == 1:
+        _require_same_factors(parts)
+        first = {"rows": stacks[0].rows.clone(), "columns": stacks[0].columns.clone()}
+        return values | first | {"row": stacks[0].row, "col": stacks[0].col, "core": sum(cores)}
+    return values | {
+        "rows": torch.cat([stack.rows for stack in stacks]),
+        "columns": torch.cat([stack.columns for stack in stacks]),
+        "row": packing.join_rows([stack.row for stack in stacks], stacks[0].blocks),
+        "col": packing.join_columns([stack.col for stack in stacks], stacks[0].blocks),
+        "core": torch.stack([torch.block_diag(*blocks) for blocks in zip(*cores, strict=True)]),
+    }
+
+
+def _require_same_factors(parts: list[Part]) -> None:
+    (first, _, one), *others = parts
+    for name, _, other in others:
+        for kind in ("columns", "rows", "col", "row"):
+            here, there = getattr(one, kind), getattr(other, kind)
+            if here.shape != there.shape or not torch.equal(here, there):
+                raise ValueError(
+                    f"adapters {first} and {name} have different {kind} in the stack of {one.names[0]}, expected the "
+                    "same for 'linear'; combination_type='cat' adds them"
+                )
