@@ -1,4 +1,4 @@
-"""Two processes by torchrun, over gloo on the CPU: one run for all cases of two_processes.py, which has the checks."""
+"""Two processes by torchrun, over gloo on the CPU: one run for all cases, which have the checks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 
 import tcurlora_ext as tcur
 
-from .shared_network import adapted, base
-from .two_processes import CASES
+from . import run  # noqa: F401  # fills CASES
+from .cases import CASES
+from .network import adapted, base
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 PACKAGE = Path(tcur.__file__).parents[1]
 
 
@@ -25,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join(filter(None, (str(TESTS), str(PACKAGE), os.environ.get("PYTHONPATH"))))
     ran = subprocess.run(
-        [*command, "-m", "integrations.two_processes", str(folder)], env=os.environ | {"PYTHONPATH": path},
+        [*command, "-m", "integrations.processes.run", str(folder)], env=os.environ | {"PYTHONPATH": path},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     texts = {}
