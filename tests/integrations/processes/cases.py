@@ -14,12 +14,16 @@ CASES: dict[str, Callable[[Path], None]] = {}
 Case = Callable[[Entry, Path], None]
 
 
+def name_of(function: Case, entry: str) -> str:
+    return f"{function.__name__}, {entry}"
+
+
 def cases_of(*entries: str) -> Callable[[Case], Case]:
     """The decorator for what is of these entries alone."""
 
     def register(function: Case) -> Case:
         for name in entries:
-            CASES[f"{function.__name__}, {name}"] = partial(function, ENTRIES[name])
+            CASES[name_of(function, name)] = partial(function, ENTRIES[name])
         return function
 
     return register
