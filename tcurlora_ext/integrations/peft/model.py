@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig, pair_of
+from tcurlora_ext.adapter.dtensor import refuse_sharded
 from tcurlora_ext.adapter.inject import build_stack
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.targets import Target, group, is_conv1d, slice_names
@@ -77,6 +78,7 @@ class TcurLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:
         """Build the adapter's stacks, before any layer is replaced: they need all their layers at once."""
         adapter_name, on_meta = self._injected
+        refuse_sharded(model, "put adapters on before it is sharded")
         _maybe_include_all_linear_layers(peft_config, model)
         matching = [
             (name, module)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
+from tcurlora_ext.integrations.peft import TcurLoraConfig
 
 from ..entries import Entry
 from .cases import case, cases_of
@@ -212,3 +213,37 @@ def fsdp_refuses_what_needs_whole_weights(_: Entry, folder: Path) -> None:
         tcur.merge(model)
     with pytest.raises(ValueError, match=sharded_already + "call inject"):
         tcur.inject(plain)
+
+
+@cases_of("peft")
+def fsdp_saves_a_peft_adapter_of_indices_alone(entry: Entry, folder: Path) -> None:
+    """The fingerprint is that of the gathered base weights."""
+    model = sharded(adapted(entry, save_projection=False))
+    entry.save(model, folder)
+    distributed.barrier()
+    assert_close(output(entry.load(base(), folder)), output(model), rtol=1e-5, atol=1e-6)
+
+
+@cases_of("peft")
+def fsdp_of_a_peft_model_with_a_second_adapter(entry: Entry, folder: Path) -> None:
+    """The core of the one that does not train is in the same group, and gets no gradient."""
+    models: list[Any] = [adapted(entry), adapted(entry)]
+    for model in models:
+        torch.manual_seed(2)
+        model.add_adapter("second", TcurLoraConfig(r=3, init_weights=False))
+        model.base_model.set_adapter(["default", "second"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".default." in name)
+    check_gradients(sharded(models[0]), models[1])
+
+
+@cases_of("peft")
+def fsdp_refuses_merging_and_adapters_on_sharded_weights_through_peft(entry: Entry, _: Path) -> None:
+    model: Any = sharded(adapted(entry))
+    plain = base()
+    fully_shard(plain, mesh=processes())
+    with pytest.raises(ValueError, match="weight is sharded over several processes; save the adapter, load it onto"):
+        model.merge_adapter()
+    for add in (lambda: model.add_adapter("second", TcurLoraConfig(r=3)), lambda: entry.adapt(plain, rank=2)):
+        with pytest.raises(ValueError, match="is sharded over several processes; put adapters on before it is sharded"):
+            add()

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from ..entries import Entry
-from ..small_models import EXAMPLES, adapted, base, cores, output, train
+from ..small_models import EXAMPLES, adapted, base, cores, output, trainer
 from .cases import case
 
 KIND, STEPS = "Llama", 4
@@ -16,8 +17,9 @@ KIND, STEPS = "Llama", 4
 
 @case
 def trainer_saves_what_every_process_has(entry: Entry, folder: Path) -> None:
-    model = train(
-        adapted(KIND, entry),
+    model = adapted(KIND, entry)
+    run = trainer(
+        model,
         KIND,
         folder,
         max_steps=STEPS,
@@ -26,6 +28,8 @@ def trainer_saves_what_every_process_has(entry: Entry, folder: Path) -> None:
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
     )
+    run.train()
+    assert isinstance(run.model_wrapped, DistributedDataParallel)
     for name, core in cores(entry, model).items():
         others = [torch.empty_like(core) for _ in range(distributed.get_world_size())]
         distributed.all_gather(others, core.contiguous())
