@@ -171,7 +171,7 @@ class TCURLinear(TCURLayer, nn.Linear):
     ) -> TCURLinear:
         """An adapted layer that shares ``linear``'s parameters and freezes them; the options of TCURStack.from_weights.
 
-        Raises ValueError where the rank or ``slices`` does not fit the weight, or the weight is not finite or quantised.
+        Raises ValueError where the rank or ``slices`` does not fit the weight, which is not finite, or is quantised.
         """
         refuse_quantised("linear", linear)
         layer = cls.adopt(linear)

@@ -18,7 +18,7 @@ def refuse_quantised(name: str, module: nn.Module) -> None:
     """Raises ValueError where the module is quantised, with the way to adapt it."""
     if is_quantised(module):
         raise ValueError(
-            f"{name} is quantised: a {type(module).__name__} whose weight is a {type(module.weight).__name__}, expected "
-            "floating numbers. Through PEFT it can be adapted: get_peft_model(model, TcurLoraConfig(...)) of "
+            f"{name} is quantised: a {type(module).__name__} whose weight is a {type(module.weight).__name__}, "
+            "expected floating numbers. Through PEFT it can be adapted: get_peft_model(model, TcurLoraConfig(...)) of "
             "tcurlora_ext.integrations.peft"
         )

@@ -35,7 +35,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], **options: Any) -> nn.M
     """
     from torch.distributed.fsdp import fully_shard
 
-    stacks = [module for module in model.modules() if isinstance(module, TCURStack)]
+    stacks: list[nn.Module] = [module for module in model.modules() if isinstance(module, TCURStack)]
     if not stacks:
         raise ValueError(f"{type(model).__name__} is not adapted; call inject(model) or get_peft_model(...) first")
     merged = next((name for name, module in model.named_modules() if getattr(module, "merged", False) is True), None)

@@ -1,4 +1,4 @@
-"""Small models of transformers, made from a configuration: nothing is downloaded. Their examples, and their training."""
+"""Small models of transformers, made from a configuration: nothing is downloaded. Their examples and training."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_both_entries_train_the_same_cores(kind: str, trained: Trained) -> None:
     inject, peft = (cores(entry, trained(kind, entry)) for entry in ENTRIES.values())
     assert inject.keys() == peft.keys()
     for name, core in inject.items():
-        assert_close(peft[name], core, rtol=1e-4, atol=1e-6, msg=name)
+        assert distance(peft[name], core) < 1e-4, name
 
 
 def test_gradient_checkpointing_trains_the_same_cores(kind: str, entry: Entry, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_bf16_trains_float32_cores(kind: str, entry: Entry, tmp_path: Path) -> N
 def test_torch_compile_trains_the_same_cores(entry: Entry, tmp_path: Path) -> None:
     def shallow() -> nn.Module:
         model = base("Llama")
-        del model.model.layers[1:]  # Inductor takes a minute a block
+        del model.model.layers[1:]  # fewer kernels for Inductor to compile
         return entry.adapt(model, rank=4)
 
     plain, compiled = (train(shallow(), "Llama", tmp_path, max_steps=2, torch_compile=c) for c in (False, True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import distributed
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -222,6 +223,8 @@ def fsdp_saves_a_peft_adapter_of_indices_alone(entry: Entry, folder: Path) -> No
     entry.save(model, folder)
     distributed.barrier()
     assert_close(output(entry.load(base(), folder)), output(model), rtol=1e-5, atol=1e-6)
+    loaded, again = (PeftModel.from_pretrained(base(), folder, is_trainable=True) for _ in range(2))
+    check_gradients(sharded(loaded), again)
 
 
 @cases_of("peft")

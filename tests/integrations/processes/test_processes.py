@@ -52,9 +52,7 @@ def test_two_processes_agree_with_one(case: str, processes: Ran) -> None:
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_the_trainer_on_two_processes_trains_what_it_trains_on_one(
-    entry: str, processes: Ran, tmp_path: Path
-) -> None:
+def test_the_trainer_on_two_processes_trains_what_it_trains_on_one(entry: str, processes: Ran, tmp_path: Path) -> None:
     how = ENTRIES[entry]
     single = small_models.train(small_models.adapted(KIND, how), KIND, tmp_path, max_steps=STEPS)
     folder = processes.folder / name_of(trainer_saves_what_every_process_has, entry)
@@ -67,7 +65,7 @@ def test_the_trainer_on_two_processes_trains_what_it_trains_on_one(
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_wrong_blocks_and_models_are_refused_before_anything_is_sharded(entry: Entry) -> None:
     model = adapted(entry)
-    with pytest.raises(ValueError, match="blocks: found a Block that is not within (Network|PeftModel)"):
+    with pytest.raises(ValueError, match=r"blocks: found a Block that is not within (Network|PeftModel)"):
         tcur.shard(model, adapted(entry).blocks)
     with pytest.raises(ValueError, match=r"Network is not adapted; call inject\(model\) or get_peft_model"):
         tcur.shard(base(), [])
