@@ -116,6 +116,19 @@ def test_saved_and_loaded_it_computes_and_writes_the_same(load: Load, tokens: Te
 
 
 @torch.no_grad()
+def test_the_adapter_merges_into_the_base_that_was_not_quantised(
+    load: Load, folder: Path, tokens: Tensor, tmp_path: Path
+) -> None:
+    """As far from the adapted quantised model as the two bases are from each other."""
+    model = get_peft_model(load(), TcurLoraConfig(r=4, task_type="CAUSAL_LM", init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    plain = LlamaForCausalLM.from_pretrained(folder).eval()
+    rounding = distance(load()(tokens).logits, plain(tokens).logits)
+    merged = PeftModel.from_pretrained(plain, tmp_path).merge_and_unload()
+    assert distance(merged(tokens).logits, model(tokens).logits) < 2 * rounding
+
+
+@torch.no_grad()
 def test_merged_it_is_as_close_as_quantising_again_allows(load: Load, tokens: Tensor) -> None:
     """docs/peft.md states the tolerances."""
     model = get_peft_model(load(), TcurLoraConfig(r=4, task_type="CAUSAL_LM", init_weights=False)).eval()

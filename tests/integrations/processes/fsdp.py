@@ -228,7 +228,7 @@ def fsdp_saves_a_peft_adapter_of_indices_alone(entry: Entry, folder: Path) -> No
 
 
 @cases_of("peft")
-def fsdp_of_a_peft_model_with_a_second_adapter(entry: Entry, folder: Path) -> None:
+def fsdp_of_a_peft_model_with_a_second_adapter(entry: Entry, _: Path) -> None:
     """The core of the one that does not train is in the same group, and gets no gradient."""
     models: list[Any] = [adapted(entry), adapted(entry)]
     for model in models:
