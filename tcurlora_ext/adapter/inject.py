@@ -40,8 +40,8 @@ def inject(
     The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation
     for a fused projection with ``transform="identity"``). ``calibration`` is what :func:`calibrate` returned, for
     ``selection="activation"`` and for no other. Raises ValueError, before anything is changed, where nothing
-    matches, a layer is adapted already, the model is sharded over processes, shapes, devices or dtypes in a stack
-    differ, the rank is larger than a side, or weights are not finite; the message names the module.
+    matches, a layer is adapted already or quantised, the model is sharded over processes, shapes, devices or dtypes in
+    a stack differ, the rank is larger than a side, or weights are not finite; the message names the module.
     """
     config = config or TCURConfig()
     refuse_sharded(model, "call inject(model) before it is sharded")

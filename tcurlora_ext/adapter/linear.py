@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from .config import Rank
 from .dtensor import whole
+from .quantised import refuse_quantised
 from .stack import TCURStack
 
 
@@ -170,8 +171,9 @@ class TCURLinear(TCURLayer, nn.Linear):
     ) -> TCURLinear:
         """An adapted layer that shares ``linear``'s parameters and freezes them; the options of TCURStack.from_weights.
 
-        Raises ValueError where the rank or ``slices`` does not fit the weight, or the weight is not finite.
+        Raises ValueError where the rank or ``slices`` does not fit the weight, which is not finite, or is quantised.
         """
+        refuse_quantised("linear", linear)
         layer = cls.adopt(linear)
         layer._own_stack(rank, slices, scale, options)
         return layer

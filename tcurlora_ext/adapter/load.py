@@ -17,6 +17,7 @@ from .files import AdapterFile, read_adapter
 from .fingerprint import fingerprint, mismatch
 from .inject import adapted_layers, attach, find_container, stacks
 from .linear import TCURLayer
+from .quantised import refuse_quantised
 from .stack import TCURStack
 from .targets import Target, adapted_type, stacked_weights
 
@@ -26,7 +27,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     A plain model is adapted as the file says; an adapted one of the same stacks takes over the file's values. Raises
     FileNotFoundError or ValueError, before anything is changed, where the file is not whole, a module or parameter is
-    missing or of another shape, or the base weights are not those of the file (unless it holds the factors).
+    missing, quantised or of another shape, or the base weights are not those of the file (unless it holds the factors).
     """
     file = read_adapter(path)
     refuse_sharded(model, f"load {file.path} before shard(model)")
@@ -62,6 +63,7 @@ def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list
             raise ValueError(
                 f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have"
             ) from None
+        refuse_quantised(f"{path}: {name}", module)
         if not isinstance(module, TCURLayer) and adapted_type(module) is None:
             raise ValueError(f"{path}: {name} is a {type(module).__name__}, expected a linear layer")
         members.append(Target(name, module))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inject import adapted_layers, require_container
+from .stack import TCURStack
 
 # What the cores' group takes over from the options of the other groups. It keeps its dtype, and stays gathered.
 _SHARED = ("mesh", "offload_policy")
@@ -28,27 +28,31 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], **options: Any) -> nn.M
     of backward, reduced once, and in their own dtype whatever ``mp_policy`` says. In the model's group they would be
     cast to its dtype, and refused beside trained parameters of another one.
 
+    The model is one that :func:`tcurlora_ext.inject` adapted, or PEFT's around one (``get_peft_model``).
+
     Raises ValueError, before anything is changed, where the model is not adapted, a layer is merged, or a block is not
     a module of it.
     """
     from torch.distributed.fsdp import fully_shard
 
-    container = require_container(model)
-    merged = next((name for name, layer in adapted_layers(model) if layer.merged), None)
+    stacks: list[nn.Module] = [module for module in model.modules() if isinstance(module, TCURStack)]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} is not adapted; call inject(model) or get_peft_model(...) first")
+    merged = next((name for name, module in model.named_modules() if getattr(module, "merged", False) is True), None)
     if merged is not None:
-        raise ValueError(f"{merged} is merged: call unmerge(model) before shard(model)")
+        raise ValueError(f"{merged} is merged: unmerge the model before shard(model)")
     blocks, modules = list(blocks), set(model.modules())
     foreign = next((block for block in blocks if block not in modules), None)
     if foreign is not None:
         raise ValueError(f"blocks: found a {type(foreign).__name__} that is not within {type(model).__name__}")
 
     shared = {name: options[name] for name in _SHARED if name in options}
-    cores = fully_shard(container, reshard_after_forward=False, **shared)
+    cores = fully_shard(stacks, reshard_after_forward=False, **shared)[0]
     for block in blocks:
         fully_shard(block, **options)
     fully_shard(model, **options)
 
-    # Nothing calls the container, so FSDP's own hooks do not gather it.
+    # Nothing calls a stack as a module, so FSDP's own hooks do not gather its core.
     model.register_forward_pre_hook(lambda *_: cores.unshard())
 
     def release(*_: object) -> None:

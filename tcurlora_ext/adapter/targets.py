@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from .config import TCURConfig
 from .linear import TCURConv1D, TCURLayer, TCURLinear
+from .quantised import refuse_quantised
 
 # Attention and MLP projections as MONAI (UNETR, SwinUNETR, ViT) and transformers (ViT, BERT, CLIP, Llama, Qwen, GPT-2)
 # name them. Poolers, embeddings, heads and patch merging stay out.
@@ -132,8 +133,8 @@ def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> 
 def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     """The modules that the configuration names, in registration order.
 
-    Raises ValueError where nothing matches, where nothing that matches can be adapted, or where a fused projection does
-    not split into the blocks asked for.
+    Raises ValueError where nothing matches, where nothing that matches can be adapted, where a layer that matches is
+    quantised, or where a fused projection does not split into the blocks asked for.
     """
     wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     matching = [
@@ -155,6 +156,8 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
                 f"{by_passed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not "
                 "call its linear layers; an adapter in it would do nothing"
             )
+    for name, module in matching:
+        refuse_quantised(name, module)
     found = [_target(name, module, config) for name, module in matching if adapted_type(module)]
     if not found:
         kinds = sorted({type(module).__name__ for _, module in matching})

@@ -66,8 +66,8 @@ def test_a_shorter_dtype_errs_at_most_twice_as_much_as_the_eager_form(
     for name, expected in right.items():
         assert found[name].dtype == eager[name].dtype
         ours, theirs = ((result[name].double() - expected).norm() / expected.norm() for result in (found, eager))
-        # One eps on top, two roundings: of a core of 2 or 6 numbers, theirs may be exact by luck, and how PyTorch orders
-        # its sums depends on the CPU and its threads.
+        # One eps on top, two roundings: of a core of 2 or 6 numbers, theirs may be exact by luck, and the order
+        # of sums depends on the CPU and its threads.
         slack = torch.finfo(found[name].dtype).eps
         assert ours <= 2 * theirs + slack, f"{name}: {ours:.1e}, eager {theirs:.1e}"
 

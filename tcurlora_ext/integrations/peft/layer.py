@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from tcurlora_ext.adapter.dtensor import refuse_sharded, whole
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.targets import is_conv1d
 
@@ -160,9 +161,12 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         return dequantised(self.get_base_layer(), self.quantization_backend)
 
     def weight_slices(self, adapter_name: str) -> Tensor:
-        """The base weight, also where merged, as the slices (num_slices, out, in) that it has in an adapter's stack."""
+        """The base weight, also where merged, as the slices (num_slices, out, in) that it has in an adapter's stack.
+
+        Gathered where it is sharded over processes.
+        """
         stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
-        return self._as_matrix(stored.detach()).unflatten(0, (self.slices[adapter_name].num_slices, -1))
+        return self._as_matrix(whole(stored.detach())).unflatten(0, (self.slices[adapter_name].num_slices, -1))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """An adapter's dW, laid out and rounded as the base weight is."""
@@ -174,11 +178,12 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         """Put W + dW in the place of W, summed over the adapters in float64 and rounded once; W is kept for unmerge.
 
         A quantised base is dequantised, and the sum quantised again. ``safe_merge``: raises ValueError, and changes
-        nothing, where the sum is not finite.
+        nothing, where the sum is not finite; ValueError for a layer that is sharded over processes.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.slices]
         if not new:
             return
+        refuse_sharded(self, "save the adapter, load it onto the base in one process and merge there")
         stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
         total = self._as_matrix(stored).double()
         for name in [*self.merged_adapters, *new]:

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig, pair_of
+from tcurlora_ext.adapter.dtensor import refuse_sharded
 from tcurlora_ext.adapter.inject import build_stack
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.targets import Target, is_conv1d, placed, slice_names
@@ -81,6 +82,7 @@ class TcurLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:
         """Build the adapter's stacks, before any layer is replaced: they need all their layers at once."""
         adapter_name, on_meta = self._injected
+        refuse_sharded(model, "put adapters on before it is sharded")
         self._replicate_layers(peft_config, model)
         groups = find_groups(model, peft_config)
         configs = stack_configs(groups, peft_config)
@@ -103,9 +105,8 @@ class TcurLoraModel(BaseTuner):
                 "first adapter: all are on the same layers"
             )
         if self.layer_replication and not self._replicated:
-            stack_configs(
-                find_groups(model, config), config
-            )  # what is wrong with the targets, while nothing is changed
+            # What is wrong with the targets is said while nothing is changed.
+            stack_configs(find_groups(model, config), config)
             replicate_layers(model, self.layer_replication)
             self._replicated = True
 

@@ -112,3 +112,24 @@ def test_torchao_alone_does_not_say_how_to_quantise_again() -> None:
     model = adapt(by_torchao())
     with pytest.raises(TypeError, match="expected a model that transformers quantised"):
         model.merge_adapter()
+
+
+BY_PEFT = r"is quantised: a \w+ whose weight is a \w+, .* Through PEFT it can be adapted: get_peft_model\(model, Tcur"
+
+
+def test_without_peft_a_quantised_layer_is_refused_with_the_way_to_adapt_it(
+    make: Callable[[], nn.Sequential], tmp_path: Path
+) -> None:
+    config = tcur.TCURConfig(rank=2, target_modules=["0", "2"])
+    path = tcur.save_adapter(tcur.inject(plain(), config), tmp_path / "adapter.safetensors")
+    partly = plain()
+    partly[2] = make()[2]
+    for model, first in ((make(), 0), (partly, 2)):
+        layers = list(model)
+        with pytest.raises(ValueError, match=f"^{first} {BY_PEFT}"):
+            tcur.inject(model, config)
+        with pytest.raises(ValueError, match=f"adapter.safetensors: {first} {BY_PEFT}"):
+            tcur.load_adapter(model, path)
+        assert all(now is then for now, then in zip(model, layers, strict=True))
+    with pytest.raises(ValueError, match=BY_PEFT):
+        tcur.TCURLinear.from_linear(make()[0], rank=2)

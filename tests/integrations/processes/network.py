@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint as recompute
 
-import tcurlora_ext as tcur
+from ..entries import ENTRIES, Entry
 
 WIDTH, DEPTH, BATCH = 8, 3, 4
 
@@ -50,13 +50,16 @@ def base(dtype: torch.dtype = torch.float32, recomputes: bool = False) -> Networ
     return Network(recomputes).to(dtype)
 
 
-def adapted(head: bool = True, dtype: torch.dtype = torch.float32, recomputes: bool = False, **options: Any) -> Network:
-    """The same in every process; cores that are not zero."""
-    model = base(dtype, recomputes)
-    tcur.inject(model, tcur.TCURConfig(rank=2, **options))
-    if head:
-        tcur.unfreeze(model, "head")
-    for stack in tcur.stacks(model).values():
+def adapted(
+    entry: Entry = ENTRIES["inject"],
+    head: str | None = "head",
+    dtype: torch.dtype = torch.float32,
+    recomputes: bool = False,
+    **options: Any,
+) -> Network:
+    """The same in every process; cores that are not zero. Through PEFT a PeftModel, which has the network's blocks."""
+    model: Any = entry.adapt(base(dtype, recomputes), head, rank=2, **options)
+    for stack in entry.stacks(model).values():
         stack.set_core_slices(0.3 * torch.randn(stack.core.shape))
     return model
 

@@ -1,0 +1,23 @@
+"""A new process that loads what another has saved, and writes what the loaded models compute.
+
+    PYTHONPATH=tests python -m integrations.elsewhere FOLDER THREADS
+
+FOLDER/<kind>, <entry> holds an adapter; the output to the examples goes into it as output.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from .entries import ENTRIES
+from .small_models import base, output
+
+if __name__ == "__main__":
+    folder, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))  # sums over another number of threads have other roundings
+    for saved in Path(folder).iterdir():
+        kind, entry = saved.name.split(", ")
+        torch.save(output(ENTRIES[entry].load(base(kind), saved), kind), saved / "output.pt")
