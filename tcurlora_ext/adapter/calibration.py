@@ -13,12 +13,22 @@ from .targets import Target, find_targets, watching
 
 
 def calibrate(model: nn.Module, config: TCURConfig, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Run the plain ``model`` on ``batches`` and return, for :func:`inject`, what its target modules read.
+    """Run the plain model on some batches and measure, for :func:`inject`, what its target modules read.
 
-    A batch is the model's one argument, a tuple or list of all its arguments, or a mapping of keyword arguments. The
-    model computes in eval mode and is left in the mode it was in. Result: module name -> root mean square of each of
-    its input features over all tokens of all batches, (in,) float64 on the CPU. Raises ValueError where no module
-    matches, one is never called, or an input is not finite.
+    The model computes in eval mode, without gradients, and is left in the mode it was in.
+
+    Args:
+        model: A model that is not adapted yet.
+        config: The configuration that :func:`inject` will get; it names the modules.
+        batches: Inputs of the model, as it will be used. A batch is the model's one argument, a tuple or list of all
+            its arguments, or a mapping of keyword arguments.
+
+    Returns:
+        Module name -> root mean square of each of its input features over all tokens of all batches, (in,) float64 on
+        the CPU.
+
+    Raises:
+        ValueError: No module matches, one is never called, or an input is not finite.
     """
     return input_sizes(model, find_targets(model, config), batches)
 

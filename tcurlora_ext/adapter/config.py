@@ -21,34 +21,44 @@ CORE_DOMAINS = ("fourier", "slice")
 
 @dataclass(frozen=True)
 class TCURConfig:
-    """How :func:`tcurlora_ext.inject` adapts a model.
+    """How :func:`inject` adapts a model.
 
-    rank            r, or (c, r): c columns and r rows of every stack.
-    rank_pattern    regex for the whole name of a module, or end of a name -> rank of its stack in place of ``rank``;
-                    the first that matches counts.
-    budget          how many numbers all cores may have together, spread over the stacks in place of ``rank`` by
-                    :func:`tcurlora_ext.maths.budget.spread_budget`; c = r.
-    target_modules  None: the attention and MLP projections of MONAI's and transformers' blocks; a list: names or ends
-                    of names, whole components; a string: a regex that the whole name has to match.
-    exclude_modules the same forms; what matches stays as it is.
-    stack_by        "shape" (the paper): layers of one shape in one tower are a stack; "role": of one name within the
-                    block; "none": every layer its own; or a function (name, module) -> key.
-    stack_blocks    n: stacks by shape or role are cut into stacks of n consecutive blocks, fewer in the last where n
-                    does not divide; a block is the modules whose names agree up to their last number.
-    split_fused     last component of a name -> how many blocks of rows of that projection are slices of their own.
-    selection       rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`; "activation" takes what
-                    :func:`tcurlora_ext.calibrate` returns.
-    scale           None: unit-norm factors and the rule of :mod:`tcurlora_ext.maths.scale`; a number: raw factors times
-                    it, 1.0 being the paper's form.
-    alpha           multiplies the default rule; without effect where ``scale`` is a number.
-    rank_stabilised the default rule for a gradient's signs, not for random ones: a first step as long at any rank.
-    trainable       "core" (the paper): U; "all": U, C and R.
-    transform       "dft" (the t-product), "dct", or "identity" (one independent core a layer).
-    frequencies     K: the core has the K lowest frequencies of the DFT alone, min(2K - 1, S) blocks in place of S.
-    core_domain     "fourier": the trained core is the orthonormal DFT of U, so that a step needs no transform;
-                    "slice": it is U itself. The same model; Adam's path differs.
-    dropout         share of the adapter's input that is set to zero in training, as LoRA's; the base sees all of it.
-    backend, seed   implementation of the operator; seed of the drawing rules.
+    Args:
+        rank: r, or (c, r): c columns and r rows of every stack.
+        target_modules: ``None``: the attention and MLP projections of MONAI's and transformers' blocks; a list: names
+            or ends of names, whole components; a string: a regex that the whole name has to match.
+        exclude_modules: The same forms; what matches stays as it is.
+        stack_by: ``"shape"`` (the paper): layers of one shape in one tower are a stack, the tower being the path before
+            the first number in a name; ``"role"``: of one shape and one name within the block; ``"none"``: every layer
+            its own; or a function (name, module) -> key.
+        split_fused: Last component of a name -> how many blocks of rows of that projection are slices of their own. By
+            default ``{"qkv": 3, "c_attn": 3}``.
+        selection: Rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`; ``"activation"`` takes what
+            :func:`calibrate` returns.
+        scale: ``None``: unit-norm factors and the rule of :mod:`tcurlora_ext.maths.scale`; a number: raw factors times
+            it, 1.0 being the paper's form.
+        trainable: ``"core"`` (the paper): U; ``"all"``: U, C and R.
+        transform: ``"dft"`` (the t-product), ``"dct"``, or ``"identity"`` (one independent core a layer).
+        backend: Implementation of the operator, a name of :func:`backends`, or ``"auto"``.
+        seed: Of the selection rules that draw.
+        alpha: Multiplies the default rule; without effect where ``scale`` is a number.
+        core_domain: ``"fourier"``: the trained core is the orthonormal DFT of U, so that a step needs no transform;
+            ``"slice"``: it is U itself. The same model; Adam's path differs.
+        rank_pattern: Regex for the whole name of a module, or end of a name -> rank of its stack in place of ``rank``;
+            the first that matches counts. By default empty.
+        budget: How many numbers all cores may have together, spread over the stacks in place of ``rank`` by
+            :func:`tcurlora_ext.maths.budget.spread_budget`; c = r.
+        stack_blocks: n: stacks by shape or role are cut into stacks of n consecutive blocks, fewer in the last where n
+            does not divide; a block is the modules whose names agree up to their last number.
+        dropout: Share of the adapter's input that is set to zero in training, as LoRA's; the base sees all of it.
+        rank_stabilised: The default rule for a gradient's signs, not for random ones: a first step as long at any rank.
+        frequencies: K: the core has the K lowest frequencies of the DFT alone, min(2K - 1, S) blocks in place of S.
+
+    Raises:
+        ValueError: A value is unknown or out of range, a regex does not compile, or options exclude each other:
+            ``budget`` and ``rank_pattern``; ``stack_blocks`` and stacks by neither shape nor role; ``frequencies`` and
+            another ``transform`` than ``"dft"`` or ``core_domain`` than ``"fourier"``; ``rank_stabilised`` and a number
+            for ``scale``.
     """
 
     rank: Rank = 8
@@ -114,17 +124,27 @@ class TCURConfig:
                 raise ValueError(f"split_fused[{name!r}] is {parts!r}, expected a whole number of row blocks")
 
     def blocks(self, slices: int) -> int:
-        """The first dimension of the core of a stack of so many slices."""
+        """The first dimension of the core of a stack.
+
+        Args:
+            slices: S, how many slices it has.
+
+        Returns:
+            S, or with ``frequencies`` min(2K - 1, S).
+        """
         return kept_blocks(slices, self.frequencies)
 
     def stack_options(self) -> dict[str, Any]:
-        """What a :class:`TCURStack` takes from here by the same name."""
+        """The options that a :class:`TCURStack` takes from here by the same name."""
         of_the_core = ("transform", "core_domain", "trainable", "frequencies")
         names = ("alpha", "rank_stabilised", "dropout", "seed", "backend", *of_the_core)
         return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a function given for ``stack_by`` becomes its name (files record the stacks themselves)."""
+        """The options as plain values: numbers, strings, lists and dicts.
+
+        A function given for ``stack_by`` becomes its name; an adapter file records the stacks themselves.
+        """
         values = asdict(self)
         for name in ("split_fused", "rank_pattern"):
             values[name] = dict(getattr(self, name))
@@ -137,7 +157,15 @@ class TCURConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TCURConfig:
-        """The inverse of :meth:`to_json`; a function's name in ``stack_by`` comes back as "shape"."""
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            values: Options by name; those left out have their defaults. A function's name in ``stack_by`` comes back as
+                ``"shape"``.
+
+        Raises:
+            ValueError: An entry is no option, or has a value that :class:`TCURConfig` refuses.
+        """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"configuration has unknown entries {', '.join(unknown)}")

@@ -48,15 +48,25 @@ class AdapterFile:
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors: bool = False) -> Path:
-    """Write the adapter of ``model`` to ``path`` (a file; in a folder: ``adapter.safetensors``) and return the path.
+    """Write the adapter of a model to a file, in safetensors.
 
-    Holds r*c*S numbers a stack, the chosen indices, what else trains (a decoder, a head), and a fingerprint of the base
-    weights. ``include_factors`` adds C and R, so that the file loads onto other base weights too; where C and R are
-    trained, or are not those of the base weights as they are now, they are always there. The file appears whole or not
-    at all: an older one stays until the new one is written. Raises ValueError where the model is not adapted.
+    It holds r*c*S numbers a stack, the chosen indices, what else trains (a decoder, a head), and a fingerprint of the
+    base weights. Where C and R are trained, or are not those of the base weights as they are now, it holds them too.
+    The file appears whole or not at all: an older one stays until the new one is written.
 
     Of a model sharded over processes every process calls this and gathers the base weights of one stack at a time; the
     first one writes, and all return when the file is there.
+
+    Args:
+        model: An adapted model, merged or not.
+        path: The file, or a folder that is there, for ``adapter.safetensors`` in it. Missing parents are made.
+        include_factors: Save C and R in any case, so that the file loads onto other base weights too.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: The model is not adapted.
     """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path

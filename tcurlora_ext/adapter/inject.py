@@ -35,13 +35,24 @@ class TCURStacks(nn.ModuleDict):
 def inject(
     model: nn.Module, config: TCURConfig | None = None, calibration: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Adapt ``model`` in place and return it: every parameter of it is frozen, one core a stack is trained.
+    """Adapt a model in place: every parameter of it is frozen, one core a stack is trained.
 
-    The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation
-    for a fused projection with ``transform="identity"``). ``calibration`` is what :func:`calibrate` returned, for
-    ``selection="activation"`` and for no other. Raises ValueError, before anything is changed, where nothing
-    matches, a layer is adapted already or quantised, the model is sharded over processes, shapes, devices or dtypes in
-    a stack differ, the rank is larger than a side, or weights are not finite; the message names the module.
+    The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation for
+    a fused projection with ``transform="identity"``).
+
+    Args:
+        model: Any module, its weights in a floating dtype and on real devices.
+        config: By default ``TCURConfig()``: the paper's selection at rank 8, in the blocks that it knows by name.
+        calibration: What :func:`calibrate` returned, for ``selection="activation"`` and for no other.
+
+    Returns:
+        The model itself. Its stacks are registered at its root under ``tcur_stacks``.
+
+    Raises:
+        ValueError: Nothing matches, a layer is adapted already or quantised, the model is sharded over processes,
+            shapes, devices or dtypes in a stack differ, the rank is larger than a side, a budget is too small, a
+            pattern matches nothing, calibration inputs are missing or not asked for, or weights are not finite. The
+            message names the module, and nothing is changed.
     """
     config = config or TCURConfig()
     refuse_sharded(model, "call inject(model) before it is sharded")
@@ -117,7 +128,14 @@ def require_container(model: nn.Module) -> TCURStacks:
 
 
 def stacks(model: nn.Module) -> dict[str, TCURStack]:
-    """The model's stacks by name; empty where it is not adapted."""
+    """The stacks of an adapted model.
+
+    Args:
+        model: An adapted model, or one that an adapted model is part of.
+
+    Returns:
+        Name -> stack, in the order in which the model registers their first layers; empty where nothing is adapted.
+    """
     container = find_container(model)
     if container is None:
         return {}
@@ -130,10 +148,20 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, TCURLayer]]:
 
 
 def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
-    """Train more than the cores: parameters whose name starts with a pattern (a prefix or regex). Returns the model.
+    """Train more than the cores.
 
-    ``["decoder", "out"]`` trains UNETR's decoder5..decoder2 and its output head. Raises ValueError, before anything is
-    changed, for a pattern that matches no parameter.
+    ``["decoder", "out"]`` trains UNETR's decoder5 to decoder2 and its output head. What trains is saved with the
+    adapter.
+
+    Args:
+        model: An adapted model.
+        patterns: One or more prefixes of parameter names, or regexes that match from the start of a name.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: A pattern matches no parameter; nothing is changed.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     parameters = [(name, p) for name, p in model.named_parameters() if f"{CONTAINER}." not in name]
@@ -150,9 +178,18 @@ def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Put plain layers back, in place, and return the model; its parameters stay frozen or not as they are.
+    """Put plain layers back, in place; parameters stay frozen or not as they are.
 
     The weights stay as they are: those of a merged model hold the adapter, others are the base's.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: The model is not adapted.
     """
     require_container(model)
     plain = {id(layer): layer.restore(plain_type(layer)) for _, layer in adapted_layers(model)}

@@ -18,9 +18,15 @@ from .stack import TCURStack
 class TCURLayer(nn.Module):
     """What every adapted layer has. Subclasses say how their weight lies in memory.
 
-    stack           the :class:`TCURStack` it uses: a child module where the layer owns it (``from_linear``), a plain
-                    reference where layers share it (``inject``), so that a shared core is registered once
-    first_slice, num_slices   which slices of the stack are this layer's weight, stacked by rows
+    Attributes:
+        weight: The frozen W of the layer, W + dW where merged.
+        bias: The frozen bias (num_slices*out,), or None.
+        stack: The :class:`tcurlora_ext.TCURStack` it uses: a child module where the layer owns it (``from_linear``), a
+            plain reference where layers share it (:func:`tcurlora_ext.inject`), so that a shared core is registered
+            once.
+        first_slice: Index in the stack of the first slice of this layer's weight.
+        num_slices: How many slices the weight has, stacked by rows.
+        base: W as it was before :meth:`merge`; None where the layer is not merged.
     """
 
     weight: Any  # nn.Parameter
@@ -31,7 +37,11 @@ class TCURLayer(nn.Module):
     base: Tensor | None  # the weight as it was before merge(); None where the layer is not merged
 
     def as_matrix(self, stored: Tensor) -> Tensor:
-        """A weight as the layer stores it -> (num_slices*out, in), and the other way round; shares memory."""
+        """A weight as the layer stores it -> (num_slices*out, in), and the other way round; shares memory.
+
+        Args:
+            stored: The weight, or the matrix.
+        """
         return stored
 
     def weight_slices(self) -> Tensor:
@@ -41,14 +51,22 @@ class TCURLayer(nn.Module):
 
     @classmethod
     def adopt(cls, plain: nn.Module) -> Self:
-        """This class's layer with the parameters, hooks and attributes of a plain one, which is left as it is."""
+        """A layer of this class with the parameters, hooks and attributes of a plain one.
+
+        Args:
+            plain: The plain layer, which is left as it is and shares its parameters.
+        """
         layer = cls.__new__(cls)
         layer.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in plain.__dict__.items()})
         layer.register_buffer("base", None, persistent=False)
         return layer
 
     def restore(self, plain_type: type[nn.Module]) -> nn.Module:
-        """The inverse of :meth:`adopt`: a plain layer with the weight as it is now."""
+        """The inverse of :meth:`adopt`: a plain layer with the weight as it is now.
+
+        Args:
+            plain_type: Its class.
+        """
         plain = plain_type.__new__(plain_type)
         own = ("stack", "first_slice", "num_slices", "plain_weight")
         plain.__dict__.update(
@@ -60,7 +78,14 @@ class TCURLayer(nn.Module):
         return plain
 
     def attach(self, stack: TCURStack, first_slice: int, num_slices: int, owned: bool) -> None:
-        """Use these slices of the stack; the base weight and bias are frozen."""
+        """Use some slices of a stack; the base weight and bias are frozen.
+
+        Args:
+            stack: The stack.
+            first_slice: Index of the layer's first slice in it.
+            num_slices: How many slices the layer's weight has.
+            owned: Whether the stack becomes a child module of this layer.
+        """
         if owned:
             self.stack = stack
         else:
@@ -76,13 +101,26 @@ class TCURLayer(nn.Module):
         return self.base is not None
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x (W + dW)^T + bias``.
+
+        Args:
+            x: (..., in) of the weight's dtype, or of any under autocast; any leading shape, also empty or not
+                contiguous.
+
+        Returns:
+            (..., num_slices*out) in the dtype of x; under autocast in its dtype.
+
+        Raises:
+            ValueError: The shape, dtype or device of x does not fit (RuntimeError where merged, as ``nn.Linear``).
+            RuntimeError: The backend that was asked for does not work on this device.
+        """
         weight = self.as_matrix(self.weight)
         if self.base is not None:
             return nn.functional.linear(x, weight, self.bias)
         return self.stack.adapt(x, weight, self.bias, self.first_slice, self.num_slices, self.training)
 
     def delta_weight(self) -> Tensor:
-        """This layer's part of the stack's dense change, scale included: (num_slices*out, in), differentiable."""
+        """This layer's dW, dense, scale included: (num_slices*out, in) in the core's dtype, differentiable."""
         return self.stack.delta_weights(self.own_slices).flatten(0, 1)
 
     @property
@@ -92,25 +130,41 @@ class TCURLayer(nn.Module):
 
     @torch.no_grad()
     def summed_weight(self, dtype: torch.dtype) -> Tensor:
-        """W + dW, summed in float64 and rounded once to ``dtype``: (num_slices*out, in), a new tensor."""
+        """W + dW, summed in float64 and rounded once: (num_slices*out, in), a new tensor.
+
+        Args:
+            dtype: Of the result.
+        """
         delta = self.stack.delta_weights(self.own_slices, torch.float64).flatten(0, 1)
         return delta.add_(self.weight_slices().flatten(0, 1)).to(dtype)
 
     def merged_weight(self) -> Tensor:
-        """:meth:`summed_weight` in the weight's dtype. Raises ValueError if it is not finite."""
+        """:meth:`summed_weight` in the weight's dtype.
+
+        Raises:
+            ValueError: It is not finite.
+        """
         total = self.summed_weight(self.weight.dtype)
         if not bool(torch.isfinite(total).all()):
             raise ValueError("the merged weight has NaN or infinite values; nothing was merged")
         return total
 
     def merge(self) -> None:
-        """Put W + dW in the place of W and keep W for :meth:`unmerge`. Without effect where merged."""
+        """Put W + dW in the place of W and keep W for :meth:`unmerge`. Without effect where merged.
+
+        Raises:
+            ValueError: W + dW is not finite; nothing is changed.
+        """
         if not self.merged:
             self.put_merged(self.merged_weight())
 
     @torch.no_grad()
     def put_merged(self, total: Tensor) -> None:
-        """Make ``total``, from :meth:`merged_weight`, the weight."""
+        """Make a weight of :meth:`merged_weight` the layer's.
+
+        Args:
+            total: (num_slices*out, in).
+        """
         # A parameter of its own: another module may share this one (an embedding tied to an output layer).
         self.__dict__["plain_weight"] = self.weight
         self.base = self.weight.data
@@ -143,9 +197,22 @@ class TCURLayer(nn.Module):
 class TCURLinear(TCURLayer, nn.Linear):
     """``nn.Linear`` with a t-CUR adapter: ``y = x (W + dW)^T + b``, W and b frozen, the stack's core trained.
 
-    As a layer of its own it has a stack of ``slices`` slices: 1, or the number of row blocks of a fused projection. Its
-    keys are those of ``nn.Linear`` and ``stack.*``; a plain Linear's state_dict loads into it, and rows and columns
-    are then chosen from those weights. ``scale=None`` is the default rule of :class:`TCURConfig`.
+    As a layer of its own it has a stack of ``slices`` slices. Its keys are those of ``nn.Linear`` and ``stack.*``; a
+    plain Linear's state_dict loads into it, and rows and columns are then chosen from those weights.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output, of all slices together.
+        bias: Whether it adds a bias.
+        rank: r, or (c, r).
+        slices: S: 1, or the number of row blocks of a fused projection, a divisor of ``out_features``.
+        device: Of all its tensors; not meta.
+        dtype: Of weight, bias and factors; the core is at least float32.
+        scale: None: unit-norm factors and the default rule; a number: raw factors times it.
+        **options: The others of :meth:`TCURStack.from_weights`.
+
+    Raises:
+        ValueError: ``slices`` does not divide ``out_features``, or what :meth:`TCURStack.from_weights` refuses.
     """
 
     def __init__(
@@ -169,9 +236,18 @@ class TCURLinear(TCURLayer, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, rank: Rank = 8, slices: int = 1, *, scale: float | None = None, **options: Any
     ) -> TCURLinear:
-        """An adapted layer that shares ``linear``'s parameters and freezes them; the options of TCURStack.from_weights.
+        """An adapted layer that shares a plain layer's parameters and freezes them.
 
-        Raises ValueError where the rank or ``slices`` does not fit the weight, which is not finite, or is quantised.
+        Args:
+            linear: The plain layer; it stays as it is, but for its frozen parameters.
+            rank: r, or (c, r).
+            slices: S, as for the class.
+            scale: As for the class.
+            **options: The others of :meth:`TCURStack.from_weights`.
+
+        Raises:
+            ValueError: ``slices`` does not divide the output features, or what :meth:`TCURStack.from_weights` refuses,
+                such as a weight that is not finite; a quantised layer.
         """
         refuse_quantised("linear", linear)
         layer = cls.adopt(linear)
@@ -187,7 +263,14 @@ class TCURLinear(TCURLayer, nn.Linear):
 
 
 class TCURConv1D(TCURLayer):
-    """transformers' ``Conv1D`` (GPT-2) with a t-CUR adapter: a linear layer whose weight is stored as (in, out)."""
+    """transformers' ``Conv1D`` (GPT-2) with a t-CUR adapter: a linear layer whose weight is stored as (in, out).
+
+    :func:`tcurlora_ext.inject` makes it.
+
+    Attributes:
+        nx: Input features.
+        nf: Output features.
+    """
 
     nx: int
     nf: int

@@ -23,11 +23,21 @@ from .targets import Target, adapted_type, stacked_weights
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Put an adapter file onto ``model``, in place, and return it.
+    """Put an adapter file onto a model, in place. No code of the file is run.
 
-    A plain model is adapted as the file says; an adapted one of the same stacks takes over the file's values. Raises
-    FileNotFoundError or ValueError, before anything is changed, where the file is not whole, a module or parameter is
-    missing, quantised or of another shape, or the base weights are not those of the file (unless it holds the factors).
+    Args:
+        model: A plain model, which is adapted as the file says, or one adapted with the same stacks, which takes over
+            the file's values.
+        path: A file of :func:`save_adapter`, or its folder.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not whole, a module or parameter is missing, quantised or of another shape, the base
+            weights are not those of the file (unless it holds the factors), a layer is merged, or the model is sharded
+            over processes; nothing is changed.
     """
     file = read_adapter(path)
     refuse_sharded(model, f"load {file.path} before shard(model)")

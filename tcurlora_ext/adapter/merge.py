@@ -15,11 +15,23 @@ ROUNDING_WARNING = 0.1
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Put W + dW in the place of every adapted W, in place; returns the model. Merged layers stay as they are.
+    """Put W + dW in the place of every adapted W, in place. Layers that are merged stay as they are.
 
-    W is kept for :func:`unmerge`: memory for the adapted weights doubles until ``remove``. Raises ValueError, before
-    anything is changed, where a merged weight would not be finite. Warns where rounding to the weights' dtype changes
-    a dW by more than a tenth of its norm, as bfloat16 does to a small one.
+    The sum is made in float64 and rounded once to the weights' dtype. W is kept for :func:`unmerge`: memory for the
+    adapted weights doubles until :func:`remove`.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: The model is not adapted, it is sharded over processes, or a merged weight would not be finite;
+            nothing is changed.
+
+    Warns:
+        UserWarning: Rounding changes a dW by more than a tenth of its norm, as bfloat16 does to a small one.
     """
     require_container(model)
     refuse_sharded(model, "save the adapter, load it onto the base in one process and merge there")
@@ -45,7 +57,17 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put every W back, bit for bit, in place; returns the model."""
+    """Put every W back, bit for bit, in place.
+
+    Args:
+        model: An adapted model; layers that are not merged stay as they are.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: The model is not adapted.
+    """
     require_container(model)
     for _, layer in adapted_layers(model):
         layer.unmerge()

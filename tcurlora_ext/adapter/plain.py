@@ -55,12 +55,19 @@ class PlainStack(TCURStack):
 
 
 def plain_copy(model: nn.Module, merged: bool = False) -> nn.Module:
-    """A copy of an adapted model that computes in PyTorch's own operations; ``model`` stays as it is.
+    """A copy of an adapted model that computes in PyTorch's own operations, for ``torch.export`` and ``torch.onnx``.
 
-    ``merged=False``: every adapted layer is its base product and the adapter's three matrix products, as small as the
-    adapted model, and the cores are parameters under the names that they had. ``merged=True``: plain layers of
-    W + dW, as ``remove(merge(...))`` leaves them. Either may be exported by ``torch.export`` and ``torch.onnx``.
-    Raises ValueError where the model is not adapted, or a merged weight would not be finite.
+    Args:
+        model: An adapted model; it stays as it is.
+        merged: False: every adapted layer is its base product and the adapter's three matrix products, as small as the
+            adapted model, and the cores are parameters under the names that they had. True: plain layers of W + dW, as
+            :func:`remove` leaves them after :func:`merge`.
+
+    Returns:
+        The copy, on the same device.
+
+    Raises:
+        ValueError: The model is not adapted, or a merged weight would not be finite.
     """
     plain_model = copy.deepcopy(model)
     if merged:

@@ -8,7 +8,7 @@ from tcurlora_ext.maths.budget import spread_budget
 from tcurlora_ext.maths.spectrum import energy_by_rank
 
 from .config import TCURConfig, fitting_pair, pair_of
-from .stack import require_finite
+from .factors import require_finite
 from .targets import Target, matches, slice_names, stacked_weights
 
 

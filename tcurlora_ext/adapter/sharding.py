@@ -18,20 +18,25 @@ _SHARED = ("mesh", "offload_policy")
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], **options: Any) -> nn.Module:
-    """Shard an adapted model by FSDP2, in place, and return it: ``fully_shard`` on every block, then on the model.
+    """Shard an adapted model by FSDP2, in place: ``fully_shard`` on every block, then on the model.
 
-    ``blocks`` are the modules gathered one at a time (``model.model.layers`` of a Llama), ``options`` those of
-    ``torch.distributed.fsdp.fully_shard`` (mesh, mp_policy, reshard_after_forward, ...). Every process calls it, on a
-    model of the same weights and adapter, before it makes the optimizer.
+    Every process calls it, on a model of the same weights and adapter, before it makes the optimizer.
 
     All blocks read the cores, so these are a group of their own: gathered as the model is called, there until the end
     of backward, reduced once, and in their own dtype whatever ``mp_policy`` says. In the model's group they would be
     cast to its dtype, and refused beside trained parameters of another one.
 
-    The model is one that :func:`tcurlora_ext.inject` adapted, or PEFT's around one (``get_peft_model``).
+    Args:
+        model: One that :func:`inject` adapted, or PEFT's around one (``get_peft_model``); not merged.
+        blocks: The modules gathered one at a time, such as ``model.model.layers`` of a Llama.
+        **options: Those of ``torch.distributed.fsdp.fully_shard``: mesh, mp_policy, reshard_after_forward, ...
+            The cores' group takes over mesh and offload_policy alone.
 
-    Raises ValueError, before anything is changed, where the model is not adapted, a layer is merged, or a block is not
-    a module of it.
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: The model is not adapted, a layer is merged, or a block is not a module of it; nothing is changed.
     """
     from torch.distributed.fsdp import fully_shard
 

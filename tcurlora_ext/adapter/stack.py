@@ -10,33 +10,42 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.maths import packing
-from tcurlora_ext.maths import scale as scaling
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 
 from .config import Rank, fitting_pair
+from .factors import StackFactors, require_finite
 from .reloaded import Reloaded
 
 
-class TCURStack(nn.Module):
-    """``W' = W + scale * C * U * R`` for S weights of one shape; what its layers share.
+class TCURStack(StackFactors):
+    """``W' = W + scale * C * U * R`` for S weights of one shape; what its layers share. :meth:`from_weights` makes one.
 
-    slices    S, the number of weights
-    core      nn.Parameter (S, c, r), with ``frequencies`` fewer blocks of it, real, at least float32, zero at the
-              start, in ``core_domain``
-    col, row  folded factors (out, c*S) and (r*S, in) in the weights' dtype: frozen buffers, or parameters where
-              ``trainable="all"``; see :mod:`tcurlora_ext.maths.packing`
-    rows, columns   chosen output and input features (int64);  row_scores, column_scores: why (lists of float)
-    scale, names    one number; the module name of each slice, in the order of the slices
-    normalised      whether columns of C and rows of R have unit norm over the stack
+    Args:
+        weights: W (S, out, in).
+        selection: The chosen rows and columns.
+        rule: Name of the rule that chose them: other base weights that are loaded are chosen from by it again.
+        scale, names: As for :meth:`from_weights`.
+        alpha, rank_stabilised, dropout, seed, transform, core_domain, trainable, backend, frequencies: As in
+            :class:`TCURConfig`.
+
+    Attributes:
+        slices: S, the number of weights.
+        core: The parameter (S, c, r), with ``frequencies`` fewer blocks of it, real, at least float32, zero at the
+            start, in ``core_domain``.
+        col: C folded, (out, c*S) in the weights' dtype: a frozen buffer, or with ``trainable="all"`` a parameter of at
+            least float32; see :mod:`tcurlora_ext.maths.packing`.
+        row: R folded, (r*S, in), as ``col``.
+        rows: Chosen output features, r int64, best first.
+        columns: Chosen input features, c int64, best first.
+        row_scores, column_scores: Why, a list of numbers.
+        scale: One number, what C * U * R is multiplied by.
+        names: Module of each slice, in the order of the slices.
+        normalised: Whether columns of C and rows of R have unit norm over the stack.
     """
 
     core: nn.Parameter
-    col: Tensor
-    row: Tensor
-    rows: Tensor
-    columns: Tensor
 
     def __init__(
         self,
@@ -68,7 +77,7 @@ class TCURStack(nn.Module):
         self.register_buffer("rows", selection.rows)
         self.register_buffer("columns", selection.columns)
         wide = torch.promote_types(weights.dtype, torch.float32)
-        shape = (packing.kept_blocks(self.slices, frequencies), len(selection.columns), len(selection.rows))
+        shape = (self.blocks, len(selection.columns), len(selection.rows))
         self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
         for name, folded in self.factors_of(weights, selection).items():
             if trainable == "all":
@@ -96,12 +105,22 @@ class TCURStack(nn.Module):
         frequencies: int | None = None,
         names: Sequence[str] = (),
     ) -> TCURStack:
-        """The stack of weights (S, out, in), any floating dtype and device.
+        """The stack of some weights.
 
-        ``selection`` is a rule's name or a :class:`Selection` made before; ``inputs`` (S, in) are the root mean squares
-        of the input features, for "activation"; ``scale`` a number for raw factors, None for
-        unit-norm factors and the default rule. Raises ValueError for another shape, a rank larger than the matrix, and
-        weights that are not finite.
+        Args:
+            weights: (S, out, in), any floating dtype, on any device but meta.
+            rank: r, or (c, r).
+            selection: A rule's name, see :mod:`tcurlora_ext.maths.selection`, or rows and columns chosen before.
+            scale: A number: raw factors times it; None: unit-norm factors and the default rule.
+            inputs: (S, in), root mean squares of the input features, for the rule "activation" and no other.
+            names: Module of each slice, for messages and files.
+            alpha, rank_stabilised, dropout, seed, transform, core_domain, trainable, backend, frequencies: As in
+                :class:`TCURConfig`.
+
+        Raises:
+            ValueError: Weights of another shape, empty, not floating, on meta or not finite; a rank larger than a side;
+                an unknown rule or transform; ``inputs`` missing, of another shape or not asked for; factors that are
+                all zero, with ``scale=None``.
         """
         if weights.dim() != 3 or 0 in weights.shape:
             raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (slices, out, in), none of them 0")
@@ -131,53 +150,10 @@ class TCURStack(nn.Module):
             names=names,
         )
 
-    # -- factors ------------------------------------------------------------------------------------------------------
-
-    def _take_factors(self, weights: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """C (S, out, c) and R (S, r, in), float64, normalised if this stack is; sets ``scale`` by the rule then."""
-        self.row_scores, self.column_scores = selection.row_scores.tolist(), selection.column_scores.tolist()
-        C = weights[:, :, selection.columns].double()
-        R = weights[:, selection.rows, :].double()
-        if self.normalised:
-            C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
-            self.scale = scaling.default_scale(
-                C, R, self.alpha, self.transform, self.rank_stabilised, self.core_domain, self.frequencies
-            )
-        return C, R
-
-    def factors_of(self, weights: Tensor, selection: Selection) -> dict[str, Tensor]:
-        """``col`` and ``row`` as taken from weights (S, out, in); sets ``scale`` where the rule makes it."""
-        return self._folded(*self._take_factors(weights, selection), weights.dtype)
-
-    def _folded(self, C: Tensor, R: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        blocks = packing.kept_blocks(self.slices, self.frequencies)
-        col, row = packing.fold_columns(C, self.transform, blocks), packing.fold_rows(R, self.transform, blocks)
-        return {"col": col.to(dtype).contiguous(), "row": row.to(dtype).contiguous()}
-
-    @property
-    def blocks(self) -> int:
-        """How many of the S blocks of the slice transform the core has: all, or those of its lowest frequencies."""
-        return self.core.shape[0]
-
     @property
     def rank(self) -> tuple[int, int]:
         """(c, r)."""
         return self.core.shape[1], self.core.shape[2]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of one slice."""
-        return self.col.shape[0], self.row.shape[1]
-
-    @property
-    def C(self) -> Tensor:
-        """The column factor (S, out, c), unfolded."""
-        return packing.unfold_columns(self.col, self.slices, self.transform, self.blocks)
-
-    @property
-    def R(self) -> Tensor:
-        """The row factor (S, r, in), unfolded."""
-        return packing.unfold_rows(self.row, self.slices, self.transform, self.blocks)
 
     # -- the core -----------------------------------------------------------------------------------------------------
 
@@ -191,9 +167,13 @@ class TCURStack(nn.Module):
 
     @torch.no_grad()
     def set_core_slices(self, core: Tensor) -> None:
-        """Set U (S, c, r), of which a core of low frequencies takes these alone.
+        """Set U, of which a core of low frequencies takes these alone.
 
-        Raises ValueError for another shape or values that are not finite.
+        Args:
+            core: (S, c, r), any floating dtype and device.
+
+        Raises:
+            ValueError: It has another shape or values that are not finite.
         """
         expected = (self.slices, *self.rank)
         if core.shape != expected:
@@ -215,9 +195,18 @@ class TCURStack(nn.Module):
         num_slices: int,
         training: bool = False,
     ) -> Tensor:
-        """``x W^T + bias`` plus the adapter, for slices whose weights stand in ``weight`` (num_slices*out, in).
+        """``x W^T + bias`` plus the adapter, for some slices.
 
-        In ``training`` the adapter's x goes through dropout, and the base's does not.
+        Args:
+            x: (..., in).
+            weight: (num_slices*out, in), the slices' weights stacked by rows, in the dtype of x.
+            bias: (num_slices*out,) or None.
+            first_slice: Index of the first of these slices in the stack.
+            num_slices: How many there are.
+            training: Whether the adapter's x goes through dropout; the base's does not.
+
+        Returns:
+            (..., num_slices*out) in the dtype of x.
         """
         if training and self.dropout > 0:
             return nn.functional.linear(x, weight, bias) + self.change(x, first_slice, num_slices, training)
@@ -229,9 +218,17 @@ class TCURStack(nn.Module):
         return torch.cat([self._linear(x, part, part_bias, call) for call, part, part_bias in parts], -1)
 
     def change(self, x: Tensor, first_slice: int, num_slices: int, training: bool = False) -> Tensor:
-        """The adapter's part of :meth:`adapt` alone: x (..., in) -> (..., num_slices*out), in the dtype of x.
+        """The adapter's part of :meth:`adapt` alone, for what cannot be fused with the base product: a dropped x, a
+        quantised base, some rows of a batch.
 
-        For what cannot be fused with the base product: a dropped x, a quantised base, some rows of a batch.
+        Args:
+            x: (..., in).
+            first_slice: Index of the first of these slices in the stack.
+            num_slices: How many there are.
+            training: Whether x goes through dropout.
+
+        Returns:
+            (..., num_slices*out) in the dtype of x.
         """
         if training and self.dropout > 0:
             x = nn.functional.dropout(x, self.dropout)
@@ -264,10 +261,14 @@ class TCURStack(nn.Module):
         return col[:, at * c : (at + 1) * c], core[at : at + 1], row[at * r : (at + 1) * r]
 
     def delta_weights(self, layers: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """``scale * C * U * R``, dense: (S, out, in), or only the slices of ``layers``; differentiable.
+        """``scale * C * U * R``, dense and differentiable: for inspection, merging and tests, not the path of training.
 
-        The definition: for inspection, merging and tests, not the path of training. ``dtype`` is that of the
-        computation and of the result (default: the core's).
+        Args:
+            layers: Which slices; None: all S.
+            dtype: Of the computation and of the result; None: the core's.
+
+        Returns:
+            (S, out, in), or as many slices as asked for.
         """
         dtype = dtype or self.core.dtype
         left = packing.slice_product(self.C.to(dtype), self.core_slices().to(dtype), self.transform)
@@ -322,25 +323,18 @@ class TCURStack(nn.Module):
         else:
             missing_keys.append(prefix + "scale")
 
-    @property
-    def _selection(self) -> Selection:
-        scores = (torch.tensor(s, dtype=torch.float64) for s in (self.row_scores, self.column_scores))
-        return Selection(self.rows, self.columns, *scores)
-
-    @torch.no_grad()
-    def is_of(self, weights: Tensor) -> bool:
-        """Whether C and R are, bit for bit, the chosen columns and rows of weights (S, out, in)."""
-        scale, scores = self.scale, (self.row_scores, self.column_scores)
-        folded = self.factors_of(weights, self._selection)
-        self.scale, (self.row_scores, self.column_scores) = scale, scores
-        return all(torch.equal(folded[name], getattr(self, name)) for name in folded)
-
     @torch.no_grad()
     def follow_base(self, weights: Tensor) -> None:
-        """Choose and take rows and columns anew from weights (S, out, in), where these changed and U is still zero.
+        """Choose and take rows and columns anew where the base weights changed and U is still zero.
 
-        Chosen by "activation" they are taken anew, but stay: the calibration inputs are gone.
-        A core that is not zero belongs to the weights it was trained on: then a warning, and the factors stay.
+        Chosen by "activation" they stay, and are taken anew: the calibration inputs are gone. A core that is not zero
+        belongs to the weights it was trained on: the factors stay, with a warning.
+
+        Args:
+            weights: The new ones, (S, out, in).
+
+        Warns:
+            UserWarning: The core is not zero.
         """
         if self.is_of(weights):
             return
@@ -361,13 +355,3 @@ class TCURStack(nn.Module):
     def extra_repr(self) -> str:
         (out_features, in_features), (c, r) = self.shape, self.rank
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
-
-
-def require_finite(weights: Tensor, names: Sequence[str]) -> None:
-    """Raise ValueError, with the name of the slice, where weights (S, out, in) are NaN or infinite."""
-    for index, weight in enumerate(weights):
-        # NaN spreads through the extremes: one pass without isfinite's mask, 8 ms instead of 41 for 3072 x 768.
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
-            name = names[index] if names else f"slice {index}"
-            bad = int((~torch.isfinite(weight)).sum())
-            raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")

@@ -12,7 +12,18 @@ from .table import text_table
 
 @dataclass(frozen=True)
 class StackSummary:
-    """One stack. ``q`` is the width of h, ``trained`` counts numbers, ``bytes`` what core and factors take."""
+    """One stack of a :class:`Summary`.
+
+    Attributes:
+        name: Of the stack.
+        slices: S, how many slices there are.
+        shape: (out, in) of a slice.
+        rank: (c, r).
+        q: Width of h = x row^T: r numbers for each of the core's blocks, r in all without a transform.
+        scale: What C * U * R is multiplied by.
+        trained: Numbers that train in the stack.
+        bytes: What its core and factors take.
+    """
 
     name: str
     slices: int
@@ -28,7 +39,10 @@ class StackSummary:
 class Summary:
     """The stacks of a model and its numbers; ``str()`` makes a table of it.
 
-    ``trained_beside`` counts what trains beside the stacks (a head, a decoder), ``frozen`` what does not train.
+    Attributes:
+        stacks: One :class:`StackSummary` a stack.
+        trained_beside: Numbers that train beside the stacks (a head, a decoder).
+        frozen: Numbers of the model that do not train, C and R not counted.
     """
 
     stacks: tuple[StackSummary, ...]
@@ -56,7 +70,17 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Stacks, slices, q, trained numbers and bytes of an adapted model. Raises ValueError where it is not adapted."""
+    """Count what an adapted model trains and holds.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        Stacks, slices, q, trained numbers and bytes; print it for a table.
+
+    Raises:
+        ValueError: The model is not adapted.
+    """
     require_container(model)
     described = []
     for name, stack in stacks(model).items():

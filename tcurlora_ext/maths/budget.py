@@ -6,13 +6,23 @@ from collections.abc import Sequence
 
 
 def spread_budget(budget: int, slices: Sequence[int], energies: Sequence[Sequence[float]]) -> list[int]:
-    """The rank r of every stack, whose core then has ``S r^2`` numbers, no more than ``budget`` of them in all.
+    """The rank r of every stack, whose core then has ``S r^2`` numbers.
 
-    ``slices`` has S of every stack, ``energies`` what its 1st, 2nd, ... singular direction holds
-    (:func:`tcurlora_ext.maths.spectrum.energy_by_rank`), so that the largest possible rank is their count. Every stack
-    starts at rank 1. Then, step by step, that stack grows by one whose next direction holds the most energy for each of
-    the ``S (2r + 1)`` numbers that it takes, of those that the rest of the budget allows (of equals the one of lower
-    rank, then the first), until none can grow. Raises ValueError for a budget below rank 1 everywhere.
+    Every stack starts at rank 1. Then, step by step, that stack grows by one whose next direction holds the most energy
+    for each of the ``S (2r + 1)`` numbers that it takes, of those that the rest of the budget allows (of equals the one
+    of lower rank, then the first), until none can grow.
+
+    Args:
+        budget: How many numbers all cores may have together.
+        slices: S of every stack.
+        energies: What the 1st, 2nd, ... singular direction of every stack holds
+            (:func:`tcurlora_ext.maths.spectrum.energy_by_rank`); the largest possible rank is their count.
+
+    Returns:
+        One rank a stack.
+
+    Raises:
+        ValueError: The budget is below rank 1 everywhere.
     """
     ranks = [1] * len(slices)
     left = budget - sum(slices)

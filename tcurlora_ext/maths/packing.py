@@ -2,18 +2,20 @@
 
 Along the slices every factor is multiplied by one real matrix, the *slice transform*:
 
-``dft``       the DFT of real slices in real coordinates. Frequency 0, then the real and the imaginary part of
-              1, 2, ..., then for even S frequency S/2: S blocks in all. A pair of parts is coupled by the phase.
-``dct``       the orthonormal DCT-II; S blocks that do not couple.
-``identity``  none: every slice has its own core (CURLoRA). Layers call the operator with S = 1.
+``dft``
+    The DFT of real slices in real coordinates. Frequency 0, then the real and the imaginary part of 1, 2, ..., then for
+    even S frequency S/2: S blocks in all. A pair of parts is coupled by the phase.
+``dct``
+    The orthonormal DCT-II; S blocks that do not couple.
+``identity``
+    None: every slice has its own core (CURLoRA). Layers call the operator with S = 1.
 
-Shapes: C (S, out, c) -> ``col`` (out, c*S);  R (S, r, in) -> ``row`` (r*S, in);  U (S, c, r) -> ``core_fourier``
-(S, c, r). For the DFT, ``row`` stacks [Re R_k; Im R_k] and ``col`` [Re C_k, -Im C_k], both unnormalised, while
-``core_fourier`` is the orthonormal transform of U, so that a step on it is as long as the same step on U.
-With h = x row^T, the middle product m = h B_l^T then gives x dW_l^T = m col^T. B_l is block-diagonal:
-``w [[a, -b], [b, a]]`` with a + ib = exp(2 pi i k l / S) (u_re + i u_im) and w = sqrt(2/S) for a pair,
-w = 1/sqrt(S) for a self-conjugate frequency (the 1/S of the inverse DFT, the factor 2 of the conjugate half and the
-sqrt(S) of the orthonormal core in one number).
+Shapes: C (S, out, c) -> ``col`` (out, c*S); R (S, r, in) -> ``row`` (r*S, in); U (S, c, r) -> ``core_fourier`` (S, c,
+r). For the DFT, ``row`` stacks [Re R_k; Im R_k] and ``col`` [Re C_k, -Im C_k], both unnormalised, while
+``core_fourier`` is the orthonormal transform of U, so that a step on it is as long as the same step on U. With h = x
+row^T, the middle product m = h B_l^T then gives x dW_l^T = m col^T. B_l is block-diagonal: ``w [[a, -b], [b, a]]`` with
+a + ib = exp(2 pi i k l / S) (u_re + i u_im) and w = sqrt(2/S) for a pair, w = 1/sqrt(S) for a self-conjugate frequency
+(the 1/S of the inverse DFT, the factor 2 of the conjugate half and the sqrt(S) of the orthonormal core in one number).
 """
 
 from __future__ import annotations
@@ -88,19 +90,45 @@ def _along_slices(matrix: Tensor, tensor: Tensor) -> Tensor:
 
 
 def kept_blocks(slices: int, frequencies: int | None) -> int:
-    """How many of the S blocks of the DFT are those of frequencies 0, 1, ... ``frequencies`` - 1; None: all S."""
+    """How many of the S blocks of the DFT a core of the lowest frequencies has.
+
+    Args:
+        slices: S, how many slices there are.
+        frequencies: K: those of 0, 1, ... K - 1; None: all.
+
+    Returns:
+        min(2K - 1, S), or S.
+    """
     return slices if frequencies is None else min(2 * frequencies - 1, slices)
 
 
 def fold_core(core: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
-    """U (S, c, r) -> its orthonormal slice transform (S, c, r), or the first ``blocks`` of it; same dtype."""
+    """U -> its orthonormal slice transform.
+
+    Args:
+        core: (S, c, r).
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        blocks: Only so many of the first blocks; None: all S. Without effect for the identity.
+
+    Returns:
+        (S or blocks, c, r), in its dtype.
+    """
     if transform == "identity":
         return core
     return _along_slices(_transform_matrix(core.shape[0], transform)[:blocks], core)
 
 
 def unfold_core(core_fourier: Tensor, transform: str = "dft", slices: int | None = None) -> Tensor:
-    """The inverse of :func:`fold_core`; for a core of fewer blocks than ``slices`` the others are taken as zero."""
+    """The inverse of :func:`fold_core`.
+
+    Args:
+        core_fourier: (S, c, r), or fewer blocks; the others are taken as zero.
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        slices: S, where the core has fewer blocks.
+
+    Returns:
+        (S, c, r), in its dtype.
+    """
     if transform == "identity":
         return core_fourier
     blocks = core_fourier.shape[0]
@@ -143,23 +171,61 @@ def _column_signs(slices: int, transform: str, like: Tensor) -> Tensor:
 
 
 def fold_rows(R: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
-    """R (S, r, in) -> ``row`` (r*S, in), block f holding part f of the spectrum; or the first ``blocks`` alone."""
+    """R -> ``row``, block f holding part f of the spectrum.
+
+    Args:
+        R: (S, r, in).
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        blocks: Only so many of the first blocks; None: all S.
+
+    Returns:
+        (r*S, in), or r times as many rows as blocks; in its dtype.
+    """
     return _fold(R, transform, blocks).flatten(0, 1)
 
 
 def unfold_rows(row: Tensor, slices: int, transform: str = "dft", blocks: int | None = None) -> Tensor:
-    """The inverse of :func:`fold_rows`: (r*S, in) -> (S, r, in)."""
+    """The inverse of :func:`fold_rows`.
+
+    Args:
+        row: (r*S, in), or r times as many rows as blocks.
+        slices: S, how many slices there are.
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        blocks: How many blocks it has; None: all S.
+
+    Returns:
+        (S, r, in), in its dtype.
+    """
     return _unfold(row.unflatten(0, (blocks or slices, -1)), slices, transform)
 
 
 def fold_columns(C: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
-    """C (S, out, c) -> ``col`` (out, c*S), block f holding part f of the spectrum, imaginary parts negated."""
+    """C -> ``col``, block f holding part f of the spectrum, imaginary parts negated.
+
+    Args:
+        C: (S, out, c).
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        blocks: Only so many of the first blocks; None: all S.
+
+    Returns:
+        (out, c*S), or c times as many columns as blocks; in its dtype.
+    """
     folded = _fold(C, transform, blocks) * _column_signs(C.shape[0], transform, C)[:blocks]
     return folded.transpose(0, 1).flatten(1)
 
 
 def unfold_columns(col: Tensor, slices: int, transform: str = "dft", blocks: int | None = None) -> Tensor:
-    """The inverse of :func:`fold_columns`: (out, c*S) -> (S, out, c)."""
+    """The inverse of :func:`fold_columns`.
+
+    Args:
+        col: (out, c*S), or c times as many columns as blocks.
+        slices: S, how many slices there are.
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        blocks: How many blocks it has; None: all S.
+
+    Returns:
+        (S, out, c), in its dtype.
+    """
     parts = col.unflatten(1, (blocks or slices, -1)).transpose(0, 1)
     return _unfold(parts * _column_signs(slices, transform, parts)[: len(parts)], slices, transform)
 

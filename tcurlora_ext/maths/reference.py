@@ -13,7 +13,15 @@ from .tproduct import tpinv
 
 
 def circular_convolution(a: Tensor, b: Tensor) -> Tensor:
-    """``(a * b)_l = sum_{i + j = l mod S} a_i b_j`` term by term: (S, m, p), (S, p, n) -> (S, m, n)."""
+    """The t-product ``(a * b)_l = sum_{i + j = l mod S} a_i b_j``, term by term.
+
+    Args:
+        a: (S, m, p).
+        b: (S, p, n).
+
+    Returns:
+        (S, m, n).
+    """
     slices = a.shape[0]
     return torch.stack(
         [torch.stack([a[i] @ b[(slot - i) % slices] for i in range(slices)]).sum(0) for slot in range(slices)]
@@ -21,7 +29,17 @@ def circular_convolution(a: Tensor, b: Tensor) -> Tensor:
 
 
 def delta_weights(C: Tensor, core: Tensor, R: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * C * U * R`` for every slice: (S, out, in)."""
+    """``scale * C * U * R`` for every slice.
+
+    Args:
+        C: (S, out, c).
+        core: U (S, c, r).
+        R: (S, r, in).
+        scale: One number.
+
+    Returns:
+        dW (S, out, in).
+    """
     return scale * circular_convolution(circular_convolution(C, core), R)
 
 
@@ -36,15 +54,36 @@ def tcur_linear(
     num_slices: int,
     scale: float,
 ) -> Tensor:
-    """``x (W + dW)^T + bias`` with dW materialised: x (..., in) -> (..., num_slices * out).
+    """``x (W + dW)^T + bias`` with dW materialised.
 
-    ``weight`` (num_slices * out, in) stacks the slices first_slice, first_slice + 1, ... by rows.
+    Args:
+        x: (..., in).
+        weight: (num_slices*out, in): slices first_slice, first_slice+1, ... stacked by rows.
+        bias: (num_slices*out,) or None.
+        C: (S, out, c).
+        core: U (S, c, r).
+        R: (S, r, in).
+        first_slice: The layer's first slice, from 0.
+        num_slices: How many slices it has.
+        scale: One number.
+
+    Returns:
+        (..., num_slices*out).
     """
     delta = delta_weights(C, core, R, scale)[first_slice : first_slice + num_slices]
     return torch.nn.functional.linear(x, weight + delta.reshape(weight.shape), bias)
 
 
 def cur_reconstruction(weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The t-CUR decomposition ``C * pinv(W[:, rows, columns]) * R`` of weights (S, out, in), of the same shape."""
+    """The t-CUR decomposition ``C * pinv(W[:, rows, columns]) * R`` of weights.
+
+    Args:
+        weights: W (S, out, in).
+        rows: Indices of output features.
+        columns: Indices of input features.
+
+    Returns:
+        (S, out, in), W itself where the chosen block has W's rank in every frequency.
+    """
     C, R = weights[:, :, columns], weights[:, rows, :]
     return circular_convolution(circular_convolution(C, tpinv(C[:, rows, :])), R)

@@ -28,12 +28,26 @@ DRAWS = 8
 
 
 def normalise_columns(C: Tensor) -> Tensor:
-    """C (S, out, c) with every column divided by its norm over slices and outputs; a zero column stays zero."""
+    """C with every column divided by its norm over slices and outputs; a zero column stays zero.
+
+    Args:
+        C: (S, out, c).
+
+    Returns:
+        (S, out, c), in its dtype.
+    """
     return _divided(C, torch.linalg.vector_norm(C, dim=(0, 1), keepdim=True, dtype=torch.float64))
 
 
 def normalise_rows(R: Tensor) -> Tensor:
-    """R (S, r, in) with every row divided by its norm over slices and inputs; a zero row stays zero."""
+    """R with every row divided by its norm over slices and inputs; a zero row stays zero.
+
+    Args:
+        R: (S, r, in).
+
+    Returns:
+        (S, r, in), in its dtype.
+    """
     return _divided(R, torch.linalg.vector_norm(R, dim=(0, 2), keepdim=True, dtype=torch.float64))
 
 
@@ -42,9 +56,16 @@ def _divided(tensor: Tensor, norms: Tensor) -> Tensor:
 
 
 def step_length(C: Tensor, R: Tensor, transform: str = "dft", frequencies: int | None = None) -> float:
-    """rho: RMS over the slices of |dW_l|_F for a random-sign step of size 1 on U. C (S, out, c), R (S, r, in).
+    """rho: the RMS over the slices of ``|dW_l|_F`` for a random-sign step of size 1 on U.
 
-    With ``frequencies`` on a U of the lowest few alone.
+    Args:
+        C: (S, out, c).
+        R: (S, r, in).
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        frequencies: U has the lowest few alone; None: all.
+
+    Returns:
+        rho, computed in float64.
     """
     slices = C.shape[0]
     blocks = kept_blocks(slices, frequencies)
@@ -64,8 +85,18 @@ def first_step_length(
     """As :func:`step_length`, for the signs of the core's gradient where that of the weights is white noise.
 
     A gradient g of W reaches U as ``C_k^H g_k R_k^H``: entries of parallel columns or rows have one sign, and the step
-    adds up along them. Mean over DRAWS seeded draws, for which white noise of the size of U does: with roots
-    ``A A^H = C_k^H C_k`` and ``B B^H = R_k R_k^H``, ``A z_k B^H`` is distributed as the gradient.
+    adds up along them. Mean over 8 seeded draws, for which white noise of the size of U does: with roots ``A A^H =
+    C_k^H C_k`` and ``B B^H = R_k R_k^H``, ``A z_k B^H`` is distributed as the gradient.
+
+    Args:
+        C: (S, out, c).
+        R: (S, r, in).
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        core_domain: Where the signs are taken: ``"fourier"`` or ``"slice"``.
+        frequencies: U has the lowest few alone; None: all.
+
+    Returns:
+        The root mean square of the lengths, computed in float64.
     """
     slices = C.shape[0]
     spectrum_C, spectrum_R = (spectrum(factor.double(), transform)[0][:frequencies] for factor in (C, R))
@@ -111,7 +142,23 @@ def default_scale(
     core_domain: str = "fourier",
     frequencies: int | None = None,
 ) -> float:
-    """The rule above for factors as the stack holds them. Raises ValueError where they carry no energy."""
+    """``scale = alpha * sqrt(out r0 / 3) / rho``, the rule of this module.
+
+    Args:
+        C: (S, out, c), as the stack holds it: columns of unit norm.
+        R: (S, r, in), as the stack holds it: rows of unit norm.
+        alpha: Multiplies the rule.
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        rank_stabilised: Divide by :func:`first_step_length` in place of rho.
+        core_domain: ``"fourier"`` or ``"slice"``, for the rank-stabilised rule.
+        frequencies: U has the lowest few alone; None: all.
+
+    Returns:
+        The scale.
+
+    Raises:
+        ValueError: C and R carry no energy.
+    """
     length = step_length(C, R, transform, frequencies)
     if length > 0 and rank_stabilised:
         length = first_step_length(C, R, transform, core_domain, frequencies)

@@ -1,19 +1,25 @@
 """Which columns (input features) and rows (output features) of a weight tensor become C and R.
 
-Weights are (S, out, in), slices first; scores are float64. ``S_k`` below is the k-th slice of the DFT along the
-slices, all S frequencies counted. Rules:
+Weights are (S, out, in), slices first; scores are float64. ``S_k`` below is the k-th slice of the DFT along the slices,
+all S frequencies counted. The rules, by name:
 
-``norm``           the paper's: the c columns of largest ``sum_k |S_k[:, j]|``, then the r rows of largest
-                   ``sum_k |S_k[i, columns]|`` on those columns. tCURLoRA, arXiv 2501.02227.
-``activation``     as ``norm``, but every ``W_l[:, j]`` counts times the root mean square of input feature j of layer l,
-                   from calibration inputs. Wanda's score (Sun et al. 2023, arXiv 2306.11695), for tubes.
-``norm-sampled``   drawn without replacement, probability proportional to the squared norm over the whole tube.
-                   Drineas, Kannan, Mahoney 2006; Tarzanagh and Michailidis 2018 for tensors.
-``inverse-norm``   drawn with the inverse of that probability, as CURLoRA does (arXiv 2408.14572).
-``leverage``       largest statistical leverage: squared rows of the leading c (r) singular vectors, summed over k.
-``deim``           discrete empirical interpolation on the leading singular vectors of the two unfoldings.
-                   Sorensen and Embree 2016.
-``uniform``        drawn at random, all alike.
+``norm``
+    The paper's: the c columns of largest ``sum_k |S_k[:, j]|``, then the r rows of largest ``sum_k |S_k[i, columns]|``
+    on those columns. tCURLoRA, arXiv 2501.02227.
+``activation``
+    As ``norm``, but every ``W_l[:, j]`` counts times the root mean square of input feature j of layer l, from
+    calibration inputs. Wanda's score (Sun et al. 2023, arXiv 2306.11695), for tubes.
+``norm-sampled``
+    Drawn without replacement, probability proportional to the squared norm over the whole tube. Drineas, Kannan,
+    Mahoney 2006; Tarzanagh and Michailidis 2018 for tensors.
+``inverse-norm``
+    Drawn with the inverse of that probability, as CURLoRA does (arXiv 2408.14572).
+``leverage``
+    Largest statistical leverage: squared rows of the leading c (r) singular vectors, summed over k.
+``deim``
+    Discrete empirical interpolation on the leading singular vectors of the two unfoldings. Sorensen and Embree 2016.
+``uniform``
+    Drawn at random, all alike.
 """
 
 from __future__ import annotations
@@ -30,7 +36,14 @@ CHUNK = 64  # columns whose spectrum is held at a time: 64 of a (48, 768, 768) t
 
 
 class Selection(NamedTuple):
-    """Chosen indices, best first (int64), and their scores under the rule (float64)."""
+    """Chosen rows and columns, best first, and why.
+
+    Attributes:
+        rows: Indices of output features, (r,) int64.
+        columns: Indices of input features, (c,) int64.
+        row_scores: Scores of the rows under the rule, (r,) float64.
+        column_scores: Scores of the columns, (c,) float64.
+    """
 
     rows: Tensor
     columns: Tensor
@@ -49,11 +62,22 @@ class _Draw(NamedTuple):
 def select(
     weights: Tensor, c: int, r: int, rule: str = "norm", seed: int = 0, inputs: Tensor | None = None
 ) -> Selection:
-    """Choose c columns and r rows of weights (S, out, in) by a rule of this module.
+    """Choose columns and rows of weights by a rule of this module.
 
-    ``seed`` feeds the drawing rules; the draw is made on the CPU, so that it is the same for every device. ``inputs``
-    (S, in) are the root mean squares for "activation". Raises ValueError for an unknown rule, for c > in or r > out,
-    and where ``inputs`` are missing, of another shape or not asked for.
+    Args:
+        weights: (S, out, in), any floating dtype and device.
+        c: How many columns, no more than in.
+        r: How many rows, no more than out.
+        rule: Its name.
+        seed: Of the rules that draw; they draw on the CPU, so that it is the same for every device.
+        inputs: Root mean squares of the input features (S, in), for ``activation`` and no other.
+
+    Returns:
+        The choice, on the device of the weights.
+
+    Raises:
+        ValueError: The rule is unknown, c or r does not fit, or ``inputs`` are missing, of another shape or not asked
+            for.
     """
     if rule not in RULES:
         raise ValueError(f"selection rule {rule!r} is unknown, expected one of {', '.join(RULES)}")
@@ -77,9 +101,14 @@ def _frequency_weights(slices: int, like: Tensor) -> Tensor:
 
 
 def column_scores(weights: Tensor, inputs: Tensor | None = None) -> Tensor:
-    """``sum_k |S_k[:, j]|_2`` for every column j: (S, out, in) -> (in,) float64.
+    """``sum_k |S_k[:, j]|_2`` for every column j.
 
-    With ``inputs`` (S, in) of the weights times these, slice by slice.
+    Args:
+        weights: (S, out, in).
+        inputs: (S, in): the weights count times these, slice by slice.
+
+    Returns:
+        (in,) float64.
     """
     per_frequency = []
     for start in range(0, weights.shape[2], CHUNK):
@@ -91,7 +120,15 @@ def column_scores(weights: Tensor, inputs: Tensor | None = None) -> Tensor:
 
 
 def row_scores(weights: Tensor, columns: Tensor) -> Tensor:
-    """``sum_k |S_k[i, columns]|_2`` for every row i: (S, out, in) -> (out,) float64."""
+    """``sum_k |S_k[i, columns]|_2`` for every row i.
+
+    Args:
+        weights: (S, out, in).
+        columns: Indices of the columns that count.
+
+    Returns:
+        (out,) float64.
+    """
     return column_scores(weights[:, :, columns].transpose(1, 2))
 
 

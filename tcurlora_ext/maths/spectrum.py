@@ -10,9 +10,16 @@ from .tproduct import self_conjugate_frequencies
 
 
 def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
-    """The orthonormal slice transform of (S, m, n) by frequency, and how often each counts in the energy.
+    """The orthonormal slice transform of a tensor by frequency.
 
     Of conjugate frequencies of the DFT one stands for both: S//2 + 1 of them. S for the DCT and for the identity.
+
+    Args:
+        tensor: (S, m, n), real.
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+
+    Returns:
+        The frequencies (S//2 + 1 or S, m, n), and how often each counts in the energy.
     """
     if transform != "dft":
         return fold_core(tensor, transform), torch.ones(len(tensor), dtype=tensor.dtype, device=tensor.device)
@@ -23,19 +30,36 @@ def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
 
 
 def inverse_spectrum(blocks: Tensor, slices: int, transform: str = "dft") -> Tensor:
-    """The inverse of :func:`spectrum`: blocks by frequency -> (slices, m, n), real; the DFT's may be the first few."""
+    """The inverse of :func:`spectrum`.
+
+    Args:
+        blocks: (S//2 + 1 or S, m, n); the DFT's may be the first few, the others are zero.
+        slices: S, how many slices there are.
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+
+    Returns:
+        (S, m, n), real.
+    """
     if transform != "dft":
         return unfold_core(blocks, transform)
     return torch.fft.irfft(blocks, n=slices, dim=0, norm="ortho")
 
 
 def energy_by_rank(weights: Tensor, transform: str = "dft", frequencies: int | None = None) -> Tensor:
-    """What the i-th singular direction of all frequencies holds: ``sum_k sigma_i(W_k)^2``, (min(out, in),) float64.
+    """What the i-th singular direction of all frequencies holds: ``sum_k sigma_i(W_k)^2``, W_k being a slice of the
+    spectrum.
 
-    Weights (S, out, in), W_k being the k-th slice of their transform; k below ``frequencies``, by default all. The
-    first r numbers add up to the energy ``sum_l |W_l|^2`` that the best approximation of tubal rank r keeps (Kilmer and
-    Martin 2011), all of them to that of the weights. Takes the eigenvalues of one matrix a frequency, as wide as the
-    smaller side, and memory for the weights twice in double precision.
+    The first r numbers add up to the energy ``sum_l |W_l|^2`` that the best approximation of tubal rank r keeps (Kilmer
+    and Martin 2011), all of them to that of the weights. Takes the eigenvalues of one matrix a frequency, as wide as
+    the smaller side, and memory for the weights twice in double precision.
+
+    Args:
+        weights: W (S, out, in).
+        transform: ``"dft"``, ``"dct"`` or ``"identity"``.
+        frequencies: Only k below this; None: all.
+
+    Returns:
+        (min(out, in),) float64.
     """
     matrices, counts = spectrum(weights.detach().double(), transform)
     energy = torch.zeros(min(weights.shape[1:]), dtype=torch.float64, device=weights.device)

@@ -1,10 +1,11 @@
 """The t-product algebra of third-order tensors, slices first.
 
 A tensor of shape (S, m, n) is S frontal slices of shape (m, n). The t-product ``A * B`` convolves the slices
-circularly, ``(A * B)_l = sum_{i + j = l mod S} A_i B_j``, which a DFT along the slices turns into one matrix product
-a frequency. Source: Kilmer and Martin, "Factorization strategies for third-order tensors", 2011.
+circularly, ``(A * B)_l = sum_{i + j = l mod S} A_i B_j``, which a DFT along the slices turns into one matrix product a
+frequency. Source: Kilmer and Martin, "Factorization strategies for third-order tensors", 2011.
 
-Real tensors give real results: only the frequencies 0..S//2 are computed, the others are their conjugates.
+Real tensors give real results: only the frequencies 0..S//2 are computed, the others are their conjugates. Tensors are
+float32 or float64, on any device, and differentiable where PyTorch's operations are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from torch import Tensor
 
 
 class TSVD(NamedTuple):
-    """``A = U * S * ttranspose(V)``: U (S, m, k), S (S, k, k) with diagonal frequency slices, V (S, n, k)."""
+    """``A = U * S * ttranspose(V)``, the result of :func:`tsvd`; k = min(m, n).
+
+    Attributes:
+        U: (S, m, k), with orthonormal columns in every frequency.
+        S: (S, k, k), diagonal in every frequency.
+        V: (S, n, k), as U.
+    """
 
     U: Tensor
     S: Tensor
@@ -38,13 +45,34 @@ def _from_half_spectrum(spectrum: Tensor, slices: int) -> Tensor:
 
 
 def dft_slices(tensor: Tensor) -> Tensor:
-    """DFT along the slices, unnormalised: (S, m, n) real or complex -> (S, m, n) complex, frequencies 0..S-1."""
+    """DFT along the slices, unnormalised.
+
+    Args:
+        tensor: (S, m, n), real or complex.
+
+    Returns:
+        (S, m, n) complex, frequencies 0..S-1.
+
+    Raises:
+        ValueError: Not three dimensions.
+    """
     _check("tensor", tensor)
     return torch.fft.fft(tensor, dim=0)
 
 
 def tprod(a: Tensor, b: Tensor) -> Tensor:
-    """The t-product a * b of real tensors (S, m, p) and (S, p, n): (S, m, n)."""
+    """The t-product a * b of real tensors.
+
+    Args:
+        a: (S, m, p).
+        b: (S, p, n).
+
+    Returns:
+        (S, m, n) in their dtype.
+
+    Raises:
+        ValueError: Not three dimensions, or shapes that do not fit.
+    """
     _check("a", a)
     _check("b", b)
     if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
@@ -55,26 +83,53 @@ def tprod(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ttranspose(a: Tensor) -> Tensor:
-    """The t-transpose (S, m, n) -> (S, n, m): every slice transposed, slices 1..S-1 in reverse order."""
+    """The t-transpose: every slice transposed, slices 1..S-1 in reverse order.
+
+    Args:
+        a: (S, m, n).
+
+    Returns:
+        (S, n, m).
+
+    Raises:
+        ValueError: Not three dimensions.
+    """
     _check("a", a)
     return torch.cat([a[:1], a[1:].flip(0)]).transpose(1, 2)
 
 
 def tpinv(a: Tensor, rtol: float | None = None) -> Tensor:
-    """The t-pseudo-inverse (S, m, n) -> (S, n, m): the Moore-Penrose inverse of every frequency.
+    """The t-pseudo-inverse of a real tensor: the Moore-Penrose inverse of every frequency.
 
-    ``rtol`` is the cut-off for singular values relative to the largest of the same frequency (default of
-    :func:`torch.linalg.pinv`: max(m, n) times the machine epsilon).
+    Args:
+        a: (S, m, n).
+        rtol: Cut-off for singular values, relative to the largest of the same frequency (default of
+            :func:`torch.linalg.pinv`: max(m, n) times the machine epsilon).
+
+    Returns:
+        (S, n, m).
+
+    Raises:
+        ValueError: Not three dimensions.
     """
     _check("a", a)
     return _from_half_spectrum(torch.linalg.pinv(_half_spectrum(a), rtol=rtol), a.shape[0])
 
 
 def tsvd(a: Tensor) -> TSVD:
-    """The reduced t-SVD of a real tensor (S, m, n), k = min(m, n): one SVD a frequency.
+    """The reduced t-SVD of a real tensor: one SVD a frequency.
 
     In a self-conjugate frequency (0, and S/2 for even S) the spectrum is real and so are its factors, which keeps all
     three results real.
+
+    Args:
+        a: (S, m, n).
+
+    Returns:
+        The three factors.
+
+    Raises:
+        ValueError: Not three dimensions.
     """
     _check("a", a)
     slices = a.shape[0]
@@ -91,5 +146,12 @@ def tsvd(a: Tensor) -> TSVD:
 
 
 def self_conjugate_frequencies(slices: int) -> list[int]:
-    """The frequencies k with k = -k (mod S): 0, and S/2 where S is even. Their spectrum of real slices is real."""
+    """The frequencies k with k = -k (mod S), whose spectrum of real slices is real.
+
+    Args:
+        slices: S, how many slices there are.
+
+    Returns:
+        0, and S/2 where S is even.
+    """
     return [0, slices // 2] if slices % 2 == 0 else [0]

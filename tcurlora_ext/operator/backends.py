@@ -12,8 +12,12 @@ from .choice import choices
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend works on a device of this machine (``bool(status)``); ``reason``: where, when "auto" takes it,
-    or why it does not work.
+    """Whether a backend works on a device of this machine: ``bool(status)``.
+
+    Attributes:
+        name: ``"eager"``, ``"native"`` or ``"triton"``.
+        works: Whether it does.
+        reason: Where, and when ``"auto"`` takes it; or why it does not work.
     """
 
     name: str
@@ -30,7 +34,14 @@ def devices() -> list[torch.device]:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The status of every backend, and where and why ``"auto"`` takes it."""
+    """The implementations of the operator, and which of them work here.
+
+    ``"eager"`` is PyTorch's operations, ``"native"`` C++ on the CPU and CUDA C++ on a GPU, ``"triton"`` Triton kernels.
+
+    Returns:
+        Name -> status, with where and why ``"auto"`` takes it. The variable ``TCURLORA_BACKEND`` in the environment of
+        a process names one that ``"auto"`` takes instead.
+    """
     return {name: _status(name) for name in NAMES}
 
 

@@ -1,4 +1,8 @@
-"""The functional form of a TCUR layer."""
+"""The functional form of a TCUR layer.
+
+Shapes, in the folding of :mod:`tcurlora_ext.maths.packing`: ``col`` (out, c*S), ``core_fourier`` (S, c, r), ``row``
+(r*S, in). A layer has ``num_slices`` slices of the stack from ``first_slice`` on, stacked by rows.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,30 @@ def tcur_linear(
     backend: str = "auto",
     transform: str = "dft",
 ) -> Tensor:
-    """``x W^T + bias + scale * m col^T`` with ``h = x row^T`` and ``m = h B_l^T``, in the folding of docs/maths.md.
+    """``x W^T + bias + scale * m col^T`` with ``h = x row^T`` and ``m = h B_l^T``: ``torch.ops.tcurlora.linear``.
 
-    x (..., in); weight (num_slices*out, in): slices first_slice, first_slice+1, ... stacked by rows; bias
-    (num_slices*out,) or None; col (out, c*S); core_fourier (S, c, r); row (r*S, in). Result (..., num_slices*out) in
-    the dtype of x, which weight, bias, col and row share (float64, float32, bfloat16, float16); the core may be wider.
-    Under autocast it behaves as ``nn.Linear``. Gradients reach every tensor that asks for one.
+    Tensors are float64, float32, bfloat16 or float16. Under autocast it behaves as ``nn.Linear``. Gradients reach every
+    tensor that asks for one; a second derivative is refused.
 
-    ``transform`` is "dft" or "dct" (the folding that col, row and the core are in), ``backend`` a name of
-    :func:`tcurlora_ext.backends`. Raises ValueError where shapes, dtypes or devices do not fit.
+    Args:
+        x: (..., in); any leading shape, also empty or not contiguous.
+        weight: (num_slices*out, in), in the dtype of x.
+        bias: (num_slices*out,) in the dtype of x, or None.
+        col: (out, c*S), in the dtype of x.
+        core_fourier: (S, c, r), in any floating dtype, such as float32 beside a bfloat16 x.
+        row: (r*S, in), in the dtype of x.
+        first_slice: The layer's first slice, from 0.
+        num_slices: How many slices it has.
+        scale: Multiplies the adapter's part.
+        backend: A name of :func:`tcurlora_ext.backends`, or ``"auto"``.
+        transform: ``"dft"`` or ``"dct"``: the folding that col, row and the core are in.
+
+    Returns:
+        (..., num_slices*out) in the dtype of x; under autocast in its dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, slices are not in the core, or a name is unknown.
+        RuntimeError: The backend that was asked for does not work on this device.
     """
     return torch.ops.tcurlora.linear.default(
         x, weight, bias, col, core_fourier, row, first_slice, num_slices, scale, transform, backend
@@ -49,9 +68,26 @@ def tcur_delta(
     scale: float,
     transform: str = "dft",
 ) -> Tensor:
-    """``scale * m col^T`` of :func:`tcur_linear` alone: (..., in) -> (..., num_slices*out).
+    """The adapter's part of :func:`tcurlora_ext.functional.tcur_linear` alone, ``scale * m col^T``.
 
     For an adapter that reads another x than the base does, as with dropout. PyTorch operations whatever the backend,
     under autograd and autocast like any others; h is kept for the core's gradient.
+
+    Args:
+        x: (..., in).
+        col: (out, c*S), in the dtype of x.
+        core_fourier: (S, c, r), in any floating dtype.
+        row: (r*S, in), in the dtype of x.
+        first_slice: The layer's first slice, from 0.
+        num_slices: How many slices it has; they are not checked against the core.
+        scale: Multiplies the result.
+        transform: ``"dft"`` or ``"dct"``.
+
+    Returns:
+        (..., num_slices*out) in the dtype of x; under autocast in its dtype.
+
+    Raises:
+        ValueError: The transform is unknown.
+        RuntimeError: Shapes, dtypes or devices do not fit, as PyTorch's products say.
     """
     return plain.delta(x, Factors(col, core_fourier, row, first_slice, num_slices, scale, transform))

@@ -16,10 +16,20 @@ from .targets import default_names, find_targets
 
 
 def calibrate(model: nn.Module, config: TcurLoraConfig, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Run ``model`` on ``batches`` and return, for ``config.calibration``, what the modules that it names read.
+    """Measure, for ``TcurLoraConfig.calibration``, what the modules that a configuration names read.
 
-    As :func:`tcurlora_ext.calibrate`; a PeftModel computes with its adapters disabled. The configuration stays as it
-    is. Raises ValueError where no module matches, one is never called, or an input is not finite.
+    As :func:`tcurlora_ext.calibrate`; a PeftModel computes with its adapters disabled.
+
+    Args:
+        model: The model that the adapter will be put on.
+        config: Names the modules; it stays as it is.
+        batches: Inputs of the model, each its one argument, a tuple or list of all of them, or a mapping of keywords.
+
+    Returns:
+        Module name -> root mean square of each of its input features, (in,) float64 on the CPU.
+
+    Raises:
+        ValueError: No module matches, one is never called, or an input is not finite.
     """
     if isinstance(model, PeftModel):
         with model.disable_adapter():

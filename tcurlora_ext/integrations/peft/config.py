@@ -44,31 +44,39 @@ def peft_type() -> PeftType:
 
 @dataclass
 class TcurLoraConfig(PeftConfig):
-    """How PEFT adapts a model by t-CUR.
+    """How PEFT adapts a model by t-CUR. Fields that are not described here are those of ``PeftConfig``.
 
-    As in PEFT's LoRA: ``target_modules`` (names, ends of names, a regex for the whole name, "all-linear"),
-    ``exclude_modules``, ``modules_to_save``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` and
-    ``alpha_pattern`` (a name's end or regex -> its rank, alpha; one for all layers of a stack), ``fan_in_fan_out``,
-    ``trainable_token_indices``, ``ensure_weight_tying`` (of ``modules_to_save`` and tokens), ``layer_replication``.
+    Args:
+        r: Tubal rank, or (c, r): c columns and r rows of every stack.
+        alpha: Multiplies the default scale rule; 1.0 makes a step as long as one of LoRA. Without effect where
+            ``scale`` is a number.
+        target_modules: None: the projections that :func:`tcurlora_ext.inject` finds; else as in PEFT's LoRA: names,
+            ends of names, a regex for the whole name, or ``"all-linear"``.
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: As in PEFT's LoRA.
+        rank_pattern: End of a name, or regex -> rank in place of ``r``; one for all layers of a stack.
+        alpha_pattern: End of a name, or regex -> alpha in place of ``alpha``; one for all layers of a stack.
+        init_weights: True: U is zero, the model is unchanged; False: U is random.
+        bias: Which biases train: ``"none"``, ``"all"`` or ``"tcurlora_only"`` (those of the adapted layers).
+        fan_in_fan_out: Whether weights are stored as (in, out). The layers' types say it: another value is corrected,
+            with a warning.
+        save_projection: C and R are saved too. False: only their indices and a fingerprint of the base, from whose
+            weights they are taken again on loading; other base weights are refused.
+        stack_by, stack_blocks, split_fused, selection, scale: As in :class:`tcurlora_ext.TCURConfig`.
+        transform, frequencies, core_domain, backend, seed: As in :class:`tcurlora_ext.TCURConfig`.
+        dropout: Share of the adapter's input that is set to zero in training: LoRA's ``lora_dropout``.
+        rank_stabilised: A first step as long at any rank: what ``use_rslora`` is to LoRA.
+        budget: How many numbers all cores may have together, in place of ``r``. As the adapter is put on, the ranks
+            that it gives take its place here, in ``rank_pattern``.
+        calibration: For ``selection="activation"``: what :func:`calibrate` returned. A checkpoint has the indices that
+            were chosen by it and not the inputs themselves: in a configuration read from one this is empty, and a new
+            adapter of that is chosen by "norm".
+        trainable_token_indices, layer_replication: As in PEFT's LoRA.
+        ensure_weight_tying: As in PEFT's LoRA, of ``modules_to_save`` and tokens.
 
-    r               tubal rank, or (c, r): c columns and r rows of every stack.
-    alpha           multiplies the default scale rule; 1.0 makes a step as long as one of LoRA.
-    target_modules  None: the projections that :func:`tcurlora_ext.inject` finds.
-    init_weights    True: U is zero, the model is unchanged; False: U is random.
-    bias            "none", "all" or "tcurlora_only" (those of the adapted layers).
-    save_projection C and R are saved too. False: only their indices and a fingerprint of the base, from whose weights
-                    they are taken again on loading; other base weights are refused.
-    dropout         share of the adapter's input that is set to zero in training: LoRA's ``lora_dropout``.
-    rank_stabilised a first step as long at any rank: what ``use_rslora`` is to LoRA.
-    budget          how many numbers all cores may have together, in place of ``r``. As the adapter is put on, the ranks
-                    that it gives take its place here, in ``rank_pattern``.
-    calibration     for ``selection="activation"``: what :func:`calibrate` returned. A checkpoint has the indices that
-                    were chosen by it and not the inputs themselves: in a configuration read from one this is empty,
-                    and a new adapter of that is chosen by "norm".
-    stack_by, stack_blocks, split_fused, selection, scale, transform, frequencies, core_domain, backend, seed: as in
-    :class:`TCURConfig`.
-
-    Raises ValueError for a value that none of them knows.
+    Raises:
+        ValueError: A value is unknown or out of range, options exclude each other as in
+            :class:`tcurlora_ext.TCURConfig`, ``layers_pattern`` stands without ``layers_to_transform``, or this beside
+            a regex for ``target_modules``.
     """
 
     r: Rank = 8
@@ -123,7 +131,15 @@ class TcurLoraConfig(PeftConfig):
         replace(self.for_stack(self.r, self.alpha), rank_pattern=self.rank_pattern, budget=self.budget)
 
     def for_stack(self, rank: Rank, alpha: float) -> TCURConfig:
-        """The stacks' configuration, for one rank and alpha. Raises ValueError for a value it does not know."""
+        """The configuration of a stack.
+
+        Args:
+            rank: r, or (c, r), of this stack.
+            alpha: Of this stack.
+
+        Raises:
+            ValueError: :class:`tcurlora_ext.TCURConfig` refuses a value.
+        """
         return TCURConfig(rank=rank, alpha=alpha, **{name: getattr(self, name) for name in OF_STACKS})
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +147,12 @@ class TcurLoraConfig(PeftConfig):
         return super().to_dict() | {"calibration": None if self.calibration is None else {}}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As PEFT's; the model card that it wrote gets the import line without which the adapter does not load."""
+        """As PEFT's; the model card that it wrote gets the import line without which the adapter does not load.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: Passed on to PEFT.
+        """
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         if card.exists() and IMPORT not in (text := card.read_text()):

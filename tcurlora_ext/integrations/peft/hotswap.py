@@ -22,11 +22,20 @@ from .weighted import require_same
 def hotswap_adapter(
     model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
-    """Copy the values of a saved adapter into those of ``adapter_name``: a compiled model computes on, as it is.
+    """Copy the values of a saved adapter into those of a loaded one: a compiled model computes on, as it is.
 
-    Arguments as those of PEFT's function of this name. The new adapter is one of the same stacks and ranks; where its
-    scale is another, its cores are multiplied instead. The name and configuration stay. Raises ValueError, before
-    anything is changed, where the two are not alike, the adapter is merged, or more is saved than stacks.
+    The new adapter is one of the same stacks and ranks; where its scale is another, its cores are multiplied instead.
+    The name and configuration stay.
+
+    Args:
+        model: The model, compiled or not.
+        model_name_or_path: The saved adapter.
+        adapter_name: The loaded adapter.
+        torch_device: Where the values are read to, as for PEFT's function of this name.
+        **kwargs: Passed on to PEFT as it reads configuration and values.
+
+    Raises:
+        ValueError: The two are not alike, the adapter is merged, or more is saved than stacks; nothing is changed.
     """
     model = getattr(model, "_orig_mod", model)
     if adapter_name not in model.peft_config:

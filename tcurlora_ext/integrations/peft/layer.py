@@ -20,29 +20,46 @@ BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
 
 
 class LayerSlices(NamedTuple):
-    """Where a layer's weight stands in a stack: which slices, stacked by rows."""
+    """Where a layer's weight stands in a stack: which slices, stacked by rows.
+
+    Attributes:
+        stack: The :class:`tcurlora_ext.TCURStack`.
+        first_slice: Index in it of the layer's first slice.
+        num_slices: How many slices the layer's weight has.
+    """
 
     stack: TCURStack
     first_slice: int
     num_slices: int
 
     def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+        """The stack's ``adapt`` for these slices."""
         return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices, training)
 
     def change(self, x: Tensor, training: bool) -> Tensor:
+        """The stack's ``change`` for these slices."""
         return self.stack.change(x, self.first_slice, self.num_slices, training)
 
     def delta_weight(self, dtype: torch.dtype) -> Tensor:
-        """(num_slices*out, in)"""
+        """The dense change of these slices: (num_slices*out, in) in ``dtype``."""
         layers = range(self.first_slice, self.first_slice + self.num_slices)
         return self.stack.delta_weights(layers, dtype).flatten(0, 1)
 
 
 class TcurLoraLinear(nn.Module, BaseTunerLayer):
-    """``base_layer`` plus the active adapters.
+    """A base layer plus the active adapters. PEFT makes it; :class:`TcurLoraModel` gives it its slices.
 
-    tcurlora_core   adapter -> its stack; not registered as a child, for the tuner has registered the stacks, once
-    slices          adapter -> which slices of the stack are this layer's
+    Args:
+        base_layer: ``nn.Linear``, transformers' ``Conv1D``, a quantised layer that PEFT can dequantise, or another
+            tuner's layer around one of these.
+        adapter_name: The first adapter.
+        slices: Where the layer's weight stands in this adapter's stack.
+        inference_mode: Whether the adapter's core is frozen.
+        quantization_backend: PEFT's access to the weight of a quantised layer; None for a plain one.
+
+    Attributes:
+        tcurlora_core: Adapter -> its stack; not registered as a child, for the tuner has registered the stacks, once.
+        slices: Adapter -> which slices of the stack are this layer's.
     """
 
     adapter_layer_names = ("tcurlora_core",)
@@ -77,7 +94,13 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         def __getattr__(self, name: str) -> Any: ...
 
     def update_layer(self, adapter_name: str, slices: LayerSlices, inference_mode: bool) -> None:
-        """Take an adapter, whose stack is on the device of the base layer."""
+        """Take an adapter, whose stack is on the device of the base layer.
+
+        Args:
+            adapter_name: The adapter.
+            slices: Where the layer's weight stands in its stack.
+            inference_mode: Whether its core is frozen.
+        """
         self.slices[adapter_name] = slices
         self.tcurlora_core[adapter_name] = slices.stack
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -92,6 +115,20 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the parts of the active adapters, in its dtype.
+
+        Args:
+            x: (..., in).
+            *args: Passed on to the base layer.
+            adapter_names: For every row of a mixed batch the adapter that computes it, ``"__base__"`` for none.
+            **kwargs: Passed on to the base layer.
+
+        Returns:
+            (..., out).
+
+        Raises:
+            ValueError: There are not as many names as rows, or adapters are merged.
+        """
         if adapter_names is not None:
             self._check_rows(x, adapter_names)
         if self.disable_adapters:
@@ -161,24 +198,40 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         return dequantised(self.get_base_layer(), self.quantization_backend)
 
     def weight_slices(self, adapter_name: str) -> Tensor:
-        """The base weight, also where merged, as the slices (num_slices, out, in) that it has in an adapter's stack.
+        """The base weight, also where merged, as the slices that it has in an adapter's stack.
 
-        Gathered where it is sharded over processes.
+        Args:
+            adapter_name: The adapter.
+
+        Returns:
+            (num_slices, out, in), gathered where it is sharded over processes.
         """
         stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
         return self._as_matrix(whole(stored.detach())).unflatten(0, (self.slices[adapter_name].num_slices, -1))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """An adapter's dW, laid out and rounded as the base weight is."""
+        """An adapter's dW, laid out and rounded as the base weight is.
+
+        Args:
+            adapter_name: The adapter.
+        """
         slices = self.slices[adapter_name]
         return self._as_matrix(slices.delta_weight(slices.stack.core.dtype)).to(slices.stack.col.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W + dW in the place of W, summed over the adapters in float64 and rounded once; W is kept for unmerge.
+        """Put W + dW in the place of W, summed over the adapters in float64 and rounded once; W is kept for
+        :meth:`unmerge`.
 
-        A quantised base is dequantised, and the sum quantised again. ``safe_merge``: raises ValueError, and changes
-        nothing, where the sum is not finite; ValueError for a layer that is sharded over processes.
+        A quantised base is dequantised, and the sum quantised again.
+
+        Args:
+            safe_merge: Check the sum before anything is changed.
+            adapter_names: Which adapters; None: the active ones.
+
+        Raises:
+            ValueError: The sum is not finite, with ``safe_merge``, or the layer is sharded over processes; nothing is
+                changed.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.slices]
         if not new:
@@ -206,7 +259,11 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The change is additive and of low rank: PEFT may take a LoRA from it."""
+        """The change is additive and of low rank: PEFT may take a LoRA from it.
+
+        Args:
+            adapter_name: The adapter.
+        """
         return True
 
     def __repr__(self) -> str:

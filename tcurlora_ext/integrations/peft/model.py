@@ -33,9 +33,10 @@ RANDOM_CORE = 0.1  # standard deviation of a core that is not to start at zero
 
 
 class TcurLoraModel(BaseTuner):
-    """A model with t-CUR adapters.
+    """A model with t-CUR adapters. ``get_peft_model`` and ``PeftModel.from_pretrained`` make it.
 
-    tcurlora_core   adapter -> stack -> :class:`TCURStack`: registered here once, used by the layers
+    Attributes:
+        tcurlora_core: Adapter -> stack -> :class:`tcurlora_ext.TCURStack`: registered here once, used by the layers.
     """
 
     prefix = "tcurlora_"
@@ -46,7 +47,11 @@ class TcurLoraModel(BaseTuner):
     tcurlora_core: nn.ModuleDict
 
     def stacks(self, adapter_name: str) -> dict[str, TCURStack]:
-        """An adapter's stacks by name."""
+        """An adapter's stacks by name.
+
+        Args:
+            adapter_name: The adapter.
+        """
         return dict(cast("nn.ModuleDict", self.tcurlora_core[adapter_name]).items())  # type: ignore[arg-type]
 
     # -- putting an adapter on ----------------------------------------------------------------------------------------
@@ -58,7 +63,15 @@ class TcurLoraModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
     ) -> None:
-        """As PEFT's. After an error no stack of the adapter is left."""
+        """As PEFT's. After an error no stack of the adapter is left.
+
+        Args:
+            model: The model that the adapter is put on.
+            adapter_name: The adapter.
+            *args: Passed on to PEFT.
+            low_cpu_mem_usage: Make the stacks on the meta device, for values that are loaded later.
+            **kwargs: Passed on to PEFT.
+        """
         # PEFT keeps the flags of what was there before, but looks for it only inside the model.
         before = [(core, core.requires_grad) for core in self.tcurlora_core.parameters()]
         self._injected = (adapter_name, low_cpu_mem_usage)
@@ -116,7 +129,11 @@ class TcurLoraModel(BaseTuner):
             raise ValueError("cannot merge: replicated layers have one weight between them, and changes of their own")
 
     def share_with_the_others(self, stacks: dict[str, TCURStack]) -> None:
-        """Let an adapter's stacks use the C and R of other adapters that have the same."""
+        """Let an adapter's stacks use the C and R of other adapters that have the same.
+
+        Args:
+            stacks: Those of the adapter, by name.
+        """
         others = [stack for name in self.tcurlora_core for stack in self.stacks(name).values()]
         for stack in stacks.values():
             share_factors(stack, [other for other in others if other is not stack])
@@ -151,13 +168,34 @@ class TcurLoraModel(BaseTuner):
                 stack.core.data = stack.core.data.to(stack.col.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; the adapter's stacks go with it.
+
+        Args:
+            adapter_name: The adapter.
+        """
         super().delete_adapter(adapter_name)
         del self.tcurlora_core[adapter_name]
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter whose dW is the weighted sum of those of others, as :func:`.weighted.add` says."""
+        """Add an adapter whose dW is the weighted sum of those of others, exactly.
+
+        Adapters may be on different layers, in stacks that are the same or have no layer in common. Scale and options
+        are the first's.
+
+        Args:
+            adapters: Names of the others.
+            weights: One number for each of them.
+            adapter_name: The new adapter.
+            combination_type: ``"linear"``, for adapters that chose the same columns and rows: the weighted sum of their
+                cores, at their rank. ``"cat"``, for any on the same layers: C = [C_1 C_2 ...], R = [R_1; R_2; ...] and
+                a core of blocks on the diagonal, whose rank is the sum of theirs.
+
+        Raises:
+            ValueError: The adapters have no such sum, a name is unknown or taken, or the rank becomes too large;
+                nothing is changed.
+        """
         weighted.add(self, adapters, weights, adapter_name, combination_type)
 
     # For ensure_weight_tying: PEFT has it for LoRA alone, though nothing in it is LoRA's.
