@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 # Threads that wait sleep instead of spinning: beside one other busy process a training step took 0.6 s, not 3.8 s.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint ctest bench gpu gpu-bench profile clean
+.PHONY: demo test lint ctest docs bench gpu gpu-bench profile clean
 .DELETE_ON_ERROR:
 
 # Adapts a network to the embedded data and writes $(RUN)/report.html; called again, it goes on where it stopped.
@@ -34,6 +34,11 @@ ctest: $(BUILT)
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# The pages of docs/ and the reference made from the docstrings, as a site; tests/test_reference_pages.py.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fail-on-warning --quiet --builder html docs build/docs
+	@echo build/docs/index.html
 
 # What the adapter costs on this machine: CSV in $(RESULTS), five minutes on two cores.
 bench: $(BUILT)
