@@ -84,7 +84,7 @@ class TCURConfig:
     def __post_init__(self) -> None:
         pair_of(self.rank)
         if not callable(self.stack_by):
-            _one_of("stack_by", self.stack_by, STACK_BY)
+            one_of("stack_by", self.stack_by, STACK_BY)
         if self.budget is not None:
             _positive("budget", self.budget)
             if self.rank_pattern:
@@ -93,10 +93,10 @@ class TCURConfig:
             if self.stack_by not in ("shape", "role"):
                 raise ValueError(f"stack_blocks cuts stacks by 'shape' or 'role', found stack_by {self.stack_by!r}")
             _positive("stack_blocks", self.stack_blocks)
-        _one_of("selection", self.selection, tuple(RULES))
-        _one_of("trainable", self.trainable, TRAINABLE)
-        _one_of("transform", self.transform, TRANSFORMS)
-        _one_of("core_domain", self.core_domain, CORE_DOMAINS)
+        one_of("selection", self.selection, tuple(RULES))
+        one_of("trainable", self.trainable, TRAINABLE)
+        one_of("transform", self.transform, TRANSFORMS)
+        one_of("core_domain", self.core_domain, CORE_DOMAINS)
         for name in ("scale", "alpha"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
@@ -215,6 +215,7 @@ def _check_regex(option: str, pattern: str) -> None:
         raise ValueError(f"{option} is {pattern!r}, expected a regular expression ({error})") from None
 
 
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise ValueError unless an option's value is one of those known."""
     if value not in known:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")

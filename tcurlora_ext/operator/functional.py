@@ -79,7 +79,7 @@ def tcur_delta(
         core_fourier: (S, c, r), in any floating dtype.
         row: (r*S, in), in the dtype of x.
         first_slice: The layer's first slice, from 0.
-        num_slices: How many slices it has; they are not checked against the core.
+        num_slices: How many slices it has.
         scale: Multiplies the result.
         transform: ``"dft"`` or ``"dct"``.
 
@@ -87,7 +87,7 @@ def tcur_delta(
         (..., num_slices*out) in the dtype of x; under autocast in its dtype.
 
     Raises:
-        ValueError: The transform is unknown.
+        ValueError: Slices are not in the core, or the transform is unknown.
         RuntimeError: Shapes, dtypes or devices do not fit, as PyTorch's products say.
     """
     return plain.delta(x, Factors(col, core_fourier, row, first_slice, num_slices, scale, transform))

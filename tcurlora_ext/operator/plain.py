@@ -24,12 +24,12 @@ def linear(
     holds them, as an exported graph has to: it would compute them in each call. Raises ValueError where the slices are
     not in the core; what else does not fit is PyTorch's to refuse.
     """
-    check_slices(factors)
     return nn.functional.linear(x, weight, bias) + delta(x, factors, phases)
 
 
 def delta(x: Tensor, factors: Factors, phases: tuple[Tensor, ...] | None = None) -> Tensor:
     """The adapter's part of :func:`linear` alone: ``scale * m col^T``, (..., in) -> (..., num_slices*out)."""
+    check_slices(factors)
     h = x.reshape(-1, x.shape[-1]) @ factors.row.T
     m = BatchedMiddle(factors, h.dtype, phases).forward(h)
     change = m.flatten(0, 1) @ factors.col.T
