@@ -15,6 +15,7 @@ import argparse
 import math
 import random
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -37,17 +38,18 @@ from transformers import logging as transformers_logging
 
 from tcurlora_ext.integrations.peft import TcurLoraConfig  # registers the method with PEFT
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # Trainer finds the same
 Window = dict[str, list[int]]
 
 
-def read_files(folder: Path, pattern: str, limit: int) -> str:
-    """The text of a folder's files in a shuffled order, up to `limit` characters."""
-    files = sorted(folder.rglob(pattern))
-    random.Random(0).shuffle(files)
-    parts: list[str] = []
-    while files and sum(map(len, parts)) < limit:
-        parts.append(files.pop().read_text(encoding="utf-8", errors="replace"))
-    return "".join(parts)[:limit]
+def read_files(files: Iterable[Path], limit: int) -> str:
+    """The text of files in a shuffled order, up to `limit` characters."""
+    order = sorted(files)
+    random.Random(0).shuffle(order)
+    text = ""
+    while order and len(text) < limit:
+        text += order.pop().read_text(encoding="utf-8", errors="replace")
+    return text[:limit]
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[Window]:
@@ -58,7 +60,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[
 
 
 def train(model: nn.Module, data: list[Window], steps: int, rate: float, options: argparse.Namespace) -> None:
-    """transformers' Trainer, with the same order of the data at every call; it finds the device itself."""
+    """transformers' Trainer, with the same order of the data at every call."""
     arguments = TrainingArguments(
         str(options.output), max_steps=steps, per_device_train_batch_size=options.batch, learning_rate=rate,
         lr_scheduler_type="cosine", logging_steps=50, save_strategy="no", report_to=[], seed=0,
@@ -70,10 +72,9 @@ def train(model: nn.Module, data: list[Window], steps: int, rate: float, options
 def bits_a_byte(model: nn.Module, data: list[Window], tokenizer: PreTrainedTokenizerBase) -> float:
     """Mean loss in bits over the bytes of the text, so that tokenizers compare."""
     model.eval()
-    device = next(model.parameters()).device
     bits, size = 0.0, 0
     for start in range(0, len(data), 16):
-        ids = torch.tensor([window["input_ids"] for window in data[start : start + 16]], device=device)
+        ids = torch.tensor([window["input_ids"] for window in data[start : start + 16]], device=DEVICE)
         bits += model(input_ids=ids, labels=ids).loss.item() / math.log(2) * ids[:, 1:].numel()
         size += sum(len(text.encode()) for text in tokenizer.batch_decode(ids[:, 1:]))
     return bits / size
@@ -87,7 +88,7 @@ def small_base(folder: Path, options: argparse.Namespace) -> str:
         num_hidden_layers=options.layers, num_attention_heads=4, max_position_embeddings=1024,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    text = read_files(Path(sysconfig.get_path("stdlib")), "[a-z]*.py", options.characters)
+    text = read_files(Path(sysconfig.get_path("stdlib")).glob("*.py"), options.characters)
     print(f"pretraining on {len(text):,} characters of Python")
     model = LlamaForCausalLM(config)
     train(model, windows(tokenizer, text, options.length), options.pretrain_steps, 3e-3, options)
@@ -100,15 +101,15 @@ def main() -> None:
     """Prepare base and text, adapt by each method, save, load, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model on the hub or in a folder")
-    parser.add_argument("--text", type=Path, help="a text file to adapt to; its last tenth is held out")
+    parser.add_argument("--text", type=Path, help="a text file to adapt to; the end of it is held out")
     parser.add_argument("--output", type=Path, default=Path("runs/llama"))
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of the adapters")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of a window")
-    parser.add_argument("--characters", type=int, default=2_000_000, help="how much text to read")
-    parser.add_argument("--pretrain-steps", type=int, default=800)
+    parser.add_argument("--characters", type=int, default=1_000_000, help="how much text to read")
+    parser.add_argument("--pretrain-steps", type=int, default=500)
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--prompt", default="  // The ")
@@ -124,11 +125,11 @@ def main() -> None:
     except OSError as error:
         parser.error(f"--model {name}: {error}")
     if options.text is None:
-        text = read_files(Path(torch.__file__).parent / "include", "*.h", options.characters)
+        text = read_files((Path(torch.__file__).parent / "include").rglob("*.h"), options.characters)
     else:
         text = options.text.read_text(encoding="utf-8", errors="replace")[: options.characters]
     data = windows(tokenizer, text, options.length)
-    count = min(len(data) // 10, 128)
+    count = min(len(data) // 10, 512)
     if count == 0:
         parser.error(f"found {len(data)} windows of {options.length} tokens in the text, expected at least 10")
     new, held_out = data[:-count], data[-count:]
@@ -139,7 +140,7 @@ def main() -> None:
     }
     table = Table("method", "trained numbers", "held-out bits a byte")
     for method, config in configs.items():
-        base = AutoModelForCausalLM.from_pretrained(name)
+        base = AutoModelForCausalLM.from_pretrained(name).to(DEVICE)
         if not table.rows:
             table.add_row("before", "0", f"{bits_a_byte(base, held_out, tokenizer):.3f}")
         model = get_peft_model(base, config)
@@ -149,9 +150,9 @@ def main() -> None:
         table.add_row(method, f"{trained:,}", f"{after:.3f}")
         model.save_pretrained(options.output / method.lower())
 
-    loaded = AutoPeftModelForCausalLM.from_pretrained(options.output / "tcur").to(model.device)  # onto the same base
+    loaded = AutoPeftModelForCausalLM.from_pretrained(options.output / "tcur").to(DEVICE)  # onto the same base
     table.add_row("tCUR, loaded", "", f"{bits_a_byte(loaded, held_out, tokenizer):.3f}")
-    prompt = tokenizer(options.prompt, return_tensors="pt", add_special_tokens=False).to(loaded.device)
+    prompt = tokenizer(options.prompt, return_tensors="pt", add_special_tokens=False).to(DEVICE)
     written = loaded.generate(**prompt, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     Console().print(table)
     print(f"it writes: {tokenizer.decode(written[0], skip_special_tokens=True)!r}")

@@ -24,11 +24,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 LLAMA = ["--hidden", "32", "--layers", "2", "--length", "32", "--characters", "40000", "--rate", "3e-2"]
 LLAMA_STEPS = ["--pretrain-steps", "40", "--steps", "15"]
 UNETR = ["--hidden", "24", "--features", "2", "--rank", "2", "--steps", "4"]
-VIT = ["--steps", "60", "--pretrain-steps", "100", "--rank", "4"]
+VIT = ["--steps", "40", "--pretrain-steps", "60", "--batch", "16", "--rank", "4"]
 
 
 def printed(name: str, *arguments: str | Path) -> str:
-    """What a script prints, run on one thread and with no network to fall back on."""
+    """What a script prints, run as a command on one thread with no network to fall back on."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     command = [sys.executable, EXAMPLES / name, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -42,14 +42,29 @@ def table(output: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
+Script = Callable[..., str]
+
+
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a script says of wrong input. In this process: importing everything is what takes long."""
+def again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """What a script prints when run in this process: importing everything is what takes long."""
 
     def run(name: str, *arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(again: Script, capsys: pytest.CaptureFixture[str]) -> Script:
+    """What a script says of wrong input."""
+
+    def run(name: str, *arguments: str | Path) -> str:
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+            again(name, *arguments)
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
@@ -152,14 +167,16 @@ def test_unetr_pretrains_until_its_loss_falls(runs: Callable[[str], Run]) -> Non
     assert losses[-1] < losses[0]
 
 
-def test_unetr_takes_weights_in_place_of_its_own(runs: Callable[[str], Run], decathlon: Path, tmp_path: Path) -> None:
+def test_unetr_takes_weights_in_place_of_its_own(
+    again: Script, runs: Callable[[str], Run], decathlon: Path, tmp_path: Path
+) -> None:
     folder, output = runs("unetr_hippocampus.py")
-    again = printed(
+    second = again(
         "unetr_hippocampus.py", "--data", decathlon, "--weights", folder / "base.safetensors", "--output", tmp_path,
         *UNETR,
     )  # fmt: skip
-    assert "pretraining" not in again
-    assert table(again)["before"] == table(output)["before"]
+    assert "pretraining" not in second
+    assert table(second)["before"] == table(output)["before"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +189,7 @@ def test_unetr_takes_weights_in_place_of_its_own(runs: Callable[[str], Run], dec
     ],
 )
 def test_unetr_names_what_is_wrong(
-    refused: Callable[..., str], runs: Callable[[str], Run], decathlon: Path, arguments: list[str], message: str
+    refused: Script, runs: Callable[[str], Run], decathlon: Path, arguments: list[str], message: str
 ) -> None:
     places: dict[str, str | Path] = {"DATA": decathlon}
     if "BASE" in arguments:
@@ -191,16 +208,16 @@ def test_llama_learns_the_new_text_and_loads_what_it_saved(runs: Callable[[str],
     assert "it writes: '  // The " in output
 
 
-def test_llama_takes_a_folder_and_a_text(runs: Callable[[str], Run], tmp_path: Path) -> None:
+def test_llama_takes_a_folder_and_a_text(again: Script, runs: Callable[[str], Run], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
     base = runs("llama_peft.py")[0] / "base"
     arguments = ["--model", base, "--text", tmp_path / "text.txt", "--output", tmp_path, "--steps", "5", *LLAMA]
-    output = printed("llama_peft.py", *arguments)
+    output = again("llama_peft.py", *arguments)
     assert "pretraining" not in output
     assert float(table(output)["tCUR"][1]) < float(table(output)["before"][1])
 
 
-def test_llama_names_what_is_wrong(refused: Callable[..., str], runs: Callable[[str], Run], tmp_path: Path) -> None:
+def test_llama_names_what_is_wrong(refused: Script, runs: Callable[[str], Run], tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("few words")
     base = runs("llama_peft.py")[0] / "base"
@@ -223,16 +240,16 @@ def test_vit_learns_the_new_digits_and_loads_and_merges_what_it_saved(
     assert (folder / "merged" / "config.json").is_file()
 
 
-def test_vit_takes_a_folder_of_images(runs: Callable[[str], Run], pictures: Path, tmp_path: Path) -> None:
+def test_vit_takes_a_folder_of_images(
+    again: Script, runs: Callable[[str], Run], pictures: Path, tmp_path: Path
+) -> None:
     base = runs("vit_classification.py")[0] / "base"
-    output = printed("vit_classification.py", "--model", base, "--images", pictures, "--output", tmp_path, *VIT)
+    output = again("vit_classification.py", "--model", base, "--images", pictures, "--output", tmp_path, *VIT)
     assert float(table(output)["tCUR and head"][1]) > 75
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "bright", "1": "dark"}
 
 
-def test_vit_names_what_is_wrong(
-    refused: Callable[..., str], runs: Callable[[str], Run], pictures: Path, tmp_path: Path
-) -> None:
+def test_vit_names_what_is_wrong(refused: Script, runs: Callable[[str], Run], pictures: Path, tmp_path: Path) -> None:
     base = runs("vit_classification.py")[0] / "base"
     for name in ("cats", "dogs"):
         (tmp_path / name).mkdir()
