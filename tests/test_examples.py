@@ -21,9 +21,8 @@ for package in ("monai", "einops", "transformers", "accelerate", "peft", "sklear
 Image = pytest.importorskip("PIL.Image")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LLAMA = ["--hidden", "32", "--layers", "2", "--length", "32", "--characters", "40000", "--rate", "3e-2"]
-LLAMA_STEPS = ["--pretrain-steps", "40", "--steps", "15"]
-UNETR = ["--hidden", "24", "--features", "2", "--rank", "2", "--steps", "4"]
+LLAMA = ["--hidden", "32", "--layers", "2", "--length", "32", "--characters", "60000", "--steps", "20"]
+UNETR = ["--hidden", "24", "--features", "2", "--rank", "2", "--steps", "4", "--cases", "2"]
 VIT = ["--steps", "40", "--pretrain-steps", "60", "--batch", "16", "--rank", "4"]
 
 
@@ -107,13 +106,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_unetr(folder: Path, decathlon: Path) -> str:
     return printed(
-        "unetr_hippocampus.py", "--data", decathlon, "--output", folder, *UNETR, "--cases", "2",
-        "--pretrain-steps", "40",
+        "unetr_hippocampus.py", "--data", decathlon, "--output", folder, *UNETR, "--pretrain-steps", "40",
     )  # fmt: skip
 
 
 def run_llama(folder: Path, decathlon: Path) -> str:
-    return printed("llama_peft.py", "--output", folder, *LLAMA, *LLAMA_STEPS)
+    return printed("llama_peft.py", "--output", folder, *LLAMA, "--pretrain-steps", "60")
 
 
 def run_vit(folder: Path, decathlon: Path) -> str:
@@ -184,8 +182,8 @@ def test_unetr_takes_weights_in_place_of_its_own(
     [
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--data", "DATA", "--cases", "5"], "--cases: found 5, expected fewer than 5"),
-        (["--data", "DATA", "--weights", "none.pt"], "none.pt: no such file"),
-        (["--data", "DATA", "--weights", "BASE"], "weights do not fit the network unetr"),
+        (["--data", "DATA", "--cases", "2", "--weights", "none.pt"], "none.pt: no such file"),
+        (["--data", "DATA", "--cases", "2", "--weights", "BASE"], "weights do not fit the network unetr"),
     ],
 )
 def test_unetr_names_what_is_wrong(
@@ -211,7 +209,7 @@ def test_llama_learns_the_new_text_and_loads_what_it_saved(runs: Callable[[str],
 def test_llama_takes_a_folder_and_a_text(again: Script, runs: Callable[[str], Run], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
     base = runs("llama_peft.py")[0] / "base"
-    arguments = ["--model", base, "--text", tmp_path / "text.txt", "--output", tmp_path, "--steps", "5", *LLAMA]
+    arguments = ["--model", base, "--text", tmp_path / "text.txt", "--output", tmp_path, *LLAMA]
     output = again("llama_peft.py", *arguments)
     assert "pretraining" not in output
     assert float(table(output)["tCUR"][1]) < float(table(output)["before"][1])
