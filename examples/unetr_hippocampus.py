@@ -119,11 +119,11 @@ def main() -> None:
     parser.add_argument("--unfreeze", default="decoder,out", help="what trains beside the cores: prefixes of names")
     parser.add_argument("--cases", type=int, default=5, help="volumes to adapt to")
     parser.add_argument("--val-cases", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--pretrain-cases", type=int, default=60)
-    parser.add_argument("--pretrain-steps", type=int, default=160)
+    parser.add_argument("--pretrain-steps", type=int, default=240)
     options = parser.parse_args()
     prefixes = options.unfreeze.split(",")
     if options.download:
@@ -146,6 +146,8 @@ def main() -> None:
     if options.weights is None:
         print(f"pretraining a small UNETR on {len(others)} volumes of inverted contrast")
         train(base, loader(others, options.batch, training=True, inverted=True), options.pretrain_steps, 3e-3)
+        inverted = loader(dataset.val[: options.val_cases], 1, training=False, inverted=True)
+        print(f"Dice on inverted validation volumes: {dice(base, inverted, classes)} %")
         save_weights(base, options.output / "base.safetensors")
     training = loader(few, options.batch, training=True)
     validation = loader(dataset.val[: options.val_cases], 1, training=False)
