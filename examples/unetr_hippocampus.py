@@ -138,6 +138,9 @@ def main() -> None:
             raise ValueError(f"--cases: found {options.cases}, expected fewer than {len(dataset.train)} for training")
         classes, sizes = len(dataset.labels), {"hidden_size": options.hidden, "mlp_dim": 4 * options.hidden}
         base = UNETR(dataset.channels, classes, ROI, feature_size=options.features, **sizes).to(DEVICE)
+        for prefix in prefixes:
+            if not any(name.startswith(prefix) for name, _ in base.named_parameters()):
+                raise ValueError(f"--unfreeze: found '{prefix}', expected the beginning of a parameter's name")
         if options.weights is not None:  # a head for another number of classes is left out
             load_weights(base, read_weights(options.weights), get_spec("unetr"), options.weights)
     except (FileNotFoundError, ValueError) as error:

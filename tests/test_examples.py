@@ -182,6 +182,7 @@ def test_unetr_takes_weights_in_place_of_its_own(
     [
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--data", "DATA", "--cases", "5"], "--cases: found 5, expected fewer than 5"),
+        (["--data", "DATA", "--cases", "2", "--unfreeze", "decoder,uot"], "--unfreeze: found 'uot'"),
         (["--data", "DATA", "--cases", "2", "--weights", "none.pt"], "none.pt: no such file"),
         (["--data", "DATA", "--cases", "2", "--weights", "BASE"], "weights do not fit the network unetr"),
     ],
