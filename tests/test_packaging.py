@@ -36,8 +36,10 @@ def test_the_sdist_holds_everything_that_is_built(distributions: tuple[Path, Pat
     with tarfile.open(distributions[0]) as file:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
+    examples = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*.py")}
     assert len(sources) > 10
-    assert names >= sources | modules() | {"setup.py", "pyproject.toml", "CMakeLists.txt"}
+    assert len(examples) > 2
+    assert names >= sources | modules() | examples | {"setup.py", "pyproject.toml", "CMakeLists.txt"}
 
 
 def test_the_wheel_holds_every_module(distributions: tuple[Path, Path]) -> None:
@@ -45,6 +47,7 @@ def test_the_wheel_holds_every_module(distributions: tuple[Path, Path]) -> None:
         names = set(file.namelist())
     assert {name for name in names if name.startswith("tcurlora_ext/") and name.endswith(".py")} == modules()
     assert "tcurlora_ext/py.typed" in names
+    assert not [name for name in names if name.startswith("examples")]
 
 
 def test_the_wheel_adapts_a_layer_without_the_extension(distributions: tuple[Path, Path], tmp_path: Path) -> None:
