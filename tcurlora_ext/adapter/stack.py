@@ -14,7 +14,7 @@ from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 
-from .config import Rank, fitting_pair
+from .config import CORE_DOMAINS, TRAINABLE, Rank, fitting_pair, one_of
 from .factors import StackFactors, require_finite
 from .reloaded import Reloaded
 
@@ -119,8 +119,8 @@ class TCURStack(StackFactors):
 
         Raises:
             ValueError: Weights of another shape, empty, not floating, on meta or not finite; a rank larger than a side;
-                an unknown rule or transform; ``inputs`` missing, of another shape or not asked for; factors that are
-                all zero, with ``scale=None``.
+                an unknown rule, ``transform``, ``core_domain`` or ``trainable``; ``inputs`` missing, of another shape
+                or not asked for; factors that are all zero, with ``scale=None``.
         """
         if weights.dim() != 3 or 0 in weights.shape:
             raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (slices, out, in), none of them 0")
@@ -128,6 +128,9 @@ class TCURStack(StackFactors):
             raise ValueError(f"weights are {weights.dtype}, expected a floating dtype")
         if weights.is_meta:
             raise ValueError("weights are on the meta device: rows and columns are chosen from real values")
+        one_of("transform", transform, packing.TRANSFORMS)
+        one_of("core_domain", core_domain, CORE_DOMAINS)
+        one_of("trainable", trainable, TRAINABLE)
         _, out_features, in_features = weights.shape
         c, r = fitting_pair(rank, (out_features, in_features))
         require_finite(weights, names)

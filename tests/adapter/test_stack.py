@@ -186,6 +186,12 @@ def test_weights_that_are_no_stack_are_refused(W: Tensor, message: str) -> None:
         tcur.TCURStack.from_weights(W, 1)
 
 
+@pytest.mark.parametrize("option", ["selection", "transform", "core_domain", "trainable"])
+def test_an_unknown_choice_is_refused_by_its_name(option: str) -> None:
+    with pytest.raises(ValueError, match=f"(?i){'rule' if option == 'selection' else option}.* 'fft'.*expected one of"):
+        tcur.TCURStack.from_weights(torch.randn(2, 4, 4), 1, **{option: "fft"})
+
+
 @pytest.mark.parametrize("rank", [8, (8, 1), (1, 7), (7, 7)])
 def test_a_rank_larger_than_the_matrix_is_refused(rank: Any) -> None:
     with pytest.raises(ValueError, match=r"does not fit 6 x 7 weights: expected c <= 7 and r <= 6"):

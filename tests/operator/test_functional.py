@@ -122,3 +122,9 @@ def test_the_adapter_alone_makes_no_matrix_of_the_weights_size(largest_new: Call
     with largest_new(*tensors) as watch:
         tcur_delta(*tensors, 0, 1, 1.0).sum().backward()
     assert watch.largest == 3 * 256
+
+
+def test_the_adapter_alone_refuses_slices_that_the_core_has_not() -> None:
+    x, col, core, row = torch.randn(3, 5), torch.randn(4, 4), torch.randn(2, 2, 2), torch.randn(4, 5)
+    with pytest.raises(ValueError, match=r"slices 1\.\.2 asked for, the core has 0\.\.1"):
+        tcur_delta(x, col, core, row, 1, 2, 1.0)
