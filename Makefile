@@ -62,9 +62,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # The C++ operator, minutes of compiling that the demo does not wait for. It is built against the torch that is installed,
-# hence no build isolation.
+# hence no build isolation. torchao, which the tests want too, writes four lines of warnings whenever PEFT is imported.
 $(BUILT): $(INSTALLED) setup.py $(shell find csrc -type f)
-	$(PIP) --no-build-isolation --no-deps --editable .
+	$(PIP) --no-build-isolation --editable '.[test,quantised]'
 	$(BIN)/python -c "import torch, tcurlora_ext._C"
 	touch $@
 
