@@ -24,19 +24,10 @@ def forward_arguments(
     return Factors(col, core, row, first_slice, num_slices, scale, transform), backend
 
 
-def backward_arguments(
-    col: Tensor,
-    core: Tensor,
-    row: Tensor,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    needs: list[bool],
-    transform: str = "dft",
-    backend: str = "auto",
-) -> tuple[Factors, list[bool], str]:
-    """What follows g, x, h and weight: the factors, which gradients are asked for, and the backend's name."""
-    return Factors(col, core, row, first_slice, num_slices, scale, transform), needs, backend
+def backward_arguments(*rest: Any) -> tuple[Factors, list[bool], str]:
+    """What follows g, x, h and weight: as of forward, with the gradients that are asked for behind the scale."""
+    factors, backend = forward_arguments(*rest[:6], *rest[7:])
+    return factors, rest[6], backend
 
 
 def forward_of(implementation: Any) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -1,6 +1,6 @@
 """A new process that loads what another has saved, and writes what the loaded models compute.
 
-    PYTHONPATH=tests python -m integrations.elsewhere FOLDER THREADS
+    PYTHONPATH=tests python -m integrations.elsewhere FOLDER
 
 FOLDER/<kind>, <entry> holds an adapter; the output to the examples goes into it as output.pt.
 """
@@ -16,8 +16,6 @@ from .entries import ENTRIES
 from .small_models import base, output
 
 if __name__ == "__main__":
-    folder, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))  # sums over another number of threads have other roundings
-    for saved in Path(folder).iterdir():
+    for saved in Path(sys.argv[1]).iterdir():
         kind, entry = saved.name.split(", ")
         torch.save(output(ENTRIES[entry].load(base(kind), saved), kind), saved / "output.pt")

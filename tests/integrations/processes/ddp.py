@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from .network import (
     adapted,
     assert_gradients_are_of_one_process,
     assert_same_numbers,
+    assert_steps_are_those_of_one_process,
     base,
     batches,
     fit,
@@ -54,18 +54,13 @@ def ddp_sends_the_trained_numbers_and_has_the_gradients_of_one_process(entry: En
 
 @case
 def ddp_steps_keep_the_processes_equal(entry: Entry, _: Path) -> None:
-    single, model = adapted(entry), ddp(adapted(entry))
-    fit(single, 4, lambda x: x)
-    fit(model, 4, mine)
-    assert_same_numbers(model, single)
+    assert_steps_are_those_of_one_process(entry, ddp(adapted(entry)))
 
 
 @case
 def ddp_accumulates_gradients(entry: Entry, _: Path) -> None:
-    single, model = adapted(entry), ddp(adapted(entry))
-    fit(single, 4, lambda x: x, accumulate=nullcontext)
-    fit(model, 4, mine, accumulate=model.no_sync)
-    assert_same_numbers(model, single)
+    model = ddp(adapted(entry))
+    assert_steps_are_those_of_one_process(entry, model, accumulate=model.no_sync)
 
 
 @case

@@ -27,6 +27,7 @@ from .network import (
     adapted,
     assert_gradients_are_of_one_process,
     assert_same_numbers,
+    assert_steps_are_those_of_one_process,
     base,
     batches,
     fit,
@@ -112,10 +113,7 @@ def fsdp_mixed_precision_leaves_the_cores_as_they_are(entry: Entry, _: Path) -> 
 
 @case
 def fsdp_steps_keep_the_processes_equal(entry: Entry, _: Path) -> None:
-    single, model = adapted(entry), sharded(adapted(entry))
-    fit(single, 4, lambda x: x)
-    fit(model, 4, mine)
-    assert_same_numbers(model, single)
+    assert_steps_are_those_of_one_process(entry, sharded(adapted(entry)))
 
 
 @case
@@ -127,10 +125,8 @@ def fsdp_accumulates_gradients(entry: Entry, _: Path) -> None:
         def __exit__(self, *_: object) -> None:
             model.set_requires_gradient_sync(True)
 
-    single, model = adapted(entry), sharded(adapted(entry))
-    fit(single, 4, lambda x: x, accumulate=nullcontext)
-    fit(model, 4, mine, accumulate=Locally)
-    assert_same_numbers(model, single)
+    model = sharded(adapted(entry))
+    assert_steps_are_those_of_one_process(entry, model, accumulate=Locally)
 
 
 @case

@@ -126,9 +126,22 @@ def assert_same_numbers(model: nn.Module, single: nn.Module) -> None:
     for name, parameter in trained(model).items():
         found = full(parameter.detach())
         assert_close(found, expected[name].detach(), rtol=1e-4, atol=1e-5, msg=name)
-        others = [torch.empty_like(found) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(others, found.contiguous())
-        assert all(torch.equal(other, found) for other in others), name
+        assert_same_everywhere(found, name)
+
+
+def assert_same_everywhere(found: Tensor, name: str) -> None:
+    """Every process has the same bits."""
+    others = [torch.empty_like(found) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(others, found.contiguous())
+    assert all(torch.equal(other, found) for other in others), name
+
+
+def assert_steps_are_those_of_one_process(entry: Entry, model: nn.Module, accumulate: Any = None) -> None:
+    """``accumulate`` makes the context of the steps that only add to the gradients."""
+    single = adapted(entry)
+    fit(single, 4, lambda x: x, accumulate=accumulate and nullcontext)
+    fit(model, 4, mine, accumulate=accumulate)
+    assert_same_numbers(model, single)
 
 
 def output(model: nn.Module) -> Tensor:

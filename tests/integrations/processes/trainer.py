@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..entries import Entry
 from ..small_models import EXAMPLES, adapted, base, cores, output, trainer
 from .cases import case
+from .network import assert_same_everywhere
 
 KIND, STEPS = "Llama", 4
 
@@ -31,9 +32,7 @@ def trainer_saves_what_every_process_has(entry: Entry, folder: Path) -> None:
     run.train()
     assert isinstance(run.model_wrapped, DistributedDataParallel)
     for name, core in cores(entry, model).items():
-        others = [torch.empty_like(core) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(others, core.contiguous())
-        assert all(torch.equal(other, core) for other in others), name
+        assert_same_everywhere(core, name)
     if distributed.get_rank() == 0:
         entry.save(model, folder)
     distributed.barrier()
