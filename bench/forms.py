@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tcurlora_ext.adapter.linear import TCURLinear
+from tcurlora_ext.adapter.layer.linear import TCURLinear
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.middle import BatchedMiddle
 

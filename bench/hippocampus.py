@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from tcurlora_ext.segmentation.artifacts import read_json, write_json, write_with
+from tcurlora_ext.io.atomic import write_with
+from tcurlora_ext.io.records import read_json, write_json
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
 from tcurlora_ext.segmentation.terminal import Display

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tcurlora_ext.adapter.linear import TCURLinear
+from tcurlora_ext.adapter.layer.linear import TCURLinear
 
 from .cases import TINY, of_layer
 from .devices import several, timed
@@ -57,5 +57,5 @@ def operator_call(problem: Problem, backend: str) -> Callable[[], Any]:
     assert isinstance(layer, TCURLinear)
     stack, x = layer.stack, problem.network.runs[0].inputs[0]
     tensors = (x, layer.weight, layer.bias, stack.col, stack.core_fourier(), stack.row)
-    numbers = (layer.first_slice, layer.num_slices, stack.scale, stack.transform, backend)
+    numbers = (layer.first_slice, layer.num_slices, stack.scale, stack.options.transform, backend)
     return partial(torch.ops.tcurlora.linear.default, *tensors, *numbers)

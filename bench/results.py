@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tcurlora_ext.segmentation.artifacts import read_csv, write_csv
+from tcurlora_ext.io.records import read_csv, write_csv
 
 from .cases import SETS, Case
 from .devices import folder_name, provenance

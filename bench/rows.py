@@ -6,7 +6,7 @@ import csv
 import math
 from pathlib import Path
 
-from tcurlora_ext.segmentation.artifacts import read_csv
+from tcurlora_ext.io.records import read_csv
 
 from .devices import PACKAGES
 

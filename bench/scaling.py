@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.plan import plan
-from tcurlora_ext.adapter.processes import RankCost, Rates, rank_costs
-from tcurlora_ext.segmentation.artifacts import write_csv
+from tcurlora_ext.analysis.plan import plan
+from tcurlora_ext.analysis.processes import RankCost, Rates, rank_costs
+from tcurlora_ext.io.records import write_csv
 
 # hidden size, intermediate size, layers, heads, key and value heads, vocabulary: Llama 2 7B, Llama 3.1 8B, 70B, 405B.
 SIZES = {

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.inject import attach
-from tcurlora_ext.adapter.linear import TCURLinear
+from tcurlora_ext.adapter.layer.linear import TCURLinear
+from tcurlora_ext.adapter.model.inject import attach
+from tcurlora_ext.adapter.model.targets import Target, find_targets, group
+from tcurlora_ext.adapter.options import GIVEN, StackOptions
 from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.targets import Target, find_targets, group
 from tcurlora_ext.maths.selection import Selection
-from tcurlora_ext.operator.available import missing
+from tcurlora_ext.operator.backends import missing
 
 from .cases import Case
 from .forms import AdapterFirstLoRA, CURLoRA, DenseTCUR, PlainLoRA, StackDelta, StackTCUR, TransientTCUR, randomise
@@ -169,7 +170,7 @@ def _random_stack(members: Iterable[Target], repeats: int, config: tcur.TCURConf
     rows, columns = (torch.randperm(size, device=weight.device)[:rank] for size in (out_features, in_features))
     chosen = Selection(rows, columns, torch.ones(rank), torch.ones(rank))
     names = [f"slice {index}" for index in range(slices)]
-    stack = TCURStack(windows, chosen, scale=None, backend=config.backend, names=names)
+    stack = TCURStack(windows, chosen, StackOptions(rank, selection=GIVEN, backend=config.backend), names)
     with torch.no_grad():
         stack.core.normal_()
         stack.core.mul_(weight[0].float().norm() / stack.delta_weights(range(1)).norm())

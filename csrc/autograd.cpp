@@ -4,9 +4,9 @@
 
 #include <ATen/autocast_mode.h>
 
-#include <algorithm>
 #include <array>
 
+#include "choice.h"
 #include "operator.h"
 
 namespace tcurlora {
@@ -19,13 +19,9 @@ OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? Option
 
 // The backward operator is not differentiable: a second derivative would silently be zero otherwise.
 struct Backward : torch::autograd::Function<Backward> {
-  static variable_list forward(
-      AutogradContext*, const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight,
-      const Tensor& col, const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale,
-      Needs needs, c10::string_view transform, c10::string_view backend) {
+  static variable_list forward(AutogradContext*, TCURLORA_BACKWARD) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [dx, dweight, dbias, dcol, dcore, drow] = backward_operator().call(
-        g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform, backend);
+    auto [dx, dweight, dbias, dcol, dcore, drow] = backward_operator().call(TCURLORA_BACKWARD_NAMES);
     return {dx, dweight, dbias, dcol, dcore, drow};
   }
 
@@ -36,27 +32,15 @@ struct Backward : torch::autograd::Function<Backward> {
 
 // What the backward pass needs to know, in one saved entry of numbers: entries and strings cost 0.1 us and more each.
 using Slices = std::tuple<int64_t, int64_t, double>;   // first_slice, num_slices, scale
-using Options = std::tuple<Slices, int64_t, int64_t>;  // transform and whether a bias, backend
-
-constexpr std::array<c10::string_view, 2> kTransforms{"dft", "dct"};
-constexpr std::array<c10::string_view, 4> kNames{"auto", "eager", "native", "triton"};
-
-template <size_t size>
-int64_t index_of(const std::array<c10::string_view, size>& names, c10::string_view name) {
-  return std::find(names.begin(), names.end(), name) - names.begin();
-}
+using Options = std::tuple<Slices, int64_t, int64_t>;  // transform and whether a bias, backend: 0 is "auto"
 
 // linear, and forward with h beside y. Only forward marks an output as not differentiable, which compiled autograd does
 // not take from C++.
 template <bool returns_h>
 struct Forward : torch::autograd::Function<Forward<returns_h>> {
-  static variable_list forward(
-      AutogradContext* context, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col,
-      const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale,
-      c10::string_view transform, c10::string_view backend) {
+  static variable_list forward(AutogradContext* context, TCURLORA_FORWARD) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, h] = forward_operator().call(
-        x, weight, bias, col, core, row, first_slice, num_slices, scale, transform, backend);
+    auto [y, h] = forward_operator().call(TCURLORA_FORWARD_NAMES);
     // h holds T*r*S numbers, x T*in: for the gradients of core and col either will do, so the smaller one stays.
     const bool needs_h = core.requires_grad() || col.requires_grad();
     const bool prefers_x = row.size(0) > row.size(1);
@@ -66,8 +50,9 @@ struct Forward : torch::autograd::Function<Forward<returns_h>> {
     context->set_materialize_grads(false);
     // The operator has refused unknown names by now.
     context->saved_data["options"] = Options(
-        {first_slice, num_slices, scale}, 2 * index_of(kTransforms, transform) + bias.has_value(),
-        index_of(kNames, backend));
+        {first_slice, num_slices, scale},
+        static_cast<int64_t>(2 * Names::index(names().transforms, transform) + bias.has_value()),
+        static_cast<int64_t>(backend == "auto" ? 0 : 1 + Names::index(names().backends, backend)));
     if constexpr (!returns_h) return {std::move(y)};
     context->mark_non_differentiable({h});
     return {std::move(y), std::move(h)};
@@ -77,7 +62,7 @@ struct Forward : torch::autograd::Function<Forward<returns_h>> {
     variable_list result(11);
     if (!gradients[0].defined()) return result;
     const auto saved = context->get_saved_variables();
-    const auto [slices, form, backend] = context->saved_data["options"].template to<Options>();
+    const auto [slices, form, place] = context->saved_data["options"].template to<Options>();
     const auto [first_slice, num_slices, scale] = slices;
     const bool has_bias = form % 2 != 0;
     Needs needs;
@@ -85,9 +70,10 @@ struct Forward : torch::autograd::Function<Forward<returns_h>> {
     for (size_t i = 0; i < needs.size(); ++i) {
       needs[i] = (i != 2 || has_bias) && context->needs_input_grad(i > 2 && !has_bias ? i - 1 : i);
     }
+    const c10::string_view backend = place == 0 ? c10::string_view("auto") : names().backends[place - 1];
     auto [dx, dweight, dbias, dcol, dcore, drow] = backward_operator().call(
         gradients[0], optional(saved[0]), optional(saved[1]), saved[2], saved[3], saved[4], saved[5], first_slice,
-        num_slices, scale, needs, kTransforms[form / 2], kNames[backend]);
+        num_slices, scale, needs, names().transforms[form / 2], backend);
     const std::array<Tensor, 6> asked{dx, dweight, dbias, dcol, dcore, drow};
     for (size_t i = 0; i < needs.size(); ++i) {
       if (needs[i]) result[i] = asked[i];
@@ -96,29 +82,17 @@ struct Forward : torch::autograd::Function<Forward<returns_h>> {
   }
 };
 
-Tensor linear_autograd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
-    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
-    c10::string_view backend) {
-  return std::move(Forward<false>::apply(
-      x, weight, bias, col, core, row, first_slice, num_slices, scale, transform, backend)[0]);
+Tensor linear_autograd(TCURLORA_FORWARD) {
+  return std::move(Forward<false>::apply(TCURLORA_FORWARD_NAMES)[0]);
 }
 
-std::tuple<Tensor, Tensor> forward_autograd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
-    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
-    c10::string_view backend) {
-  auto outputs = Forward<true>::apply(
-      x, weight, bias, col, core, row, first_slice, num_slices, scale, transform, backend);
+std::tuple<Tensor, Tensor> forward_autograd(TCURLORA_FORWARD) {
+  auto outputs = Forward<true>::apply(TCURLORA_FORWARD_NAMES);
   return {std::move(outputs[0]), std::move(outputs[1])};
 }
 
-Gradients backward_autograd(
-    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
-    const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
-    c10::string_view transform, c10::string_view backend) {
-  const auto d = Backward::apply(
-      g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform, backend);
+Gradients backward_autograd(TCURLORA_BACKWARD) {
+  const auto d = Backward::apply(TCURLORA_BACKWARD_NAMES);
   return {d[0], d[1], d[2], d[3], d[4], d[5]};
 }
 
@@ -129,35 +103,24 @@ c10::impl::ExcludeDispatchKeyGuard without_autocast(const Tensor& tensor) {
 }
 
 // nn.Linear's rule: floating tensors other than float64 go to the autocast dtype; the core stays as it is.
-Tensor linear_autocast(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
-    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
-    c10::string_view backend) {
+Tensor linear_autocast(TCURLORA_FORWARD) {
   const auto device = x.device().type();
   const auto dtype = at::autocast::get_autocast_dtype(device);
   const auto off = without_autocast(x);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
   return linear_operator().call(
       cast(x), cast(weight), bias.has_value() ? OptionalTensor(cast(*bias)) : bias, cast(col), core, cast(row),
-      first_slice, num_slices, scale, transform, backend);
+      first_slice, num_slices, scale, TCURLORA_OPTION_NAMES);
 }
 
-std::tuple<Tensor, Tensor> forward_autocast(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
-    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
-    c10::string_view backend) {
+std::tuple<Tensor, Tensor> forward_autocast(TCURLORA_FORWARD) {
   const auto off = without_autocast(x);
-  return forward_operator().call(
-      x, weight, bias, col, core, row, first_slice, num_slices, scale, transform, backend);
+  return forward_operator().call(TCURLORA_FORWARD_NAMES);
 }
 
-Gradients backward_autocast(
-    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
-    const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
-    c10::string_view transform, c10::string_view backend) {
+Gradients backward_autocast(TCURLORA_BACKWARD) {
   const auto off = without_autocast(g);
-  return backward_operator().call(
-      g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform, backend);
+  return backward_operator().call(TCURLORA_BACKWARD_NAMES);
 }
 
 TORCH_LIBRARY_IMPL(tcurlora, Autograd, library) {

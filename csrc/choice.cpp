@@ -1,5 +1,7 @@
 #include "choice.h"
 
+#include <c10/util/StringUtil.h>
+
 #include <algorithm>
 #include <atomic>
 #include <utility>
@@ -7,6 +9,7 @@
 namespace tcurlora {
 namespace {
 
+Names known_names;
 std::function<Choices(at::Device)> provider;
 
 // Published without a lock: the provider may wait for Python's, which a thread that waits here might hold. Two threads
@@ -15,14 +18,16 @@ constexpr size_t kTypes = static_cast<size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)
 std::array<std::array<std::atomic<const Choices*>, kDevices>, kTypes> known{};
 
 Choices without_python(at::Device device) {
-  Choices choices{{}, {"it needs Python", "it has no kernels for this device", "it needs Python"}};
+  const auto& all = names().backends;
+  const size_t native = Names::index(all, kNative);
+  Choices choices{{}, std::vector<std::string>(all.size(), "it needs Python")};
 #ifdef TCURLORA_CUDA
   const bool works = device.is_cpu() || device.is_cuda();
 #else
   const bool works = device.is_cpu();
 #endif
-  if (works) choices.missing[static_cast<int>(Backend::native)].clear();
-  choices.rules.push_back({Backend::native, {}, {0, 0, 0}, {INT64_MAX, INT64_MAX, INT64_MAX}});
+  choices.missing[native] = works ? "" : "it has no kernels for this device";
+  choices.rules.push_back({native, {}, {0, 0, 0}, {INT64_MAX, INT64_MAX, INT64_MAX}});
   return choices;
 }
 
@@ -55,24 +60,27 @@ void set_choices(std::function<Choices(at::Device)> provider_) {
   }
 }
 
-Backend choose(std::string_view name, at::Device device, at::ScalarType dtype, const Sizes& sizes) {
+const Names& names() { return known_names; }
+
+void set_names(Names names) { known_names = std::move(names); }
+
+size_t choose(std::string_view name, at::Device device, at::ScalarType dtype, const Sizes& sizes) {
   const Choices& choices = choices_of(device);
-  Backend chosen = Backend::eager;
+  const auto& all = names().backends;
+  size_t chosen = 0;
   if (name == "auto") {
     const auto rule = std::find_if(
         choices.rules.begin(), choices.rules.end(), [&](const Rule& rule) { return rule.matches(dtype, sizes); });
-    TORCH_INTERNAL_ASSERT(rule != choices.rules.end(), "the last rule speaks of every call");
+    TORCH_INTERNAL_ASSERT(rule != choices.rules.end(), "the last rule matches every call");
     chosen = rule->backend;
   } else {
-    const auto* at = std::find(kBackends.begin(), kBackends.end(), name);
+    chosen = Names::index(all, name);
     TORCH_CHECK_VALUE(
-        at != kBackends.end(), "backend '", name, "' is unknown, expected 'auto' or one of eager, native, triton");
-    chosen = static_cast<Backend>(at - kBackends.begin());
+        chosen < all.size(), "backend '", name, "' is unknown, expected 'auto' or one of ", c10::Join(", ", all));
   }
-  const int index = static_cast<int>(chosen);
   TORCH_CHECK(
-      choices.missing[index].empty(), "backend '", kBackends[index], "' does not work on ", device, ": ",
-      choices.missing[index], "; use 'auto' or 'eager'");
+      choices.missing[chosen].empty(), "backend '", all[chosen], "' does not work on ", device, ": ",
+      choices.missing[chosen], "; use 'auto' or 'eager'");
   return chosen;
 }
 

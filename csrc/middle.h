@@ -1,6 +1,6 @@
 // The middle product of a TCUR layer, block by block: arithmetic that CPU and CUDA share. No torch header.
 //
-// The core (S, c, r) is in the coordinates of the slice transform (tcurlora_ext/maths/packing.py). Its S blocks are, for
+// The core (S, c, r) is in the coordinates of the slice transform (tcurlora_ext/maths/folding.py). Its S blocks are, for
 // the DFT, frequency 0, then the real and the imaginary part of 1, 2, ..., and for even S frequency S/2; for the DCT S
 // blocks that stand alone. A layer l puts a phase on them:
 //

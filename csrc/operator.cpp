@@ -8,7 +8,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 
 namespace tcurlora {
 
@@ -90,14 +92,13 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, co
 namespace {
 
 using PythonForward = std::tuple<Tensor, Tensor>(
-    const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
-    double, c10::string_view);
+    const Tensor&, const Tensor&, const OptionalTensor&, TCURLORA_FACTORS, c10::string_view transform);
 using PythonBackward = Gradients(
-    const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-    const Tensor&, int64_t, int64_t, double, Needs, c10::string_view);
+    const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, TCURLORA_FACTORS, Needs,
+    c10::string_view transform);
 
-// Python registers these (tcurlora_ext/operator/registration.py): the folded form in PyTorch operations, on every device,
-// and the Triton kernels.
+// Python defines and registers these for its backends (tcurlora_ext/operator/registration.py): the folded form in PyTorch
+// operations, on every device, and the Triton kernels.
 struct PythonImplementation {
   c10::TypedOperatorHandle<PythonForward> forward;
   c10::TypedOperatorHandle<PythonBackward> backward;
@@ -111,51 +112,42 @@ struct PythonImplementation {
                      .typed<PythonBackward>()) {}
 };
 
-const PythonImplementation& in_python(Backend backend) {
-  static const PythonImplementation eager("eager"), triton("triton");
-  return backend == Backend::triton ? triton : eager;
+// By the place of the backend's name. Looked up once; two threads that do so at once find the same.
+const PythonImplementation& in_python(size_t backend) {
+  static std::mutex guard;
+  static std::unordered_map<size_t, PythonImplementation> known;
+  const std::lock_guard<std::mutex> held(guard);
+  auto found = known.find(backend);
+  if (found == known.end()) found = known.emplace(backend, PythonImplementation(names().backends[backend])).first;
+  return found->second;
 }
 
-Backend backend_of(c10::string_view name, const Tensor& rows, const Tensor& weight, const Tensor& core) {
+size_t backend_of(c10::string_view name, const Tensor& rows, const Tensor& weight, const Tensor& core) {
   const int64_t last = rows.dim() > 0 ? std::max<int64_t>(rows.size(-1), 1) : 1;
   const int64_t width = core.dim() == 3 ? core.size(0) * std::max(core.size(1), core.size(2)) : 0;
   return choose(name, rows.device(), rows.scalar_type(), {rows.numel() / last, width, weight.numel()});
 }
 
-std::tuple<Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
-    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
-    c10::string_view backend) {
-  const Backend chosen = backend_of(backend, x, weight, core);
-  if (chosen != Backend::native) {
-    return in_python(chosen).forward.call(
-        x, weight, bias, col, core, row, first_slice, num_slices, scale, transform);
-  }
-  const Stack stack{col, core, row, first_slice, num_slices, scale, parse_transform(transform)};
+bool is_native(size_t backend) { return names().backends[backend] == kNative; }
+
+std::tuple<Tensor, Tensor> forward(TCURLORA_FORWARD) {
+  const size_t chosen = backend_of(backend, x, weight, core);
+  if (!is_native(chosen)) return in_python(chosen).forward.call(x, weight, bias, TCURLORA_FACTOR_NAMES, transform);
+  const Stack stack{TCURLORA_FACTOR_NAMES, parse_transform(transform)};
   check(x, weight, bias, stack);
   return native::forward(x, weight, bias, stack);
 }
 
-Gradients backward(
-    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
-    const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
-    c10::string_view transform, c10::string_view backend) {
-  const Backend chosen = backend_of(backend, g, weight, core);
-  if (chosen != Backend::native) {
-    return in_python(chosen).backward.call(
-        g, x, h, weight, col, core, row, first_slice, num_slices, scale, needs, transform);
+Gradients backward(TCURLORA_BACKWARD) {
+  const size_t chosen = backend_of(backend, g, weight, core);
+  if (!is_native(chosen)) {
+    return in_python(chosen).backward.call(g, x, h, weight, TCURLORA_FACTOR_NAMES, needs, transform);
   }
-  const Stack stack{col, core, row, first_slice, num_slices, scale, parse_transform(transform)};
+  const Stack stack{TCURLORA_FACTOR_NAMES, parse_transform(transform)};
   return native::backward(g, x, h, weight, stack, needs);
 }
 
-Tensor linear(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
-    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
-    c10::string_view backend) {
-  return std::get<0>(
-      forward_operator().call(x, weight, bias, col, core, row, first_slice, num_slices, scale, transform, backend));
-}
+Tensor linear(TCURLORA_FORWARD) { return std::get<0>(forward_operator().call(TCURLORA_FORWARD_NAMES)); }
 
 #define FACTORS "Tensor col, Tensor core, Tensor row, int first_slice, int num_slices, float scale"
 #define OPTIONS "str transform=\"dft\", str backend=\"auto\""
@@ -166,14 +158,6 @@ TORCH_LIBRARY(tcurlora, library) {
   library.def("forward(Tensor x, Tensor weight, Tensor? bias, " FACTORS ", " OPTIONS ") -> (Tensor y, Tensor h)");
   library.def(
       "backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, " FACTORS ", bool[6] needs, " OPTIONS ") -> " GRADIENTS);
-  for (const std::string name : {"eager", "triton"}) {
-    const std::string forward = name + "_forward(Tensor x, Tensor weight, Tensor? bias, " FACTORS
-                                       ", str transform) -> (Tensor y, Tensor h)";
-    const std::string backward = name + "_backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, " FACTORS
-                                        ", bool[6] needs, str transform) -> " GRADIENTS;
-    library.def(forward.c_str());
-    library.def(backward.c_str());
-  }
 }
 
 TORCH_LIBRARY_IMPL(tcurlora, CompositeExplicitAutograd, library) {

@@ -19,18 +19,27 @@ using OptionalTensor = std::optional<Tensor>;
 using Needs = std::array<bool, 6>;  // x, weight, bias, col, core, row
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-using LinearType = Tensor(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
-    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
-    c10::string_view backend);
-using ForwardType = std::tuple<Tensor, Tensor>(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& col, const Tensor& core,
-    const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, c10::string_view transform,
-    c10::string_view backend);
-using BackwardType = Gradients(
-    const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Tensor& col,
-    const Tensor& core, const Tensor& row, int64_t first_slice, int64_t num_slices, double scale, Needs needs,
-    c10::string_view transform, c10::string_view backend);
+// The arguments that the operators share, once: as declared and as passed on. The same list in Python is
+// tcurlora_ext/maths/contract.py.
+#define TCURLORA_FACTORS                                                                               \
+  const Tensor &col, const Tensor &core, const Tensor &row, int64_t first_slice, int64_t num_slices, \
+      double scale
+#define TCURLORA_FACTOR_NAMES col, core, row, first_slice, num_slices, scale
+#define TCURLORA_OPTIONS c10::string_view transform, c10::string_view backend
+#define TCURLORA_OPTION_NAMES transform, backend
+// Of linear and forward.
+#define TCURLORA_FORWARD \
+  const Tensor &x, const Tensor &weight, const OptionalTensor &bias, TCURLORA_FACTORS, TCURLORA_OPTIONS
+#define TCURLORA_FORWARD_NAMES x, weight, bias, TCURLORA_FACTOR_NAMES, TCURLORA_OPTION_NAMES
+// Of backward.
+#define TCURLORA_BACKWARD                                                                                       \
+  const Tensor &g, const OptionalTensor &x, const OptionalTensor &h, const Tensor &weight, TCURLORA_FACTORS, \
+      Needs needs, TCURLORA_OPTIONS
+#define TCURLORA_BACKWARD_NAMES g, x, h, weight, TCURLORA_FACTOR_NAMES, needs, TCURLORA_OPTION_NAMES
+
+using LinearType = Tensor(TCURLORA_FORWARD);
+using ForwardType = std::tuple<Tensor, Tensor>(TCURLORA_FORWARD);
+using BackwardType = Gradients(TCURLORA_BACKWARD);
 
 // The registered operators, through the dispatcher.
 const c10::TypedOperatorHandle<LinearType>& linear_operator();

@@ -52,14 +52,14 @@ at::ScalarType dtype_named(const std::string& name) {
   TORCH_CHECK_VALUE(false, "dtype ", name, ", expected float64, float32, bfloat16 or float16");
 }
 
-// As tcurlora_ext/operator/choice.py gives them: (backend, dtypes, lowest sizes, highest sizes).
-using PlainRule = std::tuple<int, std::vector<std::string>, Sizes, Sizes>;
-using PlainChoices = std::pair<std::vector<PlainRule>, std::array<std::string, 3>>;
+// As tcurlora_ext/operator/backends/choice.py gives them: (backend, dtypes, lowest sizes, highest sizes).
+using PlainRule = std::tuple<size_t, std::vector<std::string>, Sizes, Sizes>;
+using PlainChoices = std::pair<std::vector<PlainRule>, std::vector<std::string>>;
 
 Choices as_choices(const PlainChoices& plain) {
   Choices choices{{}, plain.second};
   for (const auto& [backend, names, low, high] : plain.first) {
-    Rule rule{static_cast<Backend>(backend), {}, low, high};
+    Rule rule{backend, {}, low, high};
     for (const auto& name : names) rule.dtypes.push_back(dtype_named(name));
     choices.rules.push_back(std::move(rule));
   }
@@ -80,11 +80,17 @@ void set_choices_from_python(const py::function& provider) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "torch.ops.tcurlora in C++";
   module.def("build", build, "What the extension was built with.");
+  module.def(
+      "set_names",
+      [](std::vector<std::string> backends, std::vector<std::string> transforms) {
+        set_names({std::move(backends), std::move(transforms)});
+      },
+      "The backends and the transforms, by the names that the operators take.");
   module.def("set_choices", set_choices_from_python, "Where the rules of a device come from: a function of its name.");
   module.def(
       "choose",
       [](const std::string& name, const std::string& device, const std::string& dtype, const Sizes& sizes) {
-        return std::string(kBackends[static_cast<int>(choose(name, at::Device(device), dtype_named(dtype), sizes))]);
+        return names().backends[choose(name, at::Device(device), dtype_named(dtype), sizes)];
       },
       "The backend of a call.");
 }

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tcurlora_ext.maths.packing import MiddleBlocks, pair_blocks, single_blocks
+from tcurlora_ext.maths.middle import MiddleBlocks
+from tcurlora_ext.maths.transforms import with_middle_product
 
 # Columns of a tile that holds one group. At 128 the accumulators and u of such a tile no longer fit the registers.
 WIDEST_GROUP = 64
@@ -29,8 +30,9 @@ def phase_table(slices: int, transform: str, device: torch.device) -> Tensor:
     """(S layers, groups, 2) float32: w cos and w sin of every group's phase, w (+-1)^l and 0 of a block alone."""
     with torch.inference_mode(False), torch.device("cpu"):
         ones = torch.zeros(slices, 1, 1, dtype=torch.float64)
-        ones[single_blocks(slices, transform)] = 1.0
-        ones[pair_blocks(slices, transform)][::2] = 1.0  # u = 1 + 0i: its blocks are the phases
+        along = with_middle_product(transform)
+        ones[along.single_blocks(slices)] = 1.0
+        ones[along.pair_blocks(slices)][::2] = 1.0  # u = 1 + 0i: its blocks are the phases
         blocks = MiddleBlocks(ones, 0, slices, transform)
         alone = torch.stack([blocks.single[..., 0, 0], torch.zeros_like(blocks.single[..., 0, 0])], -1)
         pairs = blocks.pair[..., :, 0]

@@ -1,16 +1,17 @@
 """tCURLoRA: adapt frozen networks by a tiny core U between columns and rows of their own weights."""
 
-from .adapter.calibration import calibrate
 from .adapter.config import TCURConfig
-from .adapter.files import save_adapter
-from .adapter.inject import inject, remove, stacks, unfreeze
-from .adapter.linear import TCURLinear
-from .adapter.load import load_adapter
-from .adapter.merge import merge, unmerge
-from .adapter.plain import plain_copy
-from .adapter.sharding import shard
+from .adapter.distributed.sharding import shard
+from .adapter.files.loading import load_adapter
+from .adapter.files.saving import save_adapter
+from .adapter.layer.linear import TCURLinear
+from .adapter.model.calibration import calibrate
+from .adapter.model.export import plain_copy
+from .adapter.model.inject import inject, remove, unfreeze
+from .adapter.model.merge import merge, unmerge
+from .adapter.model.structure import stacks
+from .adapter.model.summary import summary
 from .adapter.stack import TCURStack
-from .adapter.summary import summary
 from .maths import reference, tproduct
 from .operator import functional
 from .operator.backends import backends

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from tcurlora_ext.adapter.table import text_table
-from tcurlora_ext.segmentation.artifacts import write_csv
+from tcurlora_ext.io.records import write_csv
+from tcurlora_ext.io.table import text_table
 
 from ..cases import DTYPES, MODES, Case, every
 from ..counts import fewest_bytes, flops

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tcurlora_ext.segmentation.artifacts import write_with
+from tcurlora_ext.io.atomic import write_with
 from tcurlora_ext.segmentation.figures import pyplot
 
 from ..reading.styles import BLUE, ORANGE, SKY

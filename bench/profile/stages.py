@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.linear import TCURLayer
+from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.maths.flops import CallFlops
 
 from ..variants import Problem
@@ -167,5 +167,5 @@ def _one_call(layer: TCURLayer, x: Tensor, trains: bool) -> LayerCall:
     rows, in_features = layer.as_matrix(layer.weight).shape
     slices, c, r = layer.stack.core.shape
     n = layer.num_slices
-    sizes = CallFlops(x.numel() // in_features, n, slices, rows // n, in_features, c, r, layer.stack.transform)
+    sizes = CallFlops(x.numel() // in_features, n, slices, rows // n, in_features, c, r, layer.stack.options.transform)
     return LayerCall(sizes, x.element_size(), layer.bias is not None, tuple(names))

@@ -31,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tcurlora_ext.adapter.table import text_table
+from tcurlora_ext.io.table import text_table
 
 from ..rows import PROVENANCE, Row, key, number, read_results, title, value
 from ..variants import FLOOR

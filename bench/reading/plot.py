@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tcurlora_ext.segmentation.artifacts import write_with
+from tcurlora_ext.io.atomic import write_with
 from tcurlora_ext.segmentation.figures import pyplot
 
 from ..rows import Row, by_case, labels, number, read_results, tcur_backend, value

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tcurlora_ext.adapter.atomic import write_bytes
+from tcurlora_ext.io.atomic import write_bytes
 
 from ..rows import PROVENANCE, Row, by_case, labels, number, read_results, read_rows, tcur_backend, value
 from ..run import PAPER

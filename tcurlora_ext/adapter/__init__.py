@@ -1,1 +1,1 @@
-"""What a user holds: configuration, stacks, layers, whole models, merging, files and plans."""
+"""What a user holds: the configuration, and rooms for stacks, layers, whole models, files and many processes."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from tcurlora_ext.adapter.files import AdapterFile, read_adapter
-from tcurlora_ext.adapter.inject import stacks
-from tcurlora_ext.adapter.load import load_adapter
+from tcurlora_ext.adapter.files.format import AdapterFile, read_adapter
+from tcurlora_ext.adapter.files.loading import load_adapter
+from tcurlora_ext.adapter.model.structure import stacks
 from tcurlora_ext.cli.model_source import load_model
 
 

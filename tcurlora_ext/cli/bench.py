@@ -85,8 +85,8 @@ def _list(name: str, cases: list[Case], forms: list[str], device: Any) -> None:
 
 
 def _measure(name: str, cases: list[Case] | None, forms: list[str], device: Any, rounds: int, output: Path) -> None:
-    from tcurlora_ext.adapter.table import text_table
     from tcurlora_ext.bench.results import write_host, write_set
+    from tcurlora_ext.io.table import text_table
 
     def show(rows: list[dict[str, Any]]) -> None:
         first = rows[0]

@@ -57,7 +57,8 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _extension() -> list[tuple[str, str]]:
-    from tcurlora_ext.operator.available import extension, missing
+    from tcurlora_ext.operator.backends import missing
+    from tcurlora_ext.operator.backends.native import extension
 
     built = extension()
     if built is None:

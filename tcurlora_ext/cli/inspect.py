@@ -12,7 +12,7 @@ from tcurlora_ext.cli.options import console, mapping
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tcurlora_ext.adapter.inspection import StackInspection
+    from tcurlora_ext.analysis.inspection import StackInspection
 
 
 def inspect(
@@ -29,9 +29,11 @@ def inspect(
     pictures: Annotated[bool, typer.Option(help="Draw pictures.")] = True,
 ) -> None:
     """Chosen features and their scores, and the norm of dW per layer and frequency. An adapter file alone lacks dW."""
-    from tcurlora_ext.adapter.inspection import inspect_file, inspect_model
+    from tcurlora_ext.analysis.inspection import inspect_file, inspect_model
     from tcurlora_ext.cli.adapted import open_adapted
-    from tcurlora_ext.segmentation.artifacts import require_package, write_json, write_with
+    from tcurlora_ext.io.atomic import write_with
+    from tcurlora_ext.io.records import write_json
+    from tcurlora_ext.segmentation.packages import require_package
 
     if pictures:
         require_package("matplotlib")

@@ -28,9 +28,9 @@ def merge(
     """Write the base model with W + dW in place of W, and what else was trained; report the loss by rounding."""
     import safetensors.torch
 
-    from tcurlora_ext.adapter.atomic import write_bytes
     from tcurlora_ext.cli.adapted import open_adapted
     from tcurlora_ext.cli.plan import parse_dtype
+    from tcurlora_ext.io.atomic import write_bytes
 
     if output.is_dir():
         raise ValueError(f"{output}: found a folder, expected the name of a file to write")
@@ -58,8 +58,8 @@ def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dic
     """
     import torch
 
-    from tcurlora_ext.adapter.inject import CONTAINER, adapted_layers, stacks
-    from tcurlora_ext.adapter.merge import rounding_loss
+    from tcurlora_ext.adapter.model.merge import rounding_loss
+    from tcurlora_ext.adapter.model.structure import CONTAINER, adapted_layers, stacks
 
     names = {id(stack): name for name, stack in stacks(model).items()}
     losses: dict[str, dict[str, float]] = {name: {} for name in names.values()}
@@ -83,7 +83,7 @@ def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dic
 def _show(losses: dict[str, dict[str, float]], dtype: str) -> None:
     from rich.table import Table
 
-    from tcurlora_ext.adapter.merge import ROUNDING_WARNING
+    from tcurlora_ext.adapter.model.merge import ROUNDING_WARNING
 
     table = Table("stack", "layers", "rounding loss, mean", "largest", "in", box=None, header_style="bold")
     for name, layers in losses.items():

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from tcurlora_ext.adapter.inspection import StackInspection
+    from tcurlora_ext.analysis.inspection import StackInspection
 
 BASE, CHOSEN = "#9aa5b1", "#c2410c"
 CORE, DELTA = r"$\|U_l\|_F$", r"$\|\Delta W_l\|_F$"

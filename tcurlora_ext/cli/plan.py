@@ -79,11 +79,11 @@ def plan(
 ) -> None:
     """Trained numbers, q, FLOPs, bytes kept for backward and bytes of the file: tCUR beside LoRA, by stack."""
     from tcurlora_ext.adapter.config import TCURConfig
-    from tcurlora_ext.adapter.plan import plan as count
-    from tcurlora_ext.adapter.plan import trace_calls
-    from tcurlora_ext.adapter.processes import Rates, rank_costs, rank_rows, rank_table, rank_text
+    from tcurlora_ext.analysis.plan import plan as count
+    from tcurlora_ext.analysis.plan import trace_calls
+    from tcurlora_ext.analysis.processes import Rates, rank_costs, rank_rows, rank_table, rank_text
     from tcurlora_ext.cli.model_source import build_model, preset_input
-    from tcurlora_ext.segmentation.artifacts import write_csv, write_json
+    from tcurlora_ext.io.records import write_csv, write_json
 
     if target and target_regex is not None:
         raise ValueError("found both --target and --target-regex, expected one of them")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .packing import pair_blocks
+from .transforms import with_middle_product
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CallFlops:
 
     def middle_product(self) -> int:
         """m = h B^T of all n slices; as many for dh = p B and the diagonal blocks of p^T h."""
-        pairs = pair_blocks(self.S, self.transform)
+        pairs = with_middle_product(self.transform).pair_blocks(self.S)
         # A block of m reads one block of h, the real or imaginary part of a pair both parts.
         blocks = self.S + pairs.stop - pairs.start
         return 2 * self.T * self.n * self.c * self.r * blocks

@@ -1,4 +1,4 @@
-"""The middle product in batched products of PyTorch, one a kind of block.
+"""The middle product: B_l block by block, and its products as batched products of PyTorch, one a kind of block.
 
 Shapes: h (T, r*S); m and p (T, n, c*S), tokens first; core (S, c, r), folded.
 """
@@ -9,7 +9,54 @@ import torch
 from torch import Tensor
 
 from .contract import Factors
-from .packing import MiddleBlocks
+from .transforms import with_middle_product
+from .transforms.base import phases_on
+
+
+class MiddleBlocks:
+    """B_l for some layers of a stack, block by block: what stands between h and m.
+
+    ``single`` (num_slices, blocks, c, r) and ``pair`` (num_slices, pairs, 2c, 2r), in the dtype of ``core_fourier``.
+    ``phases`` are those of :func:`phases_on` for these layers where the caller holds them.
+    """
+
+    def __init__(
+        self,
+        core_fourier: Tensor,
+        first_slice: int,
+        num_slices: int,
+        transform: str = "dft",
+        phases: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        slices, along = core_fourier.shape[0], with_middle_product(transform)
+        self.core_shape = core_fourier.shape
+        self.num_slices = num_slices
+        self.single_at = along.single_blocks(slices)
+        self.pair_at = along.pair_blocks(slices)
+        if phases is None:
+            phases = phases_on(along, slices, first_slice, num_slices, core_fourier.device, core_fourier.dtype)
+        self._single: Tensor
+        self._cos: Tensor
+        self._sin: Tensor
+        self._single, self._cos, self._sin = phases
+        self.single = self._single * core_fourier[self.single_at]
+        real, imaginary = core_fourier[self.pair_at].unflatten(0, (-1, 2)).unbind(1)
+        a = self._cos * real - self._sin * imaginary
+        b = self._sin * real + self._cos * imaginary
+        self.pair = torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)
+
+    def core_gradient(self, single: Tensor, pair: Tensor) -> Tensor:
+        """The gradient of the core (S, c, r) from those of ``single`` and ``pair``: the phases taken back."""
+        _, c, r = self.core_shape
+        alone = (self._single * single).sum(0)
+        gradient = alone.new_empty(self.core_shape)
+        gradient[self.single_at] = alone
+        a = pair[..., :c, :r] + pair[..., c:, r:]
+        b = pair[..., c:, :r] - pair[..., :c, r:]
+        real = (self._cos * a + self._sin * b).sum(0)
+        imaginary = (self._cos * b - self._sin * a).sum(0)
+        gradient[self.pair_at] = torch.stack([real, imaginary], 1).flatten(0, 1)
+        return gradient
 
 
 class BatchedMiddle:

@@ -20,8 +20,8 @@ import math
 import torch
 from torch import Tensor
 
-from .packing import fold_columns, fold_core, fold_rows, kept_blocks, pair_blocks, unfold_core
-from .spectrum import inverse_spectrum, spectrum
+from .folding import fold_columns, fold_rows
+from .transforms import SliceTransform, transform_named
 
 LORA_RANK = 8
 DRAWS = 8
@@ -67,15 +67,13 @@ def step_length(C: Tensor, R: Tensor, transform: str = "dft", frequencies: int |
     Returns:
         rho, computed in float64.
     """
-    slices = C.shape[0]
-    blocks = kept_blocks(slices, frequencies)
+    slices, along = C.shape[0], transform_named(transform)
+    blocks = along.kept_blocks(slices, frequencies)
     col = fold_columns(C.double(), transform, blocks).unflatten(1, (blocks, -1))
     row = fold_rows(R.double(), transform, blocks).unflatten(0, (blocks, -1))
-    of_col = col.square().sum((0, 2))
-    of_row = row.square().sum((1, 2))
-    if transform == "dft":
-        # Re and Im of a frequency act together, and the conjugate frequency once more.
-        of_col, of_row = _of_frequency(of_col), _of_frequency(of_row)
+    # Re and Im of a frequency act together, and the conjugate frequency once more.
+    of_col = _of_frequency(col.square().sum((0, 2)), along)
+    of_row = _of_frequency(row.square().sum((1, 2)), along)
     return math.sqrt(float((of_col * of_row).sum()) / slices)
 
 
@@ -98,24 +96,24 @@ def first_step_length(
     Returns:
         The root mean square of the lengths, computed in float64.
     """
-    slices = C.shape[0]
-    spectrum_C, spectrum_R = (spectrum(factor.double(), transform)[0][:frequencies] for factor in (C, R))
+    slices, along = C.shape[0], transform_named(transform)
+    spectrum_C, spectrum_R = (along.spectrum(factor.double())[0][:frequencies] for factor in (C, R))
     of_C, of_R = spectrum_C.mH @ spectrum_C, spectrum_R @ spectrum_R.mH
     root_C, root_R = _root(of_C), _root(of_R)
     generator = torch.Generator().manual_seed(0)
     energy = 0.0
     for _ in range(DRAWS):
         noise = torch.randn(slices, C.shape[2], R.shape[1], dtype=torch.float64, generator=generator).to(C.device)
-        gradient = inverse_spectrum(root_C @ spectrum(noise, transform)[0][:frequencies] @ root_R.mH, slices, transform)
+        parts = along.spectrum(noise)[0][:frequencies]
+        gradient = along.inverse_spectrum(root_C @ parts @ root_R.mH, slices)
         if core_domain == "slice":
             step = gradient.sign()
         else:
-            kept = fold_core(gradient, transform, kept_blocks(slices, frequencies))
-            step = unfold_core(kept.sign(), transform, slices)
-        parts, weights = (t[:frequencies] for t in spectrum(step, transform))
+            kept = along.fold(gradient, along.kept_blocks(slices, frequencies))
+            step = along.unfold(kept.sign(), slices)
+        parts, weights = (t[:frequencies] for t in along.spectrum(step))
         energy += float((weights * ((of_C @ parts) * (parts @ of_R).conj()).sum((1, 2)).real).sum())
-    # Orthonormal spectra: the two products of the DFT bring a sqrt(S) each.
-    return math.sqrt(energy / DRAWS * (slices if transform == "dft" else 1 / slices))
+    return math.sqrt(energy / DRAWS * (along.product_energy(slices) / slices))
 
 
 def _root(gram: Tensor) -> Tensor:
@@ -124,10 +122,9 @@ def _root(gram: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()[..., None, :].to(vectors)
 
 
-def _of_frequency(energy: Tensor) -> Tensor:
-    """Energies of the S real blocks -> of the S complex frequencies, in the order of the blocks."""
-    slices = energy.shape[0]
-    pairs = pair_blocks(slices, "dft")
+def _of_frequency(energy: Tensor, along: SliceTransform) -> Tensor:
+    """Energies of the S real blocks -> of their frequencies, in the order of the blocks: of a pair the sum, twice."""
+    pairs = along.pair_blocks(energy.shape[0])
     energy = energy.clone()
     energy[pairs] = energy[pairs].unflatten(0, (-1, 2)).sum(1).repeat_interleave(2)
     return energy

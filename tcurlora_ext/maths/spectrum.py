@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import fold_core, unfold_core
-from .tproduct import self_conjugate_frequencies
+from .transforms import transform_named
 
 
 def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
@@ -21,12 +20,7 @@ def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
     Returns:
         The frequencies (S//2 + 1 or S, m, n), and how often each counts in the energy.
     """
-    if transform != "dft":
-        return fold_core(tensor, transform), torch.ones(len(tensor), dtype=tensor.dtype, device=tensor.device)
-    slices = len(tensor)
-    weights = torch.full((slices // 2 + 1,), 2.0, dtype=tensor.dtype, device=tensor.device)
-    weights[self_conjugate_frequencies(slices)] = 1.0
-    return torch.fft.rfft(tensor, dim=0, norm="ortho"), weights
+    return transform_named(transform).spectrum(tensor)
 
 
 def inverse_spectrum(blocks: Tensor, slices: int, transform: str = "dft") -> Tensor:
@@ -40,9 +34,7 @@ def inverse_spectrum(blocks: Tensor, slices: int, transform: str = "dft") -> Ten
     Returns:
         (S, m, n), real.
     """
-    if transform != "dft":
-        return unfold_core(blocks, transform)
-    return torch.fft.irfft(blocks, n=slices, dim=0, norm="ortho")
+    return transform_named(transform).inverse_spectrum(blocks, slices)
 
 
 def energy_by_rank(weights: Tensor, transform: str = "dft", frequencies: int | None = None) -> Tensor:

@@ -6,95 +6,56 @@ The count is that of :mod:`tcurlora_ext.maths.flops` for every backend: they are
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from functools import lru_cache
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from tcurlora_ext.maths.flops import CallFlops
 
-COUNTER = "torch.utils.flop_counter"
-Shape = Sequence[int]
+
+def forward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::forward``, whose tensors the counter passes by their shapes."""
+    call = _named(torch.ops.tcurlora.forward.default, given, named)
+    flops = _call(call["x"], call)
+    return flops.base_product() + flops.forward()
 
 
-def forward_flops(
-    x: Shape,
-    weight: Shape,
-    bias: Shape | None,
-    col: Shape,
-    core: Shape,
-    row: Shape,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    transform: str = "dft",
-    backend: str = "auto",
-    out_shape: Any = None,
-) -> int:
-    """Of ``tcurlora::forward``, tensors by their shapes, as the counter passes them."""
-    call = _call(x, num_slices, col, core, row, transform)
-    return call.base_product() + call.forward()
+def backward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::backward``, whose tensors the counter passes by their shapes."""
+    call = _named(torch.ops.tcurlora.backward.default, given, named)
+    flops = _call(call["g"], call)
+    return flops.base_backward(call["needs"]) + flops.backward(call["needs"], keeps_h=call["h"] is not None)
 
 
-def backward_flops(
-    g: Shape,
-    x: Shape | None,
-    h: Shape | None,
-    weight: Shape,
-    col: Shape,
-    core: Shape,
-    row: Shape,
-    first_slice: int,
-    num_slices: int,
-    scale: float,
-    needs: Sequence[bool],
-    transform: str = "dft",
-    backend: str = "auto",
-    out_shape: Any = None,
-) -> int:
-    """Of ``tcurlora::backward``, tensors by their shapes, as the counter passes them."""
-    call = _call(g, num_slices, col, core, row, transform)
-    return call.base_backward(needs) + call.backward(needs, keeps_h=h is not None)
+def _named(operator: Any, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the operator's schema, defaults filled in."""
+    arguments = operator._schema.arguments
+    defaults = {one.name: one.default_value for one in arguments}
+    return defaults | dict(zip((one.name for one in arguments), given, strict=False)) | named
 
 
-def _call(rows: Shape, num_slices: int, col: Shape, core: Shape, row: Shape, transform: str) -> CallFlops:
-    slices, c, r = core
-    return CallFlops(prod(rows[:-1]), num_slices, slices, col[0], row[1], c, r, transform)
+def _call(rows: tuple[int, ...], call: dict[str, Any]) -> CallFlops:
+    slices, c, r = call["core"]
+    sizes = (prod(rows[:-1]), call["num_slices"], slices, call["col"][0], call["row"][1], c, r)
+    return CallFlops(*sizes, call["transform"])
 
 
+def register_if_imported() -> None:
+    """Have the counter count the operators where its module is imported already."""
+    if "torch.utils.flop_counter" in sys.modules:
+        register()
+
+
+@lru_cache(maxsize=1)
 def register() -> None:
-    """Have the counter count the operators: now where its module is imported, else as soon as it is.
+    """Have the counter count the operators.
 
-    Importing it here would import Triton, which takes longer than this package (0.2 s against 0.05).
+    Imports the counter, and with it Triton where that is installed: 0.2 s, four times what this package takes. So it is
+    called when a stack is made, not when this package is imported.
     """
-    if COUNTER in sys.modules:
-        _add_formulas(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, _Finder())
+    from torch.utils import flop_counter
 
-
-def _add_formulas(counter: ModuleType) -> None:
-    counter.register_flop_formula(torch.ops.tcurlora.forward)(forward_flops)
-    counter.register_flop_formula(torch.ops.tcurlora.backward)(backward_flops)
-
-
-class _Finder:
-    """Python's way of finding modules, for one module: it gets the formulas when its own code has run."""
-
-    @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _Loader(name, spec.loader.path)
-        return spec
-
-
-class _Loader(SourceFileLoader):
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        _add_formulas(module)
+    flop_counter.register_flop_formula(torch.ops.tcurlora.forward)(forward_flops)
+    flop_counter.register_flop_formula(torch.ops.tcurlora.backward)(backward_flops)

@@ -1,6 +1,6 @@
 """The functional form of a TCUR layer.
 
-Shapes, in the folding of :mod:`tcurlora_ext.maths.packing`: ``col`` (out, c*S), ``core_fourier`` (S, c, r), ``row``
+Shapes, in the folding of :mod:`tcurlora_ext.maths.folding`: ``col`` (out, c*S), ``core_fourier`` (S, c, r), ``row``
 (r*S, in). A layer has ``num_slices`` slices of the stack from ``first_slice`` on, stacked by rows.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tcurlora_ext.maths.contract import Factors
 
-from . import plain
+from . import decomposition
 from . import registration as _registration  # noqa: F401  registers torch.ops.tcurlora
 
 
@@ -90,4 +90,4 @@ def tcur_delta(
         ValueError: Slices are not in the core, or the transform is unknown.
         RuntimeError: Shapes, dtypes or devices do not fit, as PyTorch's products say.
     """
-    return plain.delta(x, Factors(col, core_fourier, row, first_slice, num_slices, scale, transform))
+    return decomposition.delta(x, Factors(col, core_fourier, row, first_slice, num_slices, scale, transform))

@@ -12,22 +12,16 @@ from torch import Tensor
 
 from tcurlora_ext.maths.contract import Gradients
 
-from . import eager, fused
-from .arguments import backward_arguments, forward_arguments
-from .choice import Sizes, choose
-
-_FACTORS = "Tensor col, Tensor core, Tensor row, int first_slice, int num_slices, float scale"
-_OPTIONS = 'str transform="dft", str backend="auto"'
+from .arguments import backward_arguments, backward_schema, forward_arguments, forward_schema
+from .backends import BACKENDS, Backend
+from .backends.choice import Sizes, choose
 
 
 def define(library: torch.library.Library) -> None:
     """Define the operators in ``library`` and give them kernels, autograd and autocast."""
-    library.define(f"linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_OPTIONS}) -> Tensor")
-    library.define(f"forward(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_OPTIONS}) -> (Tensor y, Tensor h)")
-    library.define(
-        f"backward(Tensor g, Tensor? x, Tensor? h, Tensor weight, {_FACTORS}, bool[6] needs, {_OPTIONS})"
-        " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dcol, Tensor dcore, Tensor drow)"
-    )
+    library.define(forward_schema("linear", result="Tensor"))
+    library.define(forward_schema("forward"))
+    library.define(backward_schema("backward"))
     library.impl("linear", _linear, "CompositeImplicitAutograd")
     library.impl("forward", _forward, "CompositeExplicitAutograd")
     library.impl("backward", _backward, "CompositeExplicitAutograd")
@@ -45,22 +39,21 @@ def _linear(*arguments: Any) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     factors, backend = forward_arguments(*rest)
-    return _implementation(backend, x, weight, factors.core).forward(x, weight, bias, factors)
+    return _backend_of(backend, x, weight, factors.core).forward(x, weight, bias, factors)
 
 
 def _backward(g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, *rest: Any) -> Gradients:
     factors, needs, backend = backward_arguments(*rest)
-    return _implementation(backend, g, weight, factors.core).backward(g, x, h, weight, factors, needs)
+    return _backend_of(backend, g, weight, factors.core).backward(g, x, h, weight, factors, needs)
 
 
-def _implementation(backend: str, rows: Tensor, weight: Tensor, core: Tensor) -> Any:
+def _backend_of(name: str, rows: Tensor, weight: Tensor, core: Tensor) -> Backend:
     sizes = Sizes(
         tokens=rows.shape[:-1].numel(),
         width=core.shape[0] * max(core.shape[1:]) if core.dim() == 3 else 0,
         weight=weight.numel(),
     )
-    rule = choose(backend, rows.device, rows.dtype, sizes)
-    return fused if rule.backend == "triton" else eager
+    return BACKENDS[choose(name, rows.device, rows.dtype, sizes).backend]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -19,17 +19,19 @@ import torch
 from torch import Tensor
 
 from tcurlora_ext.maths.contract import Gradients
+from tcurlora_ext.maths.transforms import TRANSFORMS
 
-from . import eager, flops, fused, plain, python
-from .arguments import backward_arguments, backward_of, forward_arguments, forward_of
-from .available import extension
-from .choice import override
-from .choice import plain as plain_choices
+from . import decomposition, flops, python
+from .arguments import backward_arguments, backward_of, backward_schema, forward_arguments, forward_of, forward_schema
+from .backends import BACKENDS
+from .backends.choice import as_plain_values, override
+from .backends.native import extension
+from .checks import check
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     factors, _ = forward_arguments(*rest)
-    eager.check(x, weight, bias, factors)
+    check(x, weight, bias, factors)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     # Not torch.Size.numel(), which would make a symbolic number of tokens the one of the first call.
     return y, x.new_empty(prod(x.shape[:-1]), factors.row.shape[0])
@@ -45,8 +47,8 @@ def _backward_fake(g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor
     return dx, dweight, dbias, dcol, dcore, drow
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    return plain.linear(x, weight, bias, forward_arguments(*rest)[0])
+def _decomposed(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return decomposition.linear(x, weight, bias, forward_arguments(*rest)[0])
 
 
 override()  # an unknown name in the environment is an error here, not in the middle of a step
@@ -56,12 +58,17 @@ if _extension is None:
     python.define(_library)
 else:
     _library = torch.library.Library("tcurlora", "FRAGMENT")
-    for _name, _implementation in (("eager", eager), ("triton", fused)):
-        _library.impl(f"{_name}_forward", forward_of(_implementation), "CompositeExplicitAutograd")
-        _library.impl(f"{_name}_backward", backward_of(_implementation), "CompositeExplicitAutograd")
-    _extension.set_choices(plain_choices)
+    for _backend in BACKENDS.values():
+        if _backend.in_python:
+            _library.define(forward_schema(f"{_backend.name}_forward", "str transform"))
+            _library.define(backward_schema(f"{_backend.name}_backward", "str transform"))
+            _library.impl(f"{_backend.name}_forward", forward_of(_backend), "CompositeExplicitAutograd")
+            _library.impl(f"{_backend.name}_backward", backward_of(_backend), "CompositeExplicitAutograd")
+    _extension.set_names(list(BACKENDS), [one.name for one in TRANSFORMS.values() if one.shares_core])
+    _extension.set_choices(as_plain_values)
 torch.library.register_fake("tcurlora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tcurlora::backward", _backward_fake, lib=_library)
-# Above every transform of torch.func, which take a C++ autograd function for none of theirs.
-_library.impl("linear", _plain, "FuncTorchDynamicLayerFrontMode")
-flops.register()
+# This key comes before every transform of torch.func (vmap, grad, jvp), none of which can look into a C++ autograd
+# function: they get the operator written out in PyTorch's operations.
+_library.impl("linear", _decomposed, "FuncTorchDynamicLayerFrontMode")
+flops.register_if_imported()

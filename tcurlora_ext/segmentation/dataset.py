@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tcurlora_ext.segmentation.artifacts import read_json, require_package
+from tcurlora_ext.io.records import read_json
+from tcurlora_ext.segmentation.packages import require_package
 
 SUFFIXES = (".nii.gz", ".nii")
 

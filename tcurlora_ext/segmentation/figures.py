@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tcurlora_ext.segmentation.artifacts import read_csv, require_package, write_with
+from tcurlora_ext.io.atomic import write_with
+from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.dataset import Volume
+from tcurlora_ext.segmentation.packages import require_package
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; one method keeps its colour in every picture
 METHOD_COLOURS = {

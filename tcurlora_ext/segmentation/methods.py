@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tcurlora_ext.adapter.atomic import write_bytes
-from tcurlora_ext.adapter.tensorfile import read_tensors
-from tcurlora_ext.segmentation.artifacts import require_package
+from tcurlora_ext.io.atomic import write_bytes
+from tcurlora_ext.io.tensors import read_tensors
 from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_linears
+from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.training import trainable
 
 

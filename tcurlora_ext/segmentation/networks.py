@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.atomic import write_bytes
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.targets import find_targets
-from tcurlora_ext.adapter.tensorfile import read_tensors
-from tcurlora_ext.segmentation.artifacts import read_checkpoint, read_json, require_package, write_json
+from tcurlora_ext.adapter.model.targets import find_targets
+from tcurlora_ext.io.atomic import write_bytes
+from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.io.tensors import read_checkpoint, read_tensors
+from tcurlora_ext.segmentation.packages import require_package
 
 Sizes = Mapping[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tcurlora_ext.io.records import write_json
 from tcurlora_ext.segmentation import evaluation, synthetic, training
-from tcurlora_ext.segmentation.artifacts import write_json
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, load_volumes, read_dataset
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,

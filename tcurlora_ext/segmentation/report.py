@@ -12,8 +12,8 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from tcurlora_ext.adapter.atomic import write_bytes
-from tcurlora_ext.segmentation.artifacts import read_csv, read_json
+from tcurlora_ext.io.atomic import write_bytes
+from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.evaluation import finite_mean
 from tcurlora_ext.segmentation.figures import draw_curves, draw_overlays

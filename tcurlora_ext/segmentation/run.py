@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation import evaluation, report, training
-from tcurlora_ext.segmentation.artifacts import read_json, write_csv, write_json
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, Volume, load_volumes, read_dataset
 from tcurlora_ext.segmentation.methods import METHODS, Method, MethodOptions, beside, get_methods
 from tcurlora_ext.segmentation.networks import (

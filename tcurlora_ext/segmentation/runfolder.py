@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tcurlora_ext.segmentation.artifacts import read_json, write_json
+from tcurlora_ext.io.records import read_json, write_json
 
 PACKAGES = ("tcurlora_ext", "torch", "monai", "peft", "nilearn", "nibabel", "numpy", "scipy")
 

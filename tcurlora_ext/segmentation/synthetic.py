@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tcurlora_ext.segmentation.artifacts import require_package, write_json, write_with
+from tcurlora_ext.io.atomic import write_with
+from tcurlora_ext.io.records import write_json
+from tcurlora_ext.segmentation.packages import require_package
 
 Array = NDArray[np.float32]
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.artifacts import read_checkpoint, write_checkpoint, write_csv
+from tcurlora_ext.io.records import write_csv
+from tcurlora_ext.io.tensors import read_checkpoint, write_checkpoint
 from tcurlora_ext.segmentation.dataset import Volume
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.files import read_adapter
-from tcurlora_ext.adapter.inspection import inspect_file, inspect_model
-from tcurlora_ext.adapter.plan import plan
+from tcurlora_ext.adapter.files.format import read_adapter
+from tcurlora_ext.analysis.inspection import inspect_file, inspect_model
+from tcurlora_ext.analysis.plan import plan
 
 CHOICES: dict[str, dict[str, Any]] = {
     "stack_blocks": {"stack_blocks": 1},

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.files import read_adapter
+from tcurlora_ext.adapter.files.format import read_adapter
 
 
 def parts_of(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.inject import adapted_layers
+from tcurlora_ext.adapter.model.structure import adapted_layers
 
 LEARNING_RATE = 1e-3
 LORA_RANK = 8

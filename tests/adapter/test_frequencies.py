@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.linear import TCURLayer
-from tcurlora_ext.maths import packing, reference, scale
+from tcurlora_ext.adapter.layer.linear import TCURLayer
+from tcurlora_ext.maths import folding, reference, scale
 
 COUNTS = pytest.mark.parametrize(("slices", "kept"), [(2, 1), (5, 1), (5, 2), (6, 1), (6, 2), (6, 3), (7, 3)])
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "native"])
@@ -90,20 +90,20 @@ class _Layer(nn.Module):
 
 @COUNTS
 def test_a_core_survives_folding_where_it_has_no_more(slices: int, kept: int) -> None:
-    blocks = packing.kept_blocks(slices, kept)
+    blocks = folding.kept_blocks(slices, kept)
     core = torch.randn(blocks, 3, 2, dtype=torch.float64)
-    U = packing.unfold_core(core, "dft", slices)
-    assert_close(packing.fold_core(U, "dft", blocks), core, rtol=1e-12, atol=1e-12)
+    U = folding.unfold_core(core, "dft", slices)
+    assert_close(folding.fold_core(U, "dft", blocks), core, rtol=1e-12, atol=1e-12)
     assert U.norm() == pytest.approx(float(core.norm()))  # orthonormal
 
 
 @COUNTS
 def test_step_lengths_are_those_of_signs_on_the_kept_coordinates(slices: int, kept: int) -> None:
     C, R = torch.randn(slices, 6, 3, dtype=torch.float64), torch.randn(slices, 2, 7, dtype=torch.float64)
-    blocks = packing.kept_blocks(slices, kept)
+    blocks = folding.kept_blocks(slices, kept)
 
     def energy(core: Tensor) -> float:
-        U = packing.unfold_core(core, "dft", slices)
+        U = folding.unfold_core(core, "dft", slices)
         return float(reference.delta_weights(C, U, R, 1.0).square().sum()) / slices
 
     units = torch.eye(blocks * 6, dtype=torch.float64).view(-1, blocks, 3, 2)

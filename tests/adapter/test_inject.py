@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.linear import TCURLayer
+from tcurlora_ext.adapter.layer.linear import TCURLayer
 
 
 def plain_output(model: nn.Module, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.files import read_adapter
-from tcurlora_ext.adapter.inspection import inspect_file, inspect_model
+from tcurlora_ext.adapter.files.format import read_adapter
+from tcurlora_ext.analysis.inspection import inspect_file, inspect_model
 from tcurlora_ext.maths import selection
 
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.linear import TCURConv1D
+from tcurlora_ext.adapter.layer.linear import TCURConv1D
 
 
 class Called(TorchDispatchMode):

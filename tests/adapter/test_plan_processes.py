@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.plan import plan
-from tcurlora_ext.adapter.processes import RankCost, Rates, rank_costs, rank_rows, rank_table, rank_text
+from tcurlora_ext.analysis.plan import plan
+from tcurlora_ext.analysis.processes import RankCost, Rates, rank_costs, rank_rows, rank_table, rank_text
 
 WIDTH, DEPTH, RANKS = 32, 3, 4
 BLOCK = WIDTH * WIDTH + WIDTH  # numbers

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.plan import plan
+from tcurlora_ext.analysis.plan import plan
 
 PATTERNS = {"mlp.linear1": (3, 2), r".*\.\d+\.mlp\.linear2": 4, "linear2": 1}
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
-from tcurlora_ext.maths import packing, reference, scale
+from tcurlora_ext.maths import folding, reference, scale
 from tcurlora_ext.maths.selection import Selection, select
+from tcurlora_ext.maths.transforms import TRANSFORMS
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-transforms = pytest.mark.parametrize("transform", packing.TRANSFORMS)
+transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 
 
 def stack_of(W: Tensor, rank: Any = (3, 2), core: bool = True, **options: Any) -> tcur.TCURStack:
@@ -51,7 +52,7 @@ def test_the_dense_change_equals_the_golden_one(golden: dict[str, Tensor]) -> No
 
 @given(S=st.integers(1, 6), c=st.integers(1, 6), r=st.integers(1, 5), data=st.data())
 def test_the_layer_equals_its_dense_change(S: int, c: int, r: int, data: st.DataObject) -> None:
-    transform = data.draw(st.sampled_from(packing.TRANSFORMS))
+    transform = data.draw(st.sampled_from(list(TRANSFORMS)))
     domain = data.draw(st.sampled_from(["slice", "fourier"]))
     n = data.draw(st.integers(1, S))
     first = data.draw(st.integers(0, S - n))
@@ -77,7 +78,7 @@ def test_the_dense_change_is_the_definition_of_its_transform(transform: str) -> 
     elif transform == "identity":
         expected = 2.0 * C @ U @ R
     else:
-        matrix = packing.fold_core(torch.eye(5, dtype=torch.float64)[:, :, None], "dct")[:, :, 0]
+        matrix = folding.fold_core(torch.eye(5, dtype=torch.float64)[:, :, None], "dct")[:, :, 0]
         of = [torch.einsum("ks,smn->kmn", matrix, t) for t in (C, U, R)]
         expected = 2.0 * torch.einsum("ks,kmn->smn", matrix, of[0] @ of[1] @ of[2])
     assert_close(stack.delta_weights(), expected, **CLOSE)
@@ -93,7 +94,7 @@ def test_both_core_domains_are_one_function(S: int, transform: str) -> None:
         stack = stack_of(W, transform=transform, core_domain=domain, core=False)
         stack.set_core_slices(U)
         assert_close(stack.core_slices(), U, **CLOSE)
-        assert_close(stack.core_fourier(), packing.fold_core(U, transform), **CLOSE)
+        assert_close(stack.core_fourier(), folding.fold_core(U, transform), **CLOSE)
         deltas.append(stack.delta_weights())
         (gradient,) = torch.autograd.grad(deltas[-1].square().sum(), stack.core)
         norms.append(gradient.norm())

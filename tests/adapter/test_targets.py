@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.targets import DEFAULT_TARGETS, find_targets, group, matches
+from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, find_targets, group, matches
 
 
 @pytest.mark.parametrize(

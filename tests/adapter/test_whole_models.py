@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.linear import TCURConv1D, TCURLayer
+from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer
 
 Make = Callable[[], tuple[nn.Module, dict[str, Any]]]
 

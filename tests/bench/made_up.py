@@ -7,7 +7,7 @@ from typing import Any
 
 from tcurlora_ext.bench.reading.crossover import DENSE, TRANSIENT
 from tcurlora_ext.bench.rows import NEEDED, PROVENANCE
-from tcurlora_ext.segmentation.artifacts import write_csv
+from tcurlora_ext.io.records import write_csv
 
 SHAPE = {"in": "768", "out": "768", "slices": "1", "stack": "48", "q": "384"}
 

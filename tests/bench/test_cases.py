@@ -7,7 +7,7 @@ from monai.networks.nets import UNETR as Unetr
 from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.targets import find_targets, group
+from tcurlora_ext.adapter.model.targets import find_targets, group
 from tcurlora_ext.bench.cases import LLAMA_3_8B, LLAMA_7B, SETS, UNETR, Layer, every, networks
 from tcurlora_ext.bench.networks import _BUILDERS, build
 

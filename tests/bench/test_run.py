@@ -14,7 +14,7 @@ from tcurlora_ext.bench.devices import ceilings, device_name, folder_name
 from tcurlora_ext.bench.host import host_times
 from tcurlora_ext.bench.results import selected, write_host, write_set
 from tcurlora_ext.bench.run import Row, run
-from tcurlora_ext.segmentation.artifacts import read_csv
+from tcurlora_ext.io.records import read_csv
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tcurlora_ext.bench.cases import SETS, Layer, of_layer
 from tcurlora_ext.cli.app import app, main
-from tcurlora_ext.segmentation.artifacts import read_csv
+from tcurlora_ext.io.records import read_csv
 
 
 @pytest.fixture

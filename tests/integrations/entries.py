@@ -10,8 +10,8 @@ from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import tcurlora_ext as tcur
-from tcurlora_ext.adapter.dtensor import sharded_parameter
-from tcurlora_ext.adapter.targets import is_conv1d
+from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter
+from tcurlora_ext.adapter.model.targets import is_conv1d
 from tcurlora_ext.integrations.peft import TcurLoraConfig
 
 

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from tcurlora_ext.kernels import configs, launch, operator
-from tcurlora_ext.operator import eager
+from tcurlora_ext.operator.backends import eager
 
 if os.environ.get("TRITON_INTERPRET") != "1" or not triton.knobs.runtime.interpret:
     raise RuntimeError("these cases are for Triton's interpreter: test_interpreted.py runs them")

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tcurlora_ext.maths.budget import spread_budget
-from tcurlora_ext.maths.packing import TRANSFORMS, fold_core
+from tcurlora_ext.maths.folding import fold_core
 from tcurlora_ext.maths.spectrum import energy_by_rank
 from tcurlora_ext.maths.tproduct import dft_slices, tprod
+from tcurlora_ext.maths.transforms import TRANSFORMS
 
 STACKS = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.floats(0, 10), min_size=1, max_size=6)), min_size=1, max_size=5

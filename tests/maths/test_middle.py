@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tcurlora_ext.maths import packing, reference
+from tcurlora_ext.maths import folding, reference
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.middle import BatchedMiddle
 
@@ -31,15 +31,15 @@ def of_core(core: Tensor, first: int, n: int, transform: str, dtype: torch.dtype
 @cases
 def test_between_row_and_col_it_is_the_dense_change(slices: int, first: int, n: int, transform: str) -> None:
     columns, core, rows = double(slices, 6, C), double(slices, C, R), double(slices, R, 7)
-    col, row = packing.fold_columns(columns, transform), packing.fold_rows(rows, transform)
-    middle = BatchedMiddle(Factors(col, packing.fold_core(core, transform), row, first, n, SCALE, transform), col.dtype)
+    col, row = folding.fold_columns(columns, transform), folding.fold_rows(rows, transform)
+    middle = BatchedMiddle(Factors(col, folding.fold_core(core, transform), row, first, n, SCALE, transform), col.dtype)
     x = double(T, 7)
     m = middle.forward(x @ row.T)
     if transform == "dft":
         delta = reference.delta_weights(columns, core, rows, SCALE)
     else:
-        left = packing.slice_product(columns, core, transform)
-        delta = SCALE * packing.slice_product(left, rows, transform)
+        left = folding.slice_product(columns, core, transform)
+        delta = SCALE * folding.slice_product(left, rows, transform)
     expected = torch.einsum("ti,noi->tno", x, delta[first : first + n])
     assert_close(m @ col.T, expected, rtol=1e-12, atol=1e-12)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcurlora_ext.maths import packing, scale
+from tcurlora_ext.maths import folding, scale
 from tcurlora_ext.maths.tproduct import dft_slices
+from tcurlora_ext.maths.transforms import TRANSFORMS
 
 
 def factors(slices: int, out: int = 9, inner: tuple[int, int] = (3, 2), in_: int = 7) -> tuple[Tensor, Tensor]:
@@ -25,14 +26,14 @@ def test_step_length_equals_the_sum_over_frequencies(slices: int) -> None:
     assert scale.step_length(C, R) == pytest.approx(math.sqrt(float((of_C * of_R).sum()) / slices), rel=1e-12)
 
 
-@pytest.mark.parametrize("transform", packing.TRANSFORMS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("slices", [1, 4, 5])
 def test_step_length_is_the_root_mean_square_change_under_random_signs(slices: int, transform: str) -> None:
     """The change is linear in U: over independent signs its mean square is the sum over the unit cores."""
     C, R = factors(slices)
     shape = (slices, C.shape[2], R.shape[1])
     units = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
-    changes = [packing.slice_product(packing.slice_product(C, U, transform), R, transform) for U in units]
+    changes = [folding.slice_product(folding.slice_product(C, U, transform), R, transform) for U in units]
     mean_square = sum(float(delta.square().sum()) for delta in changes) / slices
     assert math.sqrt(mean_square) == pytest.approx(scale.step_length(C, R, transform), rel=1e-10)
 
@@ -55,7 +56,7 @@ def correlated(slices: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("domain", ["fourier", "slice"])
-@pytest.mark.parametrize("transform", packing.TRANSFORMS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("slices", [1, 4, 5])
 def test_first_step_length_is_that_of_signs_of_gradients(slices: int, transform: str, domain: str) -> None:
     """By brute force: dense white gradients of all slices, through autograd."""
@@ -63,11 +64,11 @@ def test_first_step_length_is_that_of_signs_of_gradients(slices: int, transform:
     changes, steps = [], 400
     for _ in range(steps):
         core = torch.zeros(slices, 4, 3, dtype=torch.float64, requires_grad=True)
-        U = core if domain == "slice" else packing.unfold_core(core, transform)
-        delta = packing.slice_product(packing.slice_product(C, U, transform), R, transform)
+        U = core if domain == "slice" else folding.unfold_core(core, transform)
+        delta = folding.slice_product(folding.slice_product(C, U, transform), R, transform)
         (gradient,) = torch.autograd.grad(delta, core, torch.randn_like(delta))
-        step = gradient.sign() if domain == "slice" else packing.unfold_core(gradient.sign(), transform)
-        change = packing.slice_product(packing.slice_product(C, step, transform), R, transform)
+        step = gradient.sign() if domain == "slice" else folding.unfold_core(gradient.sign(), transform)
+        change = folding.slice_product(folding.slice_product(C, step, transform), R, transform)
         changes.append(float(change.square().sum()) / slices)
     expected = math.sqrt(sum(changes) / steps)
     # DRAWS draws of S independent blocks: a few percent; random signs give a third of it.

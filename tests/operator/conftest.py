@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tcurlora_ext.maths import packing, reference
+from tcurlora_ext.maths import folding, reference
 from tcurlora_ext.maths.contract import Factors
-from tcurlora_ext.operator.available import missing
+from tcurlora_ext.operator.backends import missing
 
 # tests/conftest.py sets it where these tests are for a GPU.
 DEVICE = torch.get_default_device()
@@ -72,8 +72,8 @@ class Case:
         if self.transform == "dft":
             delta = reference.delta_weights(self.C, self.U, self.R, self.scale)
         else:
-            left = packing.slice_product(self.C, self.U, self.transform)
-            delta = self.scale * packing.slice_product(left, self.R, self.transform)
+            left = folding.slice_product(self.C, self.U, self.transform)
+            delta = self.scale * folding.slice_product(left, self.R, self.transform)
         own = delta[self.first_slice : self.first_slice + self.num_slices].flatten(0, 1)
         bias = None if self.bias is None else self.bias.double()
         return torch.nn.functional.linear(self.x.double(), self.weight.double() + own, bias)
@@ -102,7 +102,7 @@ def build(
     C, U, R = random(S, out, c), random(S, c, r), random(S, r, in_)
     return Case(
         C, U, R, random(*leading, in_), random(n * out, in_), random(n * out) if bias else None,
-        packing.fold_columns(C, transform), packing.fold_core(U, transform), packing.fold_rows(R, transform),
+        folding.fold_columns(C, transform), folding.fold_core(U, transform), folding.fold_rows(R, transform),
         first, n, scale, transform, backend,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcurlora_ext.maths import packing
+from tcurlora_ext.maths import folding
 
 NAMES = ("x", "weight", "bias", "col", "core", "row")
 
@@ -34,8 +34,8 @@ def definition_of(case: Any, g: Tensor) -> dict[str, Tensor]:
     """The same from the dense definition, in float64: through the unfolded factors to the folded ones."""
     case = case.to(torch.float64, torch.float64).training(*NAMES)
     S = case.core.shape[0]
-    C = packing.unfold_columns(case.col, S, case.transform)
-    U, R = packing.unfold_core(case.core, case.transform), packing.unfold_rows(case.row, S, case.transform)
+    C = folding.unfold_columns(case.col, S, case.transform)
+    U, R = folding.unfold_core(case.core, case.transform), folding.unfold_rows(case.row, S, case.transform)
     return gradients_of(case, case.replaced(C=C, U=U, R=R).reference(), g.double())
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tcurlora_ext as tcur
-from tcurlora_ext.operator import available, choice
-from tcurlora_ext.operator.choice import UNLIMITED, Rule, Sizes
+from tcurlora_ext.operator.backends import choice, missing, native
+from tcurlora_ext.operator.backends.choice import UNLIMITED, Rule, Sizes
 
 CPU = torch.device("cpu")
 SOME = Sizes(tokens=10, width=20, weight=30)
@@ -24,10 +24,10 @@ def _fresh() -> Iterator[None]:
 
     def forget() -> None:
         choice.choices.cache_clear()
-        available._load.cache_clear()
-        built = available.extension()
+        native._load.cache_clear()
+        built = native.extension()
         if built is not None:
-            built.set_choices(choice.plain)
+            built.set_choices(choice.as_plain_values)
 
     forget()
     yield
@@ -74,9 +74,9 @@ def test_an_extension_that_does_not_load_is_no_error_and_says_why(monkeypatch: p
         raise ImportError(f"{name}: undefined symbol")
 
     with monkeypatch.context() as patch:
-        available._load.cache_clear()
-        patch.setattr(available.importlib, "import_module", fail)
-        assert available.extension() is None
+        native._load.cache_clear()
+        patch.setattr(native.importlib, "import_module", fail)
+        assert native.extension() is None
         assert "undefined symbol" in tcur.backends()["native"].reason
 
 
@@ -110,12 +110,12 @@ def test_the_first_rule_that_speaks_of_the_call_decides(
 
 @pytest.mark.usefixtures("_fresh")
 def test_the_extension_reads_the_same_table_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = available.extension()
+    built = native.extension()
     if built is None:
-        pytest.skip(available.missing("native", "cpu"))
+        pytest.skip(missing("native", "cpu"))
     monkeypatch.setitem(choice.TABLE, "cpu", RULES)
     choice.choices.cache_clear()
-    built.set_choices(choice.plain)
+    built.set_choices(choice.as_plain_values)
     seen = set()
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for tokens in (0, 8, 9):
@@ -138,7 +138,7 @@ CALL = """
 import torch, tcurlora_ext as tcur
 layer = tcur.TCURLinear(8, 8, rank=2)
 calls = []
-from tcurlora_ext.operator import eager
+from tcurlora_ext.operator.backends import eager
 layer(torch.randn(3, 8))
 print([name for name, s in tcur.backends().items() if "TCURLORA_BACKEND is set" in s.reason])
 """

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcurlora_ext.maths.packing import MiddleBlocks
-from tcurlora_ext.operator import eager
+from tcurlora_ext.maths.middle import MiddleBlocks
+from tcurlora_ext.operator.backends import eager
 
 CASES = [
     {"S": 1},
@@ -116,9 +116,10 @@ if sys.argv[1] == "before":
 known = "torch.utils.flop_counter" in sys.modules
 import tcurlora_ext as tcur
 assert ("torch.utils.flop_counter" in sys.modules) == known, "importing this package imports the counter"
+layer = tcur.TCURLinear(8, 8, rank=2)
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
-    tcur.TCURLinear(8, 8, rank=2)(torch.randn(3, 8))
+    layer(torch.randn(3, 8))
 assert torch.ops.tcurlora.forward in counter.get_flop_counts()["TCURLinear"]
 """
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from tcurlora_ext.maths import packing
-from tcurlora_ext.operator import eager
+from tcurlora_ext.maths import folding
+from tcurlora_ext.operator.backends import eager
 from tcurlora_ext.operator.functional import tcur_linear
 
 GOLDEN = {"rtol": 1e-10, "atol": 1e-10}
@@ -28,10 +28,10 @@ def call(case: Any) -> Tensor:
 
 
 def test_forward_and_both_gradients_equal_the_golden_ones(golden: dict[str, Tensor], backend: str) -> None:
-    W, col, row = golden["W"], packing.fold_columns(golden["C"]), packing.fold_rows(golden["R"])
+    W, col, row = golden["W"], folding.fold_columns(golden["C"]), folding.fold_rows(golden["R"])
     U = golden["U"].clone().requires_grad_()
     x = golden["x"].clone().requires_grad_()
-    core = packing.fold_core(U)
+    core = folding.fold_core(U)
     for_adapter = torch.zeros_like(W[0])
     ys = torch.stack(
         [tcur_linear(x[s], for_adapter, None, col, core, row, s, 1, 1.0, backend) for s in range(W.shape[0])]
@@ -43,8 +43,8 @@ def test_forward_and_both_gradients_equal_the_golden_ones(golden: dict[str, Tens
 
 
 def test_the_base_and_the_scale_come_on_top_of_the_golden_adapter(golden: dict[str, Tensor], backend: str) -> None:
-    W, col, row = golden["W"], packing.fold_columns(golden["C"]), packing.fold_rows(golden["R"])
-    x, core = golden["x"], packing.fold_core(golden["U"])
+    W, col, row = golden["W"], folding.fold_columns(golden["C"]), folding.fold_rows(golden["R"])
+    x, core = golden["x"], folding.fold_core(golden["U"])
     bias = torch.randn(W.shape[1], dtype=torch.float64)
     for s in range(W.shape[0]):
         y = tcur_linear(x[s], W[s], bias, col, core, row, s, 1, -3.0, backend)
@@ -84,8 +84,8 @@ def test_any_shape_gives_the_definition_forward_and_backward(
     case = case.training("x", "weight", "col", "core", "row")
     y = call(case)
     assert y.shape == (*leading, n * out)
-    C = packing.unfold_columns(case.col, S, transform)
-    U, R = packing.unfold_core(case.core, transform), packing.unfold_rows(case.row, S, transform)
+    C = folding.unfold_columns(case.col, S, transform)
+    U, R = folding.unfold_core(case.core, transform), folding.unfold_rows(case.row, S, transform)
     expected = case.replaced(C=C, U=U, R=R).reference()
     assert_close(y, expected, **CLOSE)
     wanted = (case.x, case.weight, case.col, case.core, case.row)
@@ -200,8 +200,8 @@ def test_half_precision_errs_no_more_than_twice_a_plain_linear_of_that_dtype(
     exact = make_case(S=6, out=48, in_=64, c=4, r=4, n=n, leading=(64,), scale=0.02, seed=3)
     half = exact.to(dtype)
     rounded = half.to(torch.float64, torch.float64).training("x", "core")
-    C = packing.unfold_columns(rounded.col, 6)
-    R, U = packing.unfold_rows(rounded.row, 6), packing.unfold_core(rounded.core)
+    C = folding.unfold_columns(rounded.col, 6)
+    R, U = folding.unfold_rows(rounded.row, 6), folding.unfold_core(rounded.core)
     right = rounded.replaced(C=C, R=R, U=U).reference()
     g = torch.randn_like(right)
     g_half = g.to(dtype)
@@ -215,8 +215,8 @@ def test_half_precision_errs_no_more_than_twice_a_plain_linear_of_that_dtype(
 
     # The dense form in the same dtype: dW from factors and core in float32, added and rounded.
     plain = half.training("x", "core")
-    C32, R32 = packing.unfold_columns(plain.col.float(), 6), packing.unfold_rows(plain.row.float(), 6)
-    delta = packing.slice_product(packing.slice_product(C32, packing.unfold_core(plain.core)), R32)
+    C32, R32 = folding.unfold_columns(plain.col.float(), 6), folding.unfold_rows(plain.row.float(), 6)
+    delta = folding.slice_product(folding.slice_product(C32, folding.unfold_core(plain.core)), R32)
     total = (plain.weight.float() + plain.scale * delta[:n].flatten(0, 1)).to(dtype)
     y_plain = torch.nn.functional.linear(plain.x, total, plain.bias)
     dx_plain, dcore_plain = torch.autograd.grad(y_plain, (plain.x, plain.core), g_half)

@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 import nibabel as nib
 import numpy as np
 
-from tcurlora_ext.segmentation.artifacts import write_json
+from tcurlora_ext.io.records import write_json
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings
 

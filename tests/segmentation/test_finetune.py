@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from tcurlora_ext.cli.finetune import finetune as finetune_command
 from tcurlora_ext.cli.pretrain import pretrain as pretrain_command
+from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.segmentation import pretraining, synthetic
-from tcurlora_ext.segmentation.artifacts import read_csv, read_json
 from tcurlora_ext.segmentation.methods import METHODS
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted, load_base

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tcurlora_ext.segmentation.artifacts import read_csv
+from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.dataset import read_dataset
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tcurlora_ext.segmentation import artifacts, training
-from tcurlora_ext.segmentation.artifacts import read_csv, replacing, write_bytes
+from tcurlora_ext.io import records as artifacts
+from tcurlora_ext.io.atomic import replacing, write_bytes
+from tcurlora_ext.io.records import read_csv
+from tcurlora_ext.segmentation import training
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.calibration import input_sizes
+from tcurlora_ext.adapter.model.calibration import input_sizes
 
 from .config import TcurLoraConfig
 from .targets import default_names, find_targets

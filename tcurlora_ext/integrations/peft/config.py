@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
 from torch import Tensor
 
-from tcurlora_ext.adapter.config import Rank, TCURConfig
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.options import Rank, StackOptions
 
 if not hasattr(BaseTuner, "_get_adapter_state_dict"):
     raise ImportError(f"peft {peft.__version__} is installed, expected 0.21 or newer")
@@ -23,10 +24,10 @@ TYPE = "TCURLORA"
 IMPORT = "import tcurlora_ext.integrations.peft"
 BIAS = ("none", "all", "tcurlora_only")
 
-# What is passed on to the stacks' configuration as it is.
-OF_STACKS = (
-    *("stack_by", "stack_blocks", "split_fused", "selection", "scale", "rank_stabilised"),
-    *("transform", "frequencies", "core_domain", "dropout", "backend", "seed"),
+# Passed on to the stacks' configuration under the same names: all options of a stack, and how stacks are formed.
+_OF_STACKS = (
+    *(option.name for option in fields(StackOptions) if option.name not in ("rank", "alpha")),
+    *("stack_by", "stack_blocks", "split_fused"),
 )
 
 
@@ -140,7 +141,7 @@ class TcurLoraConfig(PeftConfig):
         Raises:
             ValueError: :class:`tcurlora_ext.TCURConfig` refuses a value.
         """
-        return TCURConfig(rank=rank, alpha=alpha, **{name: getattr(self, name) for name in OF_STACKS})
+        return TCURConfig(rank=rank, alpha=alpha, **{name: getattr(self, name) for name in _OF_STACKS})
 
     def to_dict(self) -> dict[str, Any]:
         """The values that are saved: all but the calibration inputs."""

@@ -8,8 +8,8 @@ from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
+from tcurlora_ext.adapter.model.targets import slice_names
 from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.targets import slice_names
 
 from .config import TcurLoraConfig
 from .indices import BASE, saved_key

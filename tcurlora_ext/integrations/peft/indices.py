@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.fingerprint import fingerprint, mismatch
+from tcurlora_ext.adapter.files.fingerprint import fingerprint, mismatch
 from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.stack.factors import take_factors
+from tcurlora_ext.adapter.stack.slices import stacked_in_order
 from tcurlora_ext.maths.selection import Selection
 
 from .layer import TcurLoraLinear
@@ -38,8 +40,9 @@ def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tenso
         and adapter_name in layer.slices
         and layer.slices[adapter_name].stack is stack
     ]
-    layers.sort(key=lambda layer: layer.slices[adapter_name].first_slice)
-    return torch.cat([layer.weight_slices(adapter_name) for layer in layers])
+    return stacked_in_order(
+        (layer.slices[adapter_name].first_slice, layer.weight_slices(adapter_name)) for layer in layers
+    )
 
 
 def without_factors(
@@ -82,8 +85,7 @@ def with_factors(
             )
         rows, columns = rows.to(base.device), columns.to(base.device)
         chosen = Selection(rows, columns, torch.zeros(len(rows)), torch.zeros(len(columns)))
-        scale = stack.scale
-        for kind, factor in stack.factors_of(base, chosen).items():
+        taken = take_factors(base, chosen, stack.options)
+        for kind, factor in zip(FACTORS, (taken.col, taken.row), strict=True):
             state[stack_key(adapter_name, name, kind)] = factor
-        stack.scale = scale  # that of its own factors still, until the state is loaded
     return state

@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.dtensor import refuse_sharded, whole
-from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.targets import is_conv1d
+from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
+from tcurlora_ext.adapter.model.targets import is_conv1d
+from tcurlora_ext.adapter.stack.slices import LayerSlices
 
 from .quantised import dequantised
 
 BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
-
-
-class LayerSlices(NamedTuple):
-    """Where a layer's weight stands in a stack: which slices, stacked by rows.
-
-    Attributes:
-        stack: The :class:`tcurlora_ext.TCURStack`.
-        first_slice: Index in it of the layer's first slice.
-        num_slices: How many slices the layer's weight has.
-    """
-
-    stack: TCURStack
-    first_slice: int
-    num_slices: int
-
-    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
-        """The stack's ``adapt`` for these slices."""
-        return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices, training)
-
-    def change(self, x: Tensor, training: bool) -> Tensor:
-        """The stack's ``change`` for these slices."""
-        return self.stack.change(x, self.first_slice, self.num_slices, training)
-
-    def delta_weight(self, dtype: torch.dtype) -> Tensor:
-        """The dense change of these slices: (num_slices*out, in) in ``dtype``."""
-        layers = range(self.first_slice, self.first_slice + self.num_slices)
-        return self.stack.delta_weights(layers, dtype).flatten(0, 1)
 
 
 class TcurLoraLinear(nn.Module, BaseTunerLayer):
@@ -146,7 +119,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         else:
             result = self.base_layer(x, *args, **kwargs)
         for slices in active:
-            result = result + self._change(slices, x, result.dtype)
+            result = result + self._delta(slices, x, result.dtype)
         return result
 
     def _is_plain(self, x: Tensor) -> bool:
@@ -161,9 +134,9 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
             and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
 
-    def _change(self, slices: LayerSlices, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _delta(self, slices: LayerSlices, x: Tensor, dtype: torch.dtype) -> Tensor:
         """An adapter's part, in the dtype of the base's result."""
-        return slices.change(self._cast_input_dtype(x, slices.stack.col.dtype), self.training).to(dtype)
+        return slices.delta(self._cast_input_dtype(x, slices.stack.col.dtype), self.training).to(dtype)
 
     def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -182,7 +155,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         for adapter in dict.fromkeys(adapter_names):
             if adapter in self.slices:
                 rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
-                result = result.index_add(0, rows, self._change(self.slices[adapter], x[rows], result.dtype))
+                result = result.index_add(0, rows, self._delta(self.slices[adapter], x[rows], result.dtype))
         return result
 
     # -- weights ------------------------------------------------------------------------------------------------------

@@ -13,21 +13,23 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.config import TCURConfig, pair_of
-from tcurlora_ext.adapter.dtensor import refuse_sharded
-from tcurlora_ext.adapter.inject import build_stack
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
+from tcurlora_ext.adapter.model.inject import build_stack
+from tcurlora_ext.adapter.model.targets import Target, is_conv1d, placed, slice_names
+from tcurlora_ext.adapter.options import pair_of
 from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.targets import Target, is_conv1d, placed, slice_names
+from tcurlora_ext.adapter.stack.slices import LayerSlices
 from tcurlora_ext.maths.selection import Selection
 
-from . import weighted
 from .config import TcurLoraConfig
 from .indices import with_factors, without_factors
-from .layer import LayerSlices, TcurLoraLinear
+from .layer import TcurLoraLinear
 from .mixed import rows_for_adapters
 from .quantised import backend_of
 from .sharing import share_factors
 from .targets import base_of, default_names, find_groups, rank_pattern, stack_configs
+from .weighted import weighted_sum
 
 RANDOM_CORE = 0.1  # standard deviation of a core that is not to start at zero
 
@@ -196,7 +198,32 @@ class TcurLoraModel(BaseTuner):
             ValueError: The adapters have no such sum, a name is unknown or taken, or the rank becomes too large;
                 nothing is changed.
         """
-        weighted.add(self, adapters, weights, adapter_name, combination_type)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter {adapter_name} exists, expected a new name")
+        unknown = next((name for name in adapters if name not in self.peft_config), None)
+        if unknown is not None:
+            raise ValueError(f"adapter {unknown} does not exist, expected some of {', '.join(self.peft_config)}")
+        config, stacks = weighted_sum(
+            self.model,
+            adapters,
+            weights,
+            self.peft_config,
+            {name: self.stacks(name) for name in adapters},
+            combination_type,
+        )
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name, low_cpu_mem_usage=True)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        state = {
+            f"tcurlora_core.{adapter_name}.{name}.{kind}": value
+            for name, values in stacks.items()
+            for kind, value in values.items()
+        }
+        self.load_state_dict(state, strict=False, assign=True)
+        self.share_with_the_others(self.stacks(adapter_name))
 
     # For ensure_weight_tying: PEFT has it for LoRA alone, though nothing in it is LoRA's.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
@@ -269,9 +296,7 @@ def _blank(members: list[Target], config: TCURConfig) -> TCURStack:
     ones = torch.ones((), dtype=members[0].weight.dtype).expand(slices, *members[0].shape)
     c, r = pair_of(config.rank)
     first = Selection(torch.arange(r), torch.arange(c), torch.zeros(r), torch.zeros(c))
-    names = slice_names(members)
-    stack = TCURStack(ones, first, scale=config.scale, rule=config.selection, names=names, **config.stack_options())
-    return stack.to("meta")
+    return TCURStack(ones, first, config.stack_options(), slice_names(members)).to("meta")
 
 
 def _note_layout(config: TcurLoraConfig, target: nn.Module) -> None:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.targets import Target
+from tcurlora_ext.adapter.model.targets import Target
 
 
 @dataclass(frozen=True)

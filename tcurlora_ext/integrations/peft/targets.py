@@ -11,9 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from tcurlora_ext.adapter.config import Rank, TCURConfig
-from tcurlora_ext.adapter.ranks import stack_ranks
-from tcurlora_ext.adapter.targets import DEFAULT_TARGETS, Target, group, is_conv1d
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.model.ranks import stack_ranks
+from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, group, is_conv1d
+from tcurlora_ext.adapter.options import Rank
 
 from .config import TcurLoraConfig
 from .quantised import QuantisedTarget, backend_of

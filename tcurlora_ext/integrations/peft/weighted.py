@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-from tcurlora_ext.adapter.config import fitting_pair
+from tcurlora_ext.adapter.model.targets import slice_names
+from tcurlora_ext.adapter.options import fitting_pair
 from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.targets import slice_names
-from tcurlora_ext.maths import packing
+from tcurlora_ext.maths import folding
 
 from .config import TcurLoraConfig
 from .targets import find_groups, rank_pattern
-
-if TYPE_CHECKING:
-    from .model import TcurLoraModel
 
 COMBINATIONS = ("linear", "cat")
 OF_THE_CORE = ("transform", "frequencies", "core_domain")
@@ -25,56 +23,54 @@ OF_THE_CORE = ("transform", "frequencies", "core_domain")
 Part = tuple[str, float, TCURStack]  # an adapter, its weight, its stack
 
 
-def add(
-    tuner: TcurLoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-) -> None:
-    """Add ``adapter_name`` with the change ``sum_i weights[i] * dW_i``.
+def weighted_sum(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    configs: Mapping[str, TcurLoraConfig],
+    stacks: Mapping[str, Mapping[str, TCURStack]],
+    combination_type: str,
+) -> tuple[TcurLoraConfig, dict[str, dict[str, Any]]]:
+    """The adapter with the change ``sum_i weights[i] * dW_i``: its configuration, and the tensors of each stack.
 
     "linear"  for adapters that chose the same columns and rows: the weighted sum of their cores, at their rank.
     "cat"     for any on the same layers: C = [C_1 C_2 ...], R = [R_1; R_2; ...] and a core of blocks on the diagonal,
               whose rank is the sum of theirs.
 
     Adapters may be on different layers, in stacks that are the same or have no layer in common. Scale and options are
-    the first's. Raises ValueError, before anything is changed, for all else, and where the rank becomes too large.
+    the first's. Raises ValueError for all else, and where the rank becomes too large.
+
+    Args:
+        model: What the adapters are on.
+        adapters: Their names.
+        weights: One for each of them.
+        configs: Their configurations, by adapter.
+        stacks: Their stacks, by adapter and name.
+        combination_type: "linear" or "cat".
     """
-    _check(tuner, adapters, weights, adapter_name, combination_type)
-    configs = [tuner.peft_config[name] for name in adapters]
+    _check(adapters, weights, configs, combination_type)
     parts = [
-        (name, weight, stack)
-        for name, weight in zip(adapters, weights, strict=True)
-        for stack in tuner.stacks(name).values()
+        (name, weight, stack) for name, weight in zip(adapters, weights, strict=True) for stack in stacks[name].values()
     ]
+    first = configs[adapters[0]]
     config = replace(
-        configs[0],
+        first,
         target_modules={name.partition("[")[0] for *_, stack in parts for name in stack.names},
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         rank_pattern={},
         alpha_pattern={},
-        calibration=None if configs[0].calibration is None else {},
+        calibration=None if first.calibration is None else {},
     )
-    groups = find_groups(tuner.model, config)
+    groups = find_groups(model, config)
     combined = {
         name: _combined(_of_layers(name, slice_names(members), parts), combination_type)
         for name, members in groups.items()
     }
     ranks = {name: fitting_pair(tuple(v["core"].shape[1:]), groups[name][0].shape) for name, v in combined.items()}
     config.rank_pattern = rank_pattern(groups, ranks)
-
-    tuner.peft_config[adapter_name] = config
-    try:
-        tuner.inject_adapter(tuner.model, adapter_name, low_cpu_mem_usage=True)
-    except Exception:
-        del tuner.peft_config[adapter_name]
-        raise
-    state = {
-        f"tcurlora_core.{adapter_name}.{name}.{kind}": value
-        for name, values in combined.items()
-        for kind, value in values.items()
-    }
-    tuner.load_state_dict(state, strict=False, assign=True)
-    tuner.share_with_the_others(tuner.stacks(adapter_name))
+    return config, combined
 
 
 def require_same(configs: dict[str, TcurLoraConfig]) -> None:
@@ -89,7 +85,10 @@ def require_same(configs: dict[str, TcurLoraConfig]) -> None:
 
 
 def _check(
-    tuner: TcurLoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    configs: Mapping[str, TcurLoraConfig],
+    combination_type: str,
 ) -> None:
     if combination_type not in COMBINATIONS:
         raise ValueError(
@@ -98,18 +97,17 @@ def _check(
         )
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"found {len(adapters)} adapters and {len(weights)} weights, expected a weight for each")
-    if adapter_name in tuner.peft_config:
-        raise ValueError(f"adapter {adapter_name} exists, expected a new name")
     for name in adapters:
-        if name not in tuner.peft_config:
-            raise ValueError(f"adapter {name} does not exist, expected some of {', '.join(tuner.peft_config)}")
-        config = tuner.peft_config[name]
-        also = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
+        config = configs[name]
+        also: dict[str, Any] = {
+            "modules_to_save": config.modules_to_save,
+            "trainable_token_indices": config.trainable_token_indices,
+        }
         also["bias"] = None if config.bias == "none" else config.bias
         for option, value in also.items():
             if value:
                 raise ValueError(f"adapter {name} has {option} {value!r}, expected cores alone: these have no sum")
-    require_same({name: tuner.peft_config[name] for name in adapters})
+    require_same({name: configs[name] for name in adapters})
 
 
 def _of_layers(stack: str, layers: list[str], parts: list[Part]) -> list[Part]:
@@ -139,8 +137,8 @@ def _combined(parts: list[Part], combination_type: str) -> dict[str, Any]:
     return values | {
         "rows": torch.cat([stack.rows for stack in stacks]),
         "columns": torch.cat([stack.columns for stack in stacks]),
-        "row": packing.join_rows([stack.row for stack in stacks], stacks[0].blocks),
-        "col": packing.join_columns([stack.col for stack in stacks], stacks[0].blocks),
+        "row": folding.join_rows([stack.row for stack in stacks], stacks[0].blocks),
+        "col": folding.join_columns([stack.col for stack in stacks], stacks[0].blocks),
         "core": torch.stack([torch.block_diag(*blocks) for blocks in zip(*cores, strict=True)]),
     }
 

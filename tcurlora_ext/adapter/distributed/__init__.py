@@ -1,0 +1,1 @@
+"""Parameters spread over several processes."""

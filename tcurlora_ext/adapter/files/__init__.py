@@ -1,0 +1,7 @@
+"""Adapter files: what they hold, how they are written and put onto a model."""
+
+from .format import read_adapter
+from .loading import load_adapter
+from .saving import save_adapter
+
+__all__ = ["load_adapter", "read_adapter", "save_adapter"]

@@ -1,0 +1,94 @@
+"""Adapter files: one safetensors file, whose header holds the description as JSON. Loading runs no code from it.
+
+Tensors:  ``core.<stack>`` (S, c, r) in its core_domain, or (fewer, c, r) with ``frequencies``, ``rows.<stack>``,
+``columns.<stack>`` int64, ``trained.<name>`` for every parameter of the model that trains beside the cores,
+``state.<name>`` for the buffers of modules that own such a parameter; with ``include_factors`` also ``col.<stack>`` and
+``row.<stack>``.
+Header:   ``tcurlora`` -> format version, configuration, and for each stack the names of its slices, scale, dtype and
+fingerprint of the base weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.io.tensors import read_tensors
+
+from .fingerprint import PROBES
+
+FORMAT = 1
+HEADER = "tcurlora"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file says: its description and its tensors by name."""
+
+    path: Path
+    config: TCURConfig
+    stacks: dict[str, dict[str, Any]]
+    tensors: dict[str, Tensor]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of one kind ("core", "trained", ...), without the prefix."""
+        return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+    """Read an adapter file. Raises FileNotFoundError, or ValueError for a truncated, foreign or inconsistent one."""
+    path = Path(path)
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such adapter file")
+    metadata, tensors = read_tensors(path, "an adapter saved by save_adapter")
+    if HEADER not in metadata:
+        raise ValueError(f"{path}: found a safetensors file without a {HEADER!r} header, expected one by save_adapter")
+    try:
+        header = json.loads(metadata[HEADER])
+        version, config, described = header["format"], header["config"], header["stacks"]
+        if version == FORMAT:
+            file_ = AdapterFile(path, TCURConfig.from_json(config), dict(described), tensors)
+            for name, stack in file_.stacks.items():
+                _check_stack(name, stack, tensors, file_.config.blocks(len(stack["names"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the adapter's description is damaged: {error!r}") from None
+    if version != FORMAT:
+        raise ValueError(f"{path}: found adapter format {version!r}, expected {FORMAT}")
+    return file_
+
+
+def _check_stack(name: str, stack: Mapping[str, Any], tensors: Mapping[str, Tensor], blocks: int) -> None:
+    core, rows, columns = (tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
+    expected = (blocks, columns.numel(), rows.numel())
+    if tuple(core.shape) != expected:
+        raise ValueError(f"core.{name} has shape {tuple(core.shape)}, expected {expected}")
+    if not bool(torch.isfinite(core).all()):
+        raise ValueError(f"core.{name} has NaN or infinite values")
+    for kind, indices in (("rows", rows), ("columns", columns)):
+        if indices.dtype != torch.int64 or indices.dim() != 1 or int(indices.min()) < 0:
+            raise ValueError(f"{kind}.{name} are {indices.dtype} {tuple(indices.shape)}, expected indices from 0")
+    numbers = {
+        "scale": (),
+        "fingerprint": (len(stack["names"]), 1 + PROBES),
+        "row_scores": rows.shape,
+        "column_scores": columns.shape,
+    }
+    for entry, shape in numbers.items():
+        found = torch.tensor(stack[entry], dtype=torch.float64)
+        if found.shape != shape or (entry == "scale" and not bool(torch.isfinite(found))):
+            raise ValueError(
+                f"{entry} of stack {name} is {stack[entry]!r:.60}, expected numbers of shape {tuple(shape)}"
+            )
+    if not isinstance(getattr(torch, str(stack["base_dtype"]), None), torch.dtype):
+        raise ValueError(f"base_dtype of stack {name} is {stack['base_dtype']!r}, expected a floating dtype")
+    if not isinstance(stack["normalised"], bool):
+        raise ValueError(f"normalised of stack {name} is {stack['normalised']!r}, expected true or false")

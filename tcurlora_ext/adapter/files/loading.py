@@ -1,0 +1,179 @@
+"""Put an adapter file onto a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
+from tcurlora_ext.adapter.layer.linear import TCURLayer
+from tcurlora_ext.adapter.layer.quantised import refuse_quantised
+from tcurlora_ext.adapter.model.inject import attach
+from tcurlora_ext.adapter.model.structure import adapted_layers, find_container, stacks
+from tcurlora_ext.adapter.model.targets import Target, adapted_type, stacked_weights
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.maths.selection import Selection
+
+from .fingerprint import fingerprint, mismatch
+from .format import AdapterFile, read_adapter
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Put an adapter file onto a model, in place. No code of the file is run.
+
+    Args:
+        model: A plain model, which is adapted as the file says, or one adapted with the same stacks, which takes over
+            the file's values.
+        path: A file of :func:`save_adapter`, or its folder.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not whole, a module or parameter is missing, quantised or of another shape, the base
+            weights are not those of the file (unless it holds the factors), a layer is merged, or the model is sharded
+            over processes; nothing is changed.
+    """
+    file = read_adapter(path)
+    refuse_sharded(model, f"load {file.path} before shard(model)")
+    merged = next((name for name, layer in adapted_layers(model) if layer.merged), None)
+    if merged is not None:
+        raise ValueError(f"{merged} is merged: call unmerge(model) before loading {file.path}")
+    groups = {name: _members(model, name, stack["names"], file.path) for name, stack in file.stacks.items()}
+    others = _others(model, file)
+    built = {name: _build(name, members, file) for name, members in groups.items()}
+    if find_container(model) is None:
+        attach(model, groups, built, file.config)
+    else:
+        _take_over(model, built, file)
+    with torch.no_grad():
+        for destination, value in others:
+            destination.copy_(value)
+            if isinstance(destination, nn.Parameter):
+                destination.requires_grad_(True)
+    return model
+
+
+def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list[Target]:
+    """The modules of a stack's slices: consecutive ``name[0]``, ``name[1]``, ... are one fused module."""
+    members: list[Target] = []
+    for slice_name in names:
+        name = slice_name.partition("[")[0]
+        if members and members[-1].name == name:
+            members[-1] = Target(name, members[-1].module, members[-1].slices + 1)
+            continue
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have"
+            ) from None
+        refuse_quantised(f"{path}: {name}", module)
+        if not isinstance(module, TCURLayer) and adapted_type(module) is None:
+            raise ValueError(f"{path}: {name} is a {type(module).__name__}, expected a linear layer")
+        members.append(Target(name, module))
+    for member in members:
+        out_features = Target(member.name, member.module).shape[0]
+        if out_features % member.slices:
+            raise ValueError(
+                f"{path}: {member.name} has {out_features} output features, expected {member.slices} equal slices"
+            )
+    return members
+
+
+def _others(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
+    """What else the file sets: (parameter or buffer of the model, value)."""
+    found = []
+    for kind, here in (("trained", dict(model.named_parameters())), ("state", dict(model.named_buffers()))):
+        for name, value in file.under(kind).items():
+            if name not in here:
+                raise ValueError(f"{file.path}: {name} is in the file, but not in {type(model).__name__}")
+            if here[name].shape != value.shape:
+                raise ValueError(
+                    f"{file.path}: {name} has shape {tuple(value.shape)} in the file, "
+                    f"{tuple(here[name].shape)} in the model"
+                )
+            found.append((here[name], value))
+    return found
+
+
+def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
+    """The file's stack over the model's base weights."""
+    described, config = file.stacks[name], file.config
+    core, rows, columns = (file.tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
+    try:
+        weights = stacked_weights(name, members)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    _, out_features, in_features = weights.shape
+    if int(rows.max()) >= out_features or int(columns.max()) >= in_features:
+        raise ValueError(
+            f"{file.path}: stack {name} uses output feature {int(rows.max())} and input feature {int(columns.max())}, "
+            f"but {members[0].name} is {out_features} x {in_features}"
+        )
+    factors = {kind: file.tensors[f"{kind}.{name}"] for kind in ("col", "row") if f"{kind}.{name}" in file.tensors}
+    if not factors:
+        _check_base(name, described, weights, file.path)
+    chosen = Selection(
+        rows.to(weights.device),
+        columns.to(weights.device),
+        torch.tensor(described["row_scores"], dtype=torch.float64),
+        torch.tensor(described["column_scores"], dtype=torch.float64),
+    )
+    options = replace(
+        config.stack_options((len(columns), len(rows))), scale=None if described["normalised"] else described["scale"]
+    )
+    stack = TCURStack(weights, chosen, options, described["names"])
+    stack.scale = described["scale"]
+    with torch.no_grad():
+        stack.core.copy_(core)
+        for kind, value in factors.items():
+            expected = getattr(stack, kind).shape
+            if value.shape != expected:
+                raise ValueError(
+                    f"{file.path}: {kind} of stack {name} has shape {tuple(value.shape)}, expected {tuple(expected)} "
+                    f"for {members[0].name}"
+                )
+            getattr(stack, kind).copy_(value)
+    return stack
+
+
+def _check_base(name: str, described: Mapping[str, Any], weights: Tensor, path: Path) -> None:
+    saved, found = torch.tensor(described["fingerprint"], dtype=torch.float64), fingerprint(weights)
+    other = mismatch(saved, found, described["base_dtype"], weights.dtype)
+    if other:
+        at = other[0]
+        raise ValueError(
+            f"{path}: trained on other base weights: {len(other)} of {len(saved)} slices of stack {name} differ, first "
+            f"{described['names'][at]} (norm {found[at, 0]:.6g} here, {saved[at, 0]:.6g} expected). Load it onto the "
+            "weights it was trained on, or save it with include_factors=True"
+        )
+
+
+def _take_over(model: nn.Module, built: dict[str, TCURStack], file: AdapterFile) -> None:
+    """Copy the values of the file's stacks into those of a model that is adapted in the same way."""
+    here = stacks(model)
+    for name, stack in built.items():
+        if here.keys() != built.keys() or _layout(here[name]) != _layout(stack):
+            raise ValueError(
+                f"{file.path}: its stacks ({_outline(built)}) are not those the model is adapted with "
+                f"({_outline(here)}); call remove(model) first"
+            )
+    for name, stack in built.items():
+        here[name].take_over(stack)
+
+
+def _layout(stack: TCURStack) -> tuple[object, ...]:
+    options = stack.options
+    return stack.names, stack.core.shape, options.transform, options.core_domain, options.trainable
+
+
+def _outline(stacks_: Mapping[str, TCURStack]) -> str:
+    return ", ".join(f"{n}: {s.slices} slices, rank {s.rank}, {s.options.transform}" for n, s in stacks_.items())

@@ -1,0 +1,90 @@
+"""What the layers of a model read, for ``selection="activation"``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.config import TCURConfig
+
+from .targets import Target, find_targets, watching
+
+
+def calibrate(model: nn.Module, config: TCURConfig, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Run the plain model on some batches and measure, for :func:`inject`, what its target modules read.
+
+    The model computes in eval mode, without gradients, and is left in the mode it was in.
+
+    Args:
+        model: A model that is not adapted yet.
+        config: The configuration that :func:`inject` will get; it names the modules.
+        batches: Inputs of the model, as it will be used. A batch is the model's one argument, a tuple or list of all
+            its arguments, or a mapping of keyword arguments.
+
+    Returns:
+        Module name -> root mean square of each of its input features over all tokens of all batches, (in,) float64 on
+        the CPU.
+
+    Raises:
+        ValueError: No module matches, one is never called, or an input is not finite.
+    """
+    return input_sizes(model, find_targets(model, config), batches)
+
+
+@torch.no_grad()
+def input_sizes(model: nn.Module, targets: Sequence[Target], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """As :func:`calibrate`, for the targets that a caller has found."""
+    squares: dict[str, Tensor] = {}
+    tokens = dict.fromkeys((target.name for target in targets), 0)
+
+    def note(name: str, x: Tensor) -> None:
+        energy = x.reshape(-1, x.shape[-1]).double().square().sum(0)
+        squares[name] = squares[name] + energy if name in squares else energy
+        tokens[name] += x.shape[:-1].numel()
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with watching(targets, note):
+            for batch in batches:
+                _call(model, batch)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    found = {}
+    for name, count in tokens.items():
+        if not count:
+            raise ValueError(f"{name} is a target, but none of the calibration batches reached it")
+        found[name] = (squares[name] / count).sqrt().cpu()
+        if not bool(torch.isfinite(found[name]).all()):
+            raise ValueError(f"{name}: calibration inputs have NaN or infinite values, expected finite ones")
+    return found
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def stack_inputs(members: Sequence[Target], calibration: Mapping[str, Tensor]) -> Tensor:
+    """The root mean squares of a stack, slice by slice: (S, in). Raises ValueError for a module without."""
+    slices = []
+    for target in members:
+        if target.name not in calibration:
+            raise ValueError(
+                f"{target.name} has no calibration inputs; call calibrate with the configuration of inject"
+            )
+        found = calibration[target.name]
+        if found.shape != target.shape[1:]:
+            raise ValueError(
+                f"calibration inputs of {target.name} have shape {tuple(found.shape)}, expected {target.shape[1:]}"
+            )
+        slices += [found] * target.slices
+    return torch.stack(slices)

@@ -1,0 +1,153 @@
+"""Adapt a whole model in place, and undo it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
+from tcurlora_ext.adapter.layer.linear import TCURLayer
+from tcurlora_ext.adapter.options import Rank
+from tcurlora_ext.adapter.stack import TCURStack
+
+from .calibration import stack_inputs
+from .ranks import stack_ranks
+from .structure import CONTAINER, TCURStacks, adapted_layers, find_container, require_container
+from .targets import Target, adapted_type, find_targets, group, placed, plain_type, slice_names, stacked_weights
+
+
+def inject(
+    model: nn.Module, config: TCURConfig | None = None, calibration: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Adapt a model in place: every parameter of it is frozen, one core a stack is trained.
+
+    The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation for
+    a fused projection with ``transform="identity"``).
+
+    Args:
+        model: Any module, its weights in a floating dtype and on real devices.
+        config: By default ``TCURConfig()``: the paper's selection at rank 8, in the blocks that it knows by name.
+        calibration: What :func:`calibrate` returned, for ``selection="activation"`` and for no other.
+
+    Returns:
+        The model itself. Its stacks are registered at its root under ``tcur_stacks``.
+
+    Raises:
+        ValueError: Nothing matches, a layer is adapted already or quantised, the model is sharded over processes,
+            shapes, devices or dtypes in a stack differ, the rank is larger than a side, a budget is too small, a
+            pattern matches nothing, calibration inputs are missing or not asked for, or weights are not finite. The
+            message names the module, and nothing is changed.
+    """
+    config = config or TCURConfig()
+    refuse_sharded(model, "call inject(model) before it is sharded")
+    container = find_container(model)
+    adapted = next((name for name, module in model.named_modules() if isinstance(module, TCURLayer)), None)
+    if container is not None or adapted is not None or hasattr(model, CONTAINER):
+        raise ValueError(
+            f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first"
+        )
+    groups = group(find_targets(model, config), config)
+    ranks = stack_ranks(groups, config)
+    stacks = {name: build_stack(name, members, config, ranks[name], calibration) for name, members in groups.items()}
+    return attach(model, groups, stacks, config)
+
+
+def attach(
+    model: nn.Module, groups: dict[str, list[Target]], stacks: dict[str, TCURStack], config: TCURConfig
+) -> nn.Module:
+    """Replace the targets by layers that use the stacks, whose slices are in the order of the targets."""
+    layers: dict[int, TCURLayer] = {}
+    for name, members in groups.items():
+        for target, first in placed(members):
+            kind = adapted_type(target.module)
+            assert kind is not None
+            layer = kind.adopt(target.module)
+            layer.attach(stacks[name], first, target.slices, owned=False)
+            layers[id(target.module)] = layer
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in layers:
+                parent._modules[child_name] = layers[id(child)]
+    model.add_module(CONTAINER, TCURStacks(stacks, config))
+    return model
+
+
+def build_stack(
+    name: str,
+    members: list[Target],
+    config: TCURConfig,
+    rank: Rank | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
+) -> TCURStack:
+    """The stack of these members, of ``rank`` where that is not the configuration's.
+
+    Raises ValueError, naming stack and module, where their weights do not make one.
+    """
+    try:
+        return TCURStack.with_options(
+            stacked_weights(name, members),
+            config.stack_options(rank),
+            inputs=None if calibration is None else stack_inputs(members, calibration),
+            names=slice_names(members),
+        )
+    except ValueError as error:
+        raise ValueError(f"stack {name} ({members[0].name}, ...): {error}") from None
+
+
+def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
+    """Train more than the cores.
+
+    ``["decoder", "out"]`` trains UNETR's decoder5 to decoder2 and its output head. What trains is saved with the
+    adapter.
+
+    Args:
+        model: An adapted model.
+        patterns: One or more prefixes of parameter names, or regexes that match from the start of a name.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: A pattern matches no parameter; nothing is changed.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    parameters = [(name, p) for name, p in model.named_parameters() if f"{CONTAINER}." not in name]
+    chosen = []
+    for pattern in patterns:
+        matching = [p for name, p in parameters if re.match(pattern, name)]
+        if not matching:
+            roots = sorted({name.split(".")[0] for name, _ in parameters})
+            raise ValueError(f"unfreeze pattern {pattern!r} matches no parameter; names begin with {', '.join(roots)}")
+        chosen += matching
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Put plain layers back, in place; parameters stay frozen or not as they are.
+
+    The weights stay as they are: those of a merged model hold the adapter, others are the base's.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: The model is not adapted.
+    """
+    require_container(model)
+    plain = {id(layer): layer.restore(plain_type(layer)) for _, layer in adapted_layers(model)}
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in plain:
+                parent._modules[child_name] = plain[id(child)]
+            elif isinstance(child, TCURStacks):
+                del parent._modules[child_name]
+    return model

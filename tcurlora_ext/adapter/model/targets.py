@@ -1,0 +1,258 @@
+"""Which modules of a model are adapted, and which of them form a stack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer, TCURLinear
+from tcurlora_ext.adapter.layer.quantised import refuse_quantised
+
+# Attention and MLP projections as MONAI (UNETR, SwinUNETR, ViT) and transformers (ViT, BERT, CLIP, Llama, Qwen, GPT-2)
+# name them. Poolers, embeddings, heads and patch merging stay out.
+DEFAULT_TARGETS = (
+    r"(.*\.)?("
+    r"(attn|self_attn|attention|self)\.(qkv|out_proj|proj|to_[qkv]|[qkvo]_proj|query|key|value|c_attn|c_proj)"
+    r"|mlp\.(linear[12]|fc[12]|(gate|up|down)_proj|c_fc|c_proj)"
+    r"|(attention\.output|intermediate|(?<!attention\.)output)\.dense"
+    r")"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to adapt: ``slices`` weights of one shape, stacked by rows where it is a fused projection."""
+
+    name: str
+    module: nn.Module
+    slices: int = 1
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as slices (slices, out, in), detached, sharing memory."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        matrix = weight if isinstance(self.module, nn.Linear) else weight.T
+        return matrix.detach().unflatten(0, (self.slices, -1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of one slice."""
+        _, out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+    @property
+    def tower(self) -> str:
+        """The path of the repeated blocks: all before the first number in the name."""
+        return self._around_numbers()[0]
+
+    @property
+    def role(self) -> str:
+        """The path within the block: all behind the last number in the name."""
+        return self._around_numbers()[1]
+
+    @property
+    def block(self) -> str:
+        """The path of the block that it is in: all up to the last number in the name."""
+        return self.name[: len(self.name) - len(self.role)]
+
+    def split(self, split_fused: Mapping[str, int]) -> Self:
+        """This projection as the slices that ``split_fused`` gives it by the last component of its name.
+
+        Raises ValueError where its output features do not split into so many equal ones.
+        """
+        slices = split_fused.get(self.name.rsplit(".", 1)[-1], 1)
+        out_features = self.shape[0] * self.slices
+        if out_features % slices:
+            raise ValueError(f"{self.name}: {out_features} output features do not split into {slices} equal slices")
+        return replace(self, slices=slices)
+
+    def _around_numbers(self) -> tuple[str, str]:
+        parts = self.name.split(".")
+        at = [i for i, part in enumerate(parts) if part.isdigit()]
+        return (".".join(parts[: at[0]]), ".".join(parts[at[-1] + 1 :])) if at else ("", self.name)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D; told by its name, so that transformers need not be installed."""
+    return any(t.__name__ == "Conv1D" and t.__module__.startswith("transformers.") for t in type(module).__mro__)
+
+
+def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
+    """The class of the adapted layer for a module, None where there is none.
+
+    Only ``nn.Linear`` itself: a subclass may compute with its weight in another way, or its parent may not call it
+    (``nn.MultiheadAttention.out_proj``), and the adapter would silently do nothing.
+    """
+    if type(module) is nn.Linear:
+        return TCURLinear
+    return TCURConv1D if is_conv1d(module) else None
+
+
+def plain_type(layer: TCURLayer) -> type[nn.Module]:
+    """The inverse of :func:`adapted_type`."""
+    if isinstance(layer, TCURLinear):
+        return nn.Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
+def matches(name: str, patterns: Sequence[str] | str | None) -> bool:
+    """Whether a module's name is meant: a regex for the whole name, or names and ends of names in whole components."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+@contextmanager
+def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``note`` with the name and the input of every target that a forward pass inside calls."""
+
+    def tell(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        note(name, arguments[0])
+
+    handles = [target.module.register_forward_pre_hook(partial(tell, target.name)) for target in targets]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
+    """The modules that the configuration names, in registration order.
+
+    Raises ValueError where nothing matches, where nothing that matches can be adapted, where a layer that matches is
+    quantised, or where a fused projection does not split into the blocks asked for.
+    """
+    wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
+    matching = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and matches(name, wanted) and not matches(name, config.exclude_modules)
+    ]
+    if not matching:
+        linear = [name for name, module in model.named_modules() if adapted_type(module)]
+        raise ValueError(
+            f"target_modules {wanted!r} match none of the {len(linear)} linear modules of "
+            f"{type(model).__name__}, such as {', '.join(linear[:4]) or '(it has none)'}"
+        )
+    for name, module in model.named_modules():
+        inside = {id(child) for child in module.children()} if isinstance(module, nn.TransformerEncoderLayer) else ()
+        by_passed = next((child for child, m in matching if id(m) in inside), None)
+        if by_passed is not None:
+            raise ValueError(
+                f"{by_passed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not "
+                "call its linear layers; an adapter in it would do nothing"
+            )
+    for name, module in matching:
+        refuse_quantised(name, module)
+    found = [_target(name, module, config) for name, module in matching if adapted_type(module)]
+    if not found:
+        kinds = sorted({type(module).__name__ for _, module in matching})
+        raise ValueError(
+            f"target_modules {wanted!r} match {len(matching)} modules, such as {matching[0][0]}, but none that can be "
+            f"adapted: found {', '.join(kinds)}, expected nn.Linear or transformers' Conv1D"
+        )
+    return found
+
+
+def _target(name: str, module: nn.Module, config: TCURConfig) -> Target:
+    if "forward" in vars(module):
+        raise ValueError(f"{name}: its forward was replaced on the instance, an adapter in it would not be called")
+    return Target(name, module).split(config.split_fused)
+
+
+def placed(members: Iterable[Target]) -> Iterator[tuple[Target, int]]:
+    """A stack's members, each with the index of its first slice."""
+    first = 0
+    for target in members:
+        yield target, first
+        first += target.slices
+
+
+def slice_names(members: Sequence[Target]) -> list[str]:
+    """The module of every slice: a fused projection's name with the number of the block."""
+    return [t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)]
+
+
+def stacked_weights(name: str, members: Sequence[Target]) -> Tensor:
+    """The weights (S, out, in) of a stack's members. Raises ValueError where shapes, devices or dtypes differ."""
+    first, stacked = members[0].weight[0], None
+    for target, at in placed(members):
+        if target.shape != members[0].shape:
+            raise ValueError(
+                f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
+                f"{members[0].name}"
+            )
+        weight = target.weight  # asked for once, and kept no longer than needed: it may be dequantised here
+        if (weight.device, weight.dtype) != (first.device, first.dtype):
+            raise ValueError(
+                f"stack {name}: {target.name} is {weight.dtype} on {weight.device}, expected {first.dtype} on "
+                f"{first.device} as {members[0].name}; stack_by='none', or stack_blocks=n for blocks of one device, "
+                "makes stacks of fewer layers"
+            )
+        if stacked is None:
+            stacked = weight.new_empty(sum(t.slices for t in members), *target.shape)
+        stacked[at : at + target.slices] = weight
+    assert stacked is not None
+    return stacked
+
+
+def group(targets: list[Target], config: TCURConfig) -> dict[str, list[Target]]:
+    """Stacks by name. Raises ValueError where a function for ``stack_by`` puts different shapes into one stack."""
+    groups: dict[object, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(_key(target, config), []).append(target)
+    if config.stack_blocks is not None:
+        groups = dict(_runs(groups, config.stack_blocks))
+    for key, members in groups.items():
+        odd = next((t for t in members if t.shape != members[0].shape), None)
+        if odd is not None:
+            raise ValueError(
+                f"stack {key!r} mixes shapes: {members[0].name} is {members[0].shape}, {odd.name} is {odd.shape}; "
+                "the slices of a stack have one shape"
+            )
+    return dict(zip(_names(groups), groups.values(), strict=True))
+
+
+def _key(target: Target, config: TCURConfig) -> object:
+    if callable(config.stack_by):
+        return config.stack_by(target.name, target.module)
+    if config.stack_by == "none":
+        return target.name
+    if config.stack_by == "role":
+        return target.tower, target.role, target.shape
+    return target.tower, target.shape
+
+
+def _runs(groups: Mapping[Any, list[Target]], blocks: int) -> Iterator[tuple[object, list[Target]]]:
+    """Every group cut into runs of so many consecutive blocks; the last run of a group may have fewer."""
+    for (*key, shape), members in groups.items():
+        order = list(dict.fromkeys(target.block for target in members))
+        for run in range(0, len(order), blocks):
+            yield (*key, run // blocks, shape), [t for t in members if t.block in order[run : run + blocks]]
+
+
+def _names(groups: dict[object, list[Target]]) -> list[str]:
+    """A short name a stack, unique, without dots: its shape, with tower, role or key where that does not tell apart."""
+    short = [f"{members[0].shape[0]}x{members[0].shape[1]}" for members in groups.values()]
+    if len(set(short)) == len(short):
+        return short
+    long = []
+    for key, shape in zip(groups, short, strict=True):
+        parts = key[:-1] if isinstance(key, tuple) else (key,)
+        label = "_".join(str(part) for part in parts if part != "")
+        long.append(re.sub(r"\W+", "_", f"{label}_{shape}").strip("_"))
+    return [name if long.count(name) == 1 else f"{name}_{long[: i + 1].count(name)}" for i, name in enumerate(long)]

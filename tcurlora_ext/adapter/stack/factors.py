@@ -1,0 +1,57 @@
+"""C and R of a stack, taken from its base weights: normalised, folded, scaled. Functions without side effects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tcurlora_ext.adapter.options import StackOptions
+from tcurlora_ext.maths import folding
+from tcurlora_ext.maths import scale as scaling
+from tcurlora_ext.maths.selection import Selection
+
+
+class TakenFactors(NamedTuple):
+    """The factors of a stack as taken from weights (S, out, in).
+
+    Attributes:
+        col: C folded, (out, c*S) in the weights' dtype.
+        row: R folded, (r*S, in), as ``col``.
+        scale: What C * U * R is multiplied by: that of the options, or of the default rule.
+    """
+
+    col: Tensor
+    row: Tensor
+    scale: float
+
+
+def take_factors(weights: Tensor, selection: Selection, options: StackOptions) -> TakenFactors:
+    """The chosen columns and rows of weights (S, out, in), as a stack with these options holds them.
+
+    Raises ValueError where the default scale rule is asked for and the chosen columns and rows are all zero.
+    """
+    C = weights[:, :, selection.columns].double()
+    R = weights[:, selection.rows, :].double()
+    scale = options.scale
+    if scale is None:
+        C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
+        scale = scaling.default_scale(
+            C, R, options.alpha, options.transform, options.rank_stabilised, options.core_domain, options.frequencies
+        )
+    blocks = options.blocks(len(weights))
+    col = folding.fold_columns(C, options.transform, blocks).to(weights.dtype).contiguous()
+    row = folding.fold_rows(R, options.transform, blocks).to(weights.dtype).contiguous()
+    return TakenFactors(col, row, float(scale))
+
+
+def require_finite(weights: Tensor, names: Sequence[str]) -> None:
+    """Raise ValueError, with the name of the slice, where weights (S, out, in) are NaN or infinite."""
+    for index, weight in enumerate(weights):
+        # NaN spreads through the extremes: one pass without isfinite's mask, 8 ms instead of 41 for 3072 x 768.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+            name = names[index] if names else f"slice {index}"
+            bad = int((~torch.isfinite(weight)).sum())
+            raise ValueError(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, expected finite ones")

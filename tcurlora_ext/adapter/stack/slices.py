@@ -1,0 +1,52 @@
+"""Which slices of a stack are a layer's, and what the layer computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .stack import TCURStack
+
+
+class LayerSlices(NamedTuple):
+    """Where a layer's weight stands in a stack: which slices, stacked by rows.
+
+    Attributes:
+        stack: The :class:`tcurlora_ext.TCURStack`.
+        first_slice: Index in it of the layer's first slice.
+        num_slices: How many slices the layer's weight has.
+    """
+
+    stack: TCURStack
+    first_slice: int
+    num_slices: int
+
+    @property
+    def indices(self) -> range:
+        """The indices of the slices in the stack."""
+        return range(self.first_slice, self.first_slice + self.num_slices)
+
+    def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+        """The stack's ``adapt`` for these slices."""
+        return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices, training)
+
+    def delta(self, x: Tensor, training: bool) -> Tensor:
+        """The stack's ``delta`` for these slices."""
+        return self.stack.delta(x, self.first_slice, self.num_slices, training)
+
+    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense dW of these slices, scale included: (num_slices*out, in) in ``dtype`` (None: the core's)."""
+        return self.stack.delta_weights(self.indices, dtype).flatten(0, 1)
+
+
+def stacked_in_order(weights: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """The weights (S, out, in) of a stack from the weights (num_slices, out, in) of its layers.
+
+    Args:
+        weights: For each layer the index of its first slice and its weight, in any order.
+    """
+    return torch.cat([weight for _, weight in sorted(weights, key=lambda layer: layer[0])])

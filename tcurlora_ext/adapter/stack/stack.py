@@ -1,0 +1,402 @@
+"""A stack: same-shaped frozen weights as slices of one tensor, and the one core they share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.options import GIVEN, Rank, StackOptions, fitting_pair
+from tcurlora_ext.maths import folding
+from tcurlora_ext.maths.contract import Factors
+from tcurlora_ext.maths.selection import Selection, select
+from tcurlora_ext.operator import flops
+from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
+
+from .factors import require_finite, take_factors
+from .reloaded import Reloaded
+
+# Rules whose choice does not follow from base weights alone: they keep their rows and columns.
+KEPT_CHOICES = ("activation", GIVEN)
+
+
+class TCURStack(nn.Module):
+    """``W' = W + scale * C * U * R`` for S weights of one shape; what its layers share. :meth:`from_weights` makes one.
+
+    Args:
+        weights: W (S, out, in).
+        selection: The chosen rows and columns.
+        options: How it is made, trained and computed; ``options.selection`` is the rule that chose.
+        names: Module of each slice, for messages and files.
+
+    Attributes:
+        options: The :class:`tcurlora_ext.adapter.options.StackOptions`.
+        slices: S, the number of weights.
+        core: The parameter (S, c, r), with ``frequencies`` fewer blocks of it, real, at least float32, zero at the
+            start, in the options' ``core_domain``.
+        col: C folded, (out, c*S) in the weights' dtype: a frozen buffer, or with ``trainable="all"`` a parameter of at
+            least float32; see :mod:`tcurlora_ext.maths.folding`.
+        row: R folded, (r*S, in), as ``col``.
+        rows: Chosen output features, r int64, best first.
+        columns: Chosen input features, c int64, best first.
+        row_scores, column_scores: The scores by which the rule chose them, lists of floats.
+        scale: What C * U * R is multiplied by.
+        names: Module of each slice, in the order of the slices.
+    """
+
+    core: nn.Parameter
+    col: Tensor
+    row: Tensor
+    rows: Tensor
+    columns: Tensor
+    row_scores: list[float]
+    column_scores: list[float]
+
+    def __init__(self, weights: Tensor, selection: Selection, options: StackOptions, names: Sequence[str] = ()) -> None:
+        super().__init__()
+        flops.register()
+        self.options = options
+        self.slices = weights.shape[0]
+        self.names = list(names)
+        self.reloaded = Reloaded()
+        self.register_buffer("rows", selection.rows)
+        self.register_buffer("columns", selection.columns)
+        self._keep_scores(selection)
+        taken = take_factors(weights, selection, options)
+        self.scale = taken.scale
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        shape = (self.blocks, len(selection.columns), len(selection.rows))
+        self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
+        for name, folded in (("col", taken.col), ("row", taken.row)):
+            if options.trainable == "all":
+                setattr(self, name, nn.Parameter(folded.to(wide)))
+            else:
+                self.register_buffer(name, folded)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Tensor,
+        rank: Rank = 8,
+        selection: str | Selection = "norm",
+        scale: float | None = 1.0,
+        *,
+        inputs: Tensor | None = None,
+        names: Sequence[str] = (),
+        **options: Any,
+    ) -> TCURStack:
+        """The stack of some weights.
+
+        Args:
+            weights: (S, out, in), any floating dtype, on any device but meta.
+            rank: r, or (c, r).
+            selection: A rule's name, see :mod:`tcurlora_ext.maths.selection`, or rows and columns chosen before, which
+                the stack keeps.
+            scale: A number: raw factors times it; None: unit-norm factors and the default rule.
+            inputs: (S, in), root mean squares of the input features, for the rule "activation" and no other.
+            names: Module of each slice, for messages and files.
+            **options: ``alpha``, ``rank_stabilised``, ``dropout``, ``seed``, ``transform``, ``core_domain``,
+                ``trainable``, ``backend`` and ``frequencies``, as in :class:`TCURConfig`.
+
+        Raises:
+            TypeError: An option has an unknown name.
+            ValueError: Weights of another shape, empty, not floating, on meta or not finite; a rank larger than a side;
+                an option that :class:`TCURConfig` refuses; ``inputs`` missing, of another shape or not asked for;
+                factors that are all zero, with ``scale=None``.
+        """
+        rule = selection if isinstance(selection, str) else GIVEN
+        made = StackOptions(rank, selection=rule, scale=scale, **options)
+        return cls.with_options(weights, made, selection, inputs=inputs, names=names)
+
+    @classmethod
+    def with_options(
+        cls,
+        weights: Tensor,
+        options: StackOptions,
+        selection: str | Selection | None = None,
+        *,
+        inputs: Tensor | None = None,
+        names: Sequence[str] = (),
+    ) -> TCURStack:
+        """As :meth:`from_weights`, for options that are one object.
+
+        Args:
+            weights, inputs, names: As there.
+            options: How the stack is made.
+            selection: Rows and columns chosen before; None, or a rule's name: chosen by the options' rule.
+        """
+        if weights.dim() != 3 or 0 in weights.shape:
+            raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (slices, out, in), none of them 0")
+        if not weights.is_floating_point():
+            raise ValueError(f"weights are {weights.dtype}, expected a floating dtype")
+        if weights.is_meta:
+            raise ValueError("weights are on the meta device: rows and columns are chosen from real values")
+        c, r = fitting_pair(options.rank, (weights.shape[1], weights.shape[2]))
+        require_finite(weights, names)
+        if not isinstance(selection, Selection):
+            selection = select(weights, c, r, options.selection, options.seed, inputs)
+        return cls(weights.detach(), selection, options, names)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """(c, r)."""
+        return self.core.shape[1], self.core.shape[2]
+
+    @property
+    def blocks(self) -> int:
+        """How many of the S blocks of the slice transform the core has, all or those of its lowest frequencies."""
+        return self.options.blocks(self.slices)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether columns of C and rows of R have unit norm over the stack."""
+        return self.options.normalised
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of one slice."""
+        return self.col.shape[0], self.row.shape[1]
+
+    @property
+    def C(self) -> Tensor:
+        """The column factor (S, out, c), unfolded."""
+        return folding.unfold_columns(self.col, self.slices, self.options.transform, self.blocks)
+
+    @property
+    def R(self) -> Tensor:
+        """The row factor (S, r, in), unfolded."""
+        return folding.unfold_rows(self.row, self.slices, self.options.transform, self.blocks)
+
+    @property
+    def selection(self) -> Selection:
+        """The chosen rows and columns with their scores."""
+        scores = (torch.tensor(s, dtype=torch.float64) for s in (self.row_scores, self.column_scores))
+        return Selection(self.rows, self.columns, *scores)
+
+    def _keep_scores(self, selection: Selection) -> None:
+        self.row_scores, self.column_scores = selection.row_scores.tolist(), selection.column_scores.tolist()
+
+    # -- the core -----------------------------------------------------------------------------------------------------
+
+    def core_slices(self) -> Tensor:
+        """The paper's U (S, c, r), whatever the domain; differentiable."""
+        if self.options.core_domain == "slice":
+            return self.core
+        return folding.unfold_core(self.core, self.options.transform, self.slices)
+
+    def core_fourier(self) -> Tensor:
+        """The orthonormal slice transform of U (S, c, r): what the operator takes; differentiable."""
+        if self.options.core_domain == "fourier":
+            return self.core
+        return folding.fold_core(self.core, self.options.transform)
+
+    @torch.no_grad()
+    def set_core_slices(self, core: Tensor) -> None:
+        """Set U, of which a core of low frequencies takes these alone.
+
+        Args:
+            core: (S, c, r), any floating dtype and device.
+
+        Raises:
+            ValueError: It has another shape or values that are not finite.
+        """
+        expected = (self.slices, *self.rank)
+        if core.shape != expected:
+            raise ValueError(f"core has shape {tuple(core.shape)}, expected {expected}")
+        if not bool(torch.isfinite(core).all()):
+            raise ValueError("core has NaN or infinite values, expected finite ones")
+        core = core.to(self.core)
+        if self.options.core_domain == "fourier":
+            core = folding.fold_core(core, self.options.transform, self.blocks)
+        self.core.copy_(core)
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def adapt(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        first_slice: int,
+        num_slices: int,
+        training: bool = False,
+    ) -> Tensor:
+        """``x W^T + bias`` plus the adapter, for some slices.
+
+        Args:
+            x: (..., in).
+            weight: (num_slices*out, in), the slices' weights stacked by rows, in the dtype of x.
+            bias: (num_slices*out,) or None.
+            first_slice: Index of the first of these slices in the stack.
+            num_slices: How many there are.
+            training: Whether the adapter's x goes through dropout; the base's does not.
+
+        Returns:
+            (..., num_slices*out) in the dtype of x.
+        """
+        if training and self.options.dropout > 0:
+            return nn.functional.linear(x, weight, bias) + self.delta(x, first_slice, num_slices, training)
+        calls = self._calls(first_slice, num_slices, weight.dtype)
+        if len(calls) == 1:
+            return self._linear(x, weight, bias, calls[0])
+        biases = [None] * len(calls) if bias is None else bias.chunk(len(calls))
+        parts = zip(calls, weight.chunk(len(calls)), biases, strict=True)
+        return torch.cat([self._linear(x, part, part_bias, call) for call, part, part_bias in parts], -1)
+
+    def delta(self, x: Tensor, first_slice: int, num_slices: int, training: bool = False) -> Tensor:
+        """The adapter's part of :meth:`adapt` alone, for what cannot be fused with the base product: a dropped x, a
+        quantised base, some rows of a batch.
+
+        Args:
+            x: (..., in).
+            first_slice: Index of the first of these slices in the stack.
+            num_slices: How many there are.
+            training: Whether x goes through dropout.
+
+        Returns:
+            (..., num_slices*out) in the dtype of x.
+        """
+        if training and self.options.dropout > 0:
+            x = nn.functional.dropout(x, self.options.dropout)
+        calls = self._calls(first_slice, num_slices, x.dtype)
+        deltas = [tcur_delta(x, *call) for call in calls]
+        return deltas[0] if len(deltas) == 1 else torch.cat(deltas, -1)
+
+    change = delta  # its name before 0.2
+
+    def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[Factors]:
+        """What the operator takes for these slices: one call, or one a slice where the transform asks for it."""
+        core, col, row = self.core_fourier(), self.col, self.row
+        if col.dtype != dtype:
+            col, row = col.to(dtype), row.to(dtype)
+        return self.options.along.calls(col, core, row, self.slices, first_slice, num_slices, self.scale)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Factors) -> Tensor:
+        """One call of the operator."""
+        backend = self.options.backend
+        if backend == "auto" and not self.options.along.has_kernels:
+            backend = "eager"
+        return tcur_linear(x, weight, bias, *call[:6], backend, call.transform)
+
+    def delta_weights(self, layers: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """``scale * C * U * R``, dense and differentiable: for inspection, merging and tests, not the path of training.
+
+        Args:
+            layers: Which slices; None: all S.
+            dtype: Of the computation and of the result; None: the core's.
+
+        Returns:
+            (S, out, in), or as many slices as asked for.
+        """
+        dtype = dtype or self.core.dtype
+        along, right = self.options.along, self.R.to(dtype)
+        left = along.product(self.C.to(dtype), self.core_slices().to(dtype))
+        return self.scale * (along.product(left, right) if layers is None else along.product_at(left, right, layers))
+
+    # -- module machinery ---------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCURStack:
+        """As nn.Module's, but what is trained stays in at least float32 under ``.half()`` and ``.bfloat16()``."""
+        trained = {id(p) for p in self.parameters()} | {id(p.grad) for p in self.parameters() if p.grad is not None}
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in trained and moved.is_floating_point() and moved.element_size() < 4:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(wide, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        reloaded, self.reloaded = self.reloaded, Reloaded()
+        if not any(key.startswith(prefix) for key in state_dict):
+            # The state of a model that is not adapted: the layers, which come before their stack, have it by now.
+            weights = reloaded.weights(self.slices)
+            if weights is not None and reloaded.changed:
+                self.follow_base(weights)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "scale" in state_dict:
+            self.scale = float(state_dict[prefix + "scale"])
+            if prefix + "scale" in unexpected_keys:
+                unexpected_keys.remove(prefix + "scale")
+        else:
+            missing_keys.append(prefix + "scale")
+
+    @torch.no_grad()
+    def is_of(self, weights: Tensor) -> bool:
+        """Whether C and R are, bit for bit, the chosen columns and rows of some weights.
+
+        Args:
+            weights: (S, out, in).
+        """
+        taken = take_factors(weights, self.selection, self.options)
+        return torch.equal(taken.col, self.col) and torch.equal(taken.row, self.row)
+
+    @torch.no_grad()
+    def follow_base(self, weights: Tensor) -> None:
+        """Choose and take rows and columns anew where the base weights changed and U is still zero.
+
+        What the caller chose, or "activation" by calibration inputs that are gone, stays chosen, and is taken anew. A
+        core that is not zero belongs to the weights it was trained on: the factors stay, with a warning.
+
+        Args:
+            weights: The new ones, (S, out, in).
+
+        Warns:
+            UserWarning: The core is not zero.
+        """
+        if self.is_of(weights):
+            return
+        if bool(self.core.any()):
+            warnings.warn(
+                f"base weights of {', '.join(self.names[:3])}... changed under a trained core; its factors are still "
+                "those of the weights it was trained on",
+                stacklevel=2,
+            )
+            return
+        rule, chosen = self.options.selection, self.selection
+        if rule not in KEPT_CHOICES:
+            chosen = select(weights, *self.rank, rule, self.options.seed)
+        taken = take_factors(weights, chosen, self.options)
+        self.col.copy_(taken.col)
+        self.row.copy_(taken.row)
+        self.rows.copy_(chosen.rows)
+        self.columns.copy_(chosen.columns)
+        self._keep_scores(chosen)
+        if self.normalised:
+            self.scale = taken.scale
+
+    def take_over(self, other: TCURStack) -> None:
+        """Copy the values of a stack of the same layout into this one: core, factors, indices, scale and scores.
+
+        Args:
+            other: The other stack.
+        """
+        self.load_state_dict(other.state_dict())
+        self.options = replace(self.options, scale=other.options.scale)
+        self._keep_scores(other.selection)
+
+    def extra_repr(self) -> str:
+        (out_features, in_features), (c, r) = self.shape, self.rank
+        return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"

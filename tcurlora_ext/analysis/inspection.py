@@ -1,0 +1,164 @@
+"""What an adapter chose and what it changes, as plain numbers: from an adapter file, or from an adapted model.
+
+With a base: for slice l, ``|dW_l|_F`` and ``|dW_l|_F / |W_l|_F``; for frequency k of the slice transform, its part of
+the energy ``sum_l |dW_l|^2``. By Parseval that sum is ``(scale^2 / S) sum_k |C_k U_k R_k|^2`` over the S frequencies of
+the DFT; k and S - k are conjugates and count as one, so that k = 0..S//2. The DCT has S frequencies, the identity none.
+
+No out x in matrix is formed: ``|col B row|^2 = <col^T col B, B row row^T>``, everything in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.files.format import AdapterFile
+from tcurlora_ext.adapter.model.structure import base_weights, require_container, stacks
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.maths.contract import Factors
+from tcurlora_ext.maths.folding import unfold_core
+from tcurlora_ext.maths.middle import MiddleBlocks
+from tcurlora_ext.maths.selection import column_scores, row_scores
+from tcurlora_ext.maths.transforms import transform_named
+
+
+@dataclass(frozen=True)
+class BaseInspection:
+    """What takes the base weights (S, out, in) to know.
+
+    delta_norms, base_norms   |dW_l|_F with the scale, and |W_l|_F, per slice
+    delta_energy              per frequency, adding up to sum_l |dW_l|^2; empty for the identity
+    column_scores, row_scores   norm scores of all input features (in,), and of all output features on the chosen
+                              columns (out,), as the rule "norm" ranks them, whatever rule chose
+    """
+
+    shape: tuple[int, int]
+    delta_norms: list[float]
+    base_norms: list[float]
+    delta_energy: list[float]
+    column_scores: list[float]
+    row_scores: list[float]
+
+
+@dataclass(frozen=True)
+class StackInspection:
+    """One stack. ``columns`` are input features and ``rows`` output features, best first, with the scores of the rule.
+
+    core_norms    |U_l|_F per slice, core_energy |U_k|^2 per frequency (a sum of all: |U|^2; empty for the identity)
+    base          None where only the adapter file is at hand
+    """
+
+    name: str
+    names: list[str]
+    rank: tuple[int, int]
+    transform: str
+    selection: str
+    scale: float
+    columns: list[int]
+    column_scores: list[float]
+    rows: list[int]
+    row_scores: list[float]
+    core_norms: list[float]
+    core_energy: list[float]
+    base: BaseInspection | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {name: getattr(value, "__dict__", value) for name, value in self.__dict__.items()}
+
+
+def inspect_file(file: AdapterFile) -> list[StackInspection]:
+    """What the file alone says of its stacks."""
+    found = []
+    for name, about in file.stacks.items():
+        core, rows, columns = (file.tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
+        core, slices = core.double(), len(about["names"])
+        in_slices = core if file.config.core_domain == "slice" else unfold_core(core, file.config.transform, slices)
+        found.append(
+            StackInspection(
+                name, list(about["names"]), (core.shape[1], core.shape[2]), file.config.transform,
+                file.config.selection, about["scale"], columns.tolist(), about["column_scores"], rows.tolist(),
+                about["row_scores"], *_core_numbers(in_slices, file.config.transform),
+            )
+        )  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def inspect_model(model: nn.Module) -> list[StackInspection]:
+    """The stacks of an adapted model, merged or not. Raises ValueError where it is not adapted."""
+    require_container(model)
+    found = []
+    for name, stack in stacks(model).items():
+        options = stack.options
+        found.append(
+            StackInspection(
+                name, list(stack.names), stack.rank, options.transform, options.selection, stack.scale,
+                stack.columns.tolist(), stack.column_scores, stack.rows.tolist(), stack.row_scores,
+                *_core_numbers(stack.core_slices().double(), options.transform),
+                _against_base(stack, base_weights(model, stack)),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _core_numbers(core: Tensor, transform: str) -> tuple[list[float], list[float]]:
+    """``core_norms`` and ``core_energy`` of U (S, c, r), float64."""
+    along = transform_named(transform)
+    blocks, weights = along.spectrum(core)
+    energy = weights * blocks.abs().square().sum((1, 2))
+    return core.norm(dim=(1, 2)).tolist(), energy.tolist() if along.has_frequencies else []
+
+
+def _against_base(stack: TCURStack, weights: Tensor) -> BaseInspection:
+    """Everything that takes the base weights (S, out, in)."""
+    scores = column_scores(weights)
+    return BaseInspection(
+        shape=stack.shape,
+        delta_norms=delta_norms(stack).tolist(),
+        base_norms=[float(weight.double().norm()) for weight in weights],
+        delta_energy=delta_energy(stack).tolist(),
+        column_scores=scores.tolist(),
+        row_scores=row_scores(weights, stack.columns).tolist(),
+    )
+
+
+def delta_norms(stack: TCURStack) -> Tensor:
+    """``|dW_l|_F`` of every slice, scale included: (S,) float64."""
+    col, core, row = stack.col.double(), stack.core_fourier().double(), stack.row.double()
+    calls = [stack.options.along.calls(col, core, row, stack.slices, at, 1, 1.0)[0] for at in range(stack.slices)]
+    grams: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of the factors that several slices share, once
+    squares = []
+    for call in calls:
+        key = (call.col.data_ptr(), call.row.data_ptr())
+        if key not in grams:
+            grams[key] = (call.col.T @ call.col, call.row @ call.row.T)
+        squares.append(_product_energy(grams[key][0], _middle(call), grams[key][1]))
+    return stack.scale * torch.stack(squares).clamp_min(0).sqrt()
+
+
+def delta_energy(stack: TCURStack) -> Tensor:
+    """The part of every frequency in ``sum_l |dW_l|^2``, (S//2 + 1,); (S,) for the DCT, (0,) without frequencies."""
+    along = stack.options.along
+    if not along.has_frequencies:
+        return torch.empty(0, dtype=torch.float64)
+    C, weights = along.spectrum(stack.C.double())
+    U, _ = along.spectrum(stack.core_slices().double())
+    R, _ = along.spectrum(stack.R.double())
+    norm = stack.scale**2 * along.product_energy(stack.slices)
+    return norm * weights * _product_energy(C.mH @ C, U, R @ R.mH).clamp_min(0)
+
+
+def _product_energy(of_left: Tensor, middle: Tensor, of_right: Tensor) -> Tensor:
+    """``|A M B|^2`` from A^H A, M and B B^H, over leading dimensions."""
+    return ((of_left @ middle) * (middle @ of_right).conj()).sum((-2, -1)).real
+
+
+def _middle(call: Factors) -> Tensor:
+    """B_l of a call for one slice as one matrix (c*S, r*S), in the order of the blocks of col and row."""
+    blocks = MiddleBlocks(call.core, call.first_slice, 1, call.transform)
+    first, *last = blocks.single[0]
+    return torch.block_diag(first, *blocks.pair[0], *last)

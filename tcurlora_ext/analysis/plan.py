@@ -1,0 +1,281 @@
+"""What an adapter will cost, counted from shapes alone: for a model on the meta device, before any weight is read.
+
+FLOPs are those of the products (a product (a, b)(b, c) counts 2abc), bytes saved for backward are what the adapted
+layers keep beyond their frozen weights, which autograd only refers to. A frozen linear layer itself keeps nothing:
+its dx needs W alone. With ``dropout`` the adapter always keeps h and a mask as large as x, counted in the dtype of x as
+the CPU keeps it (CUDA takes one byte a number). LoRA is PEFT's form, one layer a module (a fused projection counts as
+one), without dropout, in the dtype of the data.
+
+For T tokens, n slices of (out, in), S slices in the stack, q = r*S, q_c = c*S, with ``pairs`` frequencies that hold a
+real and an imaginary part and ``alone`` ones that do not:
+
+With ``frequencies`` S is the number of kept blocks in the following, and a layer of n slices n calls of one.
+
+    tCUR forward   h = x row^T 2T*q*in,  middle 2T*n*c*r*(alone + 4 pairs),  m col^T 2T*n*q_c*out
+    tCUR backward  p = g col,  dh: a middle product,  dh row,  dcore: a middle product; h again where x was kept
+    LoRA forward   2T*r0*(in + n*out);  backward twice that
+    base           2T*n*in*out forward, the same for dx
+
+Materialising dW of a layer costs 2q*in*out whatever T is, and so has fewer forward FLOPs than the adapter above
+``crossover`` = in*out / (in + out) tokens; what it costs in memory and rounding is not counted here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.layer.linear import TCURLayer
+from tcurlora_ext.adapter.model.ranks import stack_ranks
+from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
+
+from .filesize import file_bytes, stack_file_bytes
+from .layercost import LayerCost
+
+# Projections that read one tensor: autograd keeps it once for all of them.
+_SIBLINGS = re.compile(r"(?:(?P<attention>(to_)?[qkv](_proj)?|query|key|value)|(?P<gated>gate_proj|up_proj))")
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a forward pass calls a layer: with ``tokens`` rows in all; layers of one ``source`` read the same tensor."""
+
+    tokens: int
+    source: object
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One method on some layers.
+
+    trained            numbers
+    forward, backward  FLOPs of the method alone, the base's products not counted
+    saved              bytes kept from forward to backward
+    factors            bytes of frozen factors (col and row)
+    file               bytes of the adapter file that these layers take
+    """
+
+    trained: int = 0
+    forward: int = 0
+    backward: int = 0
+    saved: int = 0
+    factors: int = 0
+    file: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """One stack: ``slices`` weights of ``shape`` (out, in) in ``layers`` modules; ``q`` is the width of h.
+
+    ``tokens`` is the sum over the layers; ``base`` has the FLOPs of the frozen layers.
+    """
+
+    name: str
+    layers: int
+    slices: int
+    shape: tuple[int, int]
+    rank: tuple[int, int]
+    q: int
+    tokens: int
+    crossover: float
+    base: Cost
+    tcur: Cost
+    lora: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stacks, and in all; ``str()`` makes a table, :meth:`rows` plain records of the same."""
+
+    stacks: tuple[StackPlan, ...]
+    base: Cost
+    tcur: Cost
+    lora: Cost
+    lora_rank: int
+    dtype: str
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One record a stack and method, then one a method in all (``stack`` is "total"): numbers and strings only."""
+        records = []
+        for stack in self.stacks:
+            out_features, in_features = stack.shape
+            about = {
+                "stack": stack.name, "layers": stack.layers, "slices": stack.slices, "out": out_features,
+                "in": in_features, "tokens": stack.tokens, "crossover": stack.crossover,
+            }  # fmt: skip
+            columns, rows = stack.rank
+            for method, rank, q, cost in (
+                ("base", "", 0, stack.base),
+                ("tcur", f"{columns},{rows}", stack.q, stack.tcur),
+                ("lora", str(self.lora_rank), self.lora_rank, stack.lora),
+            ):
+                records.append(about | {"method": method, "rank": rank, "q": q} | asdict(cost))
+        total = {
+            "stack": "total", "layers": sum(s.layers for s in self.stacks),
+            "slices": sum(s.slices for s in self.stacks), "out": "", "in": "",
+            "tokens": sum(s.tokens for s in self.stacks), "crossover": "",
+        }  # fmt: skip
+        for method, cost in (("base", self.base), ("tcur", self.tcur), ("lora", self.lora)):
+            records.append(total | {"method": method, "rank": "", "q": ""} | asdict(cost))
+        return records
+
+    def table(self) -> list[list[str]]:
+        """Headings, then a line a record, formatted for reading."""
+        lines = [
+            ["stack", "layers", "slices", "out x in", "T > dW", "method", "rank", "q", "trained", "forward GFLOP",
+             "backward GFLOP", "saved MiB", "factors MiB", "file KiB"]
+        ]  # fmt: skip
+        for index, row in enumerate(self.rows()):
+            first = index % 3 == 0
+            shape = f"{row['out']} x {row['in']}" if row["out"] else ""
+            crossover = f"{row['crossover']:,.0f}" if row["crossover"] else ""
+            about = [row["stack"], str(row["layers"]), str(row["slices"]), shape, crossover] if first else [""] * 5
+            base = row["method"] == "base"
+            memory = [f"{row[name] / 2**20:,.2f}" for name in ("saved", "factors")]
+            lines.append([
+                *about, row["method"], row["rank"].replace(",", ", "), str(row["q"] or ""),
+                "" if base else f"{row['trained']:,}", f"{row['forward'] / 1e9:,.3f}", f"{row['backward'] / 1e9:,.3f}",
+                *(["", "", ""] if base else [*memory, f"{row['file'] / 1024:,.1f}"]),
+            ])  # fmt: skip
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.table()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        left = (0, 5)
+        text = [
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        return "\n".join(line.rstrip() for line in text)
+
+
+def plan(
+    model: nn.Module,
+    config: TCURConfig | None = None,
+    tokens: int | Mapping[str, Call] = 2048,
+    lora_rank: int = 8,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """What ``config`` costs on ``model`` in one training step, beside LoRA of rank ``lora_rank`` in the same modules.
+
+    The model may be on the meta device and is left as it is. ``tokens`` is T, the rows of every layer's input, or what
+    :func:`trace_calls` returns; with a number, layers called q, k, v (or gate and up) of one parent are taken to read
+    one tensor. ``dtype`` is that of weights and activations (default: the weights'). Raises ValueError where nothing
+    matches, the model is adapted already, a rank does not fit or a layer was not called.
+    """
+    config = config or TCURConfig()
+    if isinstance(tokens, int) and tokens < 1:
+        raise ValueError(f"tokens is {tokens}, expected a positive whole number")
+    if lora_rank < 1:
+        raise ValueError(f"lora_rank is {lora_rank}, expected a positive whole number")
+    adapted = next((name for name, module in model.named_modules() if isinstance(module, TCURLayer)), None)
+    if adapted is not None:
+        raise ValueError(f"{adapted} of {type(model).__name__} is adapted already; call remove(model) first")
+    groups = group(find_targets(model, config), config)
+    ranks = stack_ranks(groups, config)
+    kept: dict[str, set[object]] = {"tcur": set(), "lora": set()}
+    stacks = []
+    for name, members in groups.items():
+        calls = [_call(target, tokens) for target in members]
+        stacks.append(_stack(name, members, ranks[name], calls, config, lora_rank, dtype, kept))
+    base, tcur, lora = (sum((getattr(s, kind) for s in stacks), Cost()) for kind in ("base", "tcur", "lora"))
+    tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups, ranks)}))
+    found = dtype or next(iter(groups.values()))[0].weight.dtype
+    return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."))
+
+
+def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: Any) -> dict[str, Call]:
+    """Run ``model(*inputs, **keywords)`` once and note how many tokens, of which tensor, each target reads.
+
+    On the meta device nothing is computed. A target that is not called does not stand in the result.
+    """
+    seen: dict[int, tuple[int, Tensor]] = {}  # holds the tensors, so that an id is not given out twice
+    calls: dict[str, Call] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        number, _ = seen.setdefault(id(x), (len(seen), x))
+        before = calls[name].tokens if name in calls else 0
+        calls[name] = Call(before + x.shape[:-1].numel(), number)
+
+    with torch.no_grad(), watching(find_targets(model, config), note):
+        model(*inputs, **keywords)
+    return calls
+
+
+def _call(target: Target, tokens: int | Mapping[str, Call]) -> Call:
+    if not isinstance(tokens, int):
+        if target.name not in tokens:
+            raise ValueError(f"{target.name} is a target, but the traced forward pass does not call it")
+        return tokens[target.name]
+    parent, _, last = target.name.rpartition(".")
+    match = _SIBLINGS.fullmatch(last)
+    return Call(tokens, (parent, match.lastgroup if match else last))
+
+
+def _stack(
+    name: str,
+    members: list[Target],
+    rank: tuple[int, int],
+    calls: list[Call],
+    config: TCURConfig,
+    lora_rank: int,
+    dtype: torch.dtype | None,
+    kept: Mapping[str, set[object]],
+) -> StackPlan:
+    out_features, in_features = members[0].shape
+    slices = sum(target.slices for target in members)
+    size = (dtype or members[0].weight.dtype).itemsize
+    wide = max(4, size)
+    c, r = rank
+    blocks = config.blocks(slices)
+    factors = blocks * (out_features * c + r * in_features)
+    trains_all = config.trainable == "all"
+    base, lora = Cost(), Cost()
+    tcur = Cost(
+        trained=blocks * c * r + (factors if trains_all else 0),
+        factors=0 if trains_all else factors * size,
+        file=stack_file_bytes(name, members, rank, config),
+    )
+    for target, call in zip(members, calls, strict=True):
+        layer = LayerCost(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
+        base += Cost(forward=layer.base(), backward=layer.base())
+        numbers, keeps_x = layer.saved()
+        tcur += Cost(
+            forward=layer.forward(),
+            backward=layer.backward(),
+            saved=numbers * size + layer.saved_casts(size) + _once(kept["tcur"], call, keeps_x, in_features) * size,
+        )
+        trained = lora_rank * (in_features + target.slices * out_features)
+        lora += Cost(
+            trained=trained,
+            forward=2 * call.tokens * trained,
+            backward=4 * call.tokens * trained,
+            saved=(call.tokens * lora_rank + _once(kept["lora"], call, True, in_features)) * size,
+            file=trained * wide + 2 * 150,  # tensors in float32, as PEFT writes them, and their entries in the header
+        )
+    q = r * config.along.call_shape(slices, 1, blocks).blocks
+    crossover = in_features * out_features / (in_features + out_features)
+    tokens = sum(call.tokens for call in calls)
+    return StackPlan(
+        name, len(members), slices, (out_features, in_features), rank, q, tokens, crossover, base, tcur, lora
+    )
+
+
+def _once(kept: set[object], call: Call, keeps_x: bool, in_features: int) -> int:
+    """Numbers of x that this layer is the first to keep."""
+    if not keeps_x or call.source in kept:
+        return 0
+    kept.add(call.source)
+    return call.tokens * in_features

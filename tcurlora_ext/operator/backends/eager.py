@@ -1,0 +1,98 @@
+"""The folded form in PyTorch operations: forward and backward of a TCUR layer without an (out x in) tensor.
+
+Shapes: x (..., in); weight (n*out, in), n slices stacked by rows; col (out, c*S); core (S, c, r) in the slice
+transform's coordinates; row (r*S, in). T is the number of rows of x. Notation and derivation: docs/maths.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tcurlora_ext.maths.contract import Factors, Gradients, required
+from tcurlora_ext.maths.middle import BatchedMiddle
+from tcurlora_ext.operator.checks import check
+from tcurlora_ext.trace import stage
+
+from .base import Backend
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
+    """y (..., n*out) and h (T, r*S). Raises ValueError where the tensors do not fit together."""
+    check(x, weight, bias, factors)
+    col, row = factors.col, factors.row
+    x2 = _rows_of(x)
+    with stage("h = x row^T"):
+        h = x2 @ row.T
+    with stage("m = h B^T"):
+        m = BatchedMiddle(factors, x.dtype).forward(h)
+    # The base as nn.Linear computes it, then the adapter accumulated onto it: a zero core gives the base bit for bit.
+    with stage("y = x W^T + bias"):
+        y = torch.nn.functional.linear(x2, weight, bias)
+    with stage("y += m col^T"):
+        y.view(-1, col.shape[0]).addmm_(m.flatten(0, 1), col.T)
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+def backward(
+    g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, factors: Factors, needs: Sequence[bool]
+) -> Gradients:
+    """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no.
+
+    Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
+    """
+    needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
+    col, core, row, _, n, *_ = factors
+    gradients = [g.new_empty(0), g.new_empty(0), g.new_empty(0), g.new_empty(0), core.new_empty(0), g.new_empty(0)]
+    g2 = _rows_of(g)
+    x2 = None if x is None else _rows_of(x)
+    if needs_weight:
+        gradients[1] = g2.T @ required(x2, "x")
+    if needs_bias:
+        gradients[2] = g2.sum(0)
+    if not (needs_x or needs_col or needs_core or needs_row):
+        return _six(gradients)
+
+    middle = BatchedMiddle(factors, g.dtype)
+    g_slices = g2.reshape(-1, col.shape[0])
+    with stage("p = g col"):
+        p = (g_slices @ col).view(-1, n, col.shape[1])
+    if needs_col or needs_core:
+        if h is None:
+            with stage("h = x row^T"):
+                h = required(x2, "x or h") @ row.T
+        if needs_core:
+            with stage("dcore = diag(p^T h)"):
+                gradients[4] = middle.core_gradient(p, h).to(core.dtype)
+        if needs_col:
+            gradients[3] = g_slices.T @ middle.forward(h).flatten(0, 1)
+    if needs_x or needs_row:
+        with stage("dh = p B"):
+            dh = middle.backward(p)
+        del p  # n*c*S numbers a token, for a fused projection more than x: gone before dx is made
+        if needs_x:
+            with stage("dx = g W + dh row"):
+                gradients[0] = (g2 @ weight).addmm_(dh, row).view(*g.shape[:-1], row.shape[1])
+        if needs_row:
+            gradients[5] = dh.T @ required(x2, "x")
+    return _six(gradients)
+
+
+def _six(gradients: list[Tensor]) -> Gradients:
+    dx, dweight, dbias, dcol, dcore, drow = gradients
+    return dx, dweight, dbias, dcol, dcore, drow
+
+
+EAGER = Backend(
+    name="eager",
+    description=lambda: "PyTorch operations",
+    missing=lambda device_type: "",
+    forward=forward,
+    backward=backward,
+)
