@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def constant(build: Callable[P, T]) -> Callable[P, T]:
-    """Keep what ``build`` made of its arguments, as ordinary CPU tensors.
+def constant(build: Callable[..., T]) -> Callable[..., T]:
+    """Keep what ``build`` made of its arguments, given by position, as ordinary CPU tensors.
 
     A first call under ``torch.inference_mode`` or a default device would otherwise leave inference or meta tensors for
     every later one. A compiled function builds its own: Dynamo enters neither the cache nor these contexts.
@@ -28,8 +27,7 @@ def constant(build: Callable[P, T]) -> Callable[P, T]:
             return build(*arguments)
 
     @wraps(build)
-    def made_once(*arguments: P.args, **named: P.kwargs) -> T:
-        assert not named, "arguments by position, so that one call has one entry"
+    def made_once(*arguments: Any) -> T:
         return build(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
 
     return made_once
