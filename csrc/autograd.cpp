@@ -48,10 +48,11 @@ struct Forward : torch::autograd::Function<Forward<returns_h>> {
     context->save_for_backward(
         {saves_x ? x : Tensor(), needs_h && !prefers_x ? h : Tensor(), weight, col, core, row});
     context->set_materialize_grads(false);
-    // The operator has refused unknown names by now.
+    // The operator has refused unknown backends by now, and the backends the transforms that they do not compute with.
+    const size_t folding = Names::index(names().transforms, transform);
+    TORCH_CHECK_VALUE(folding < names().transforms.size(), "transform '", transform, "' is not among set_names()'s");
     context->saved_data["options"] = Options(
-        {first_slice, num_slices, scale},
-        static_cast<int64_t>(2 * Names::index(names().transforms, transform) + bias.has_value()),
+        {first_slice, num_slices, scale}, static_cast<int64_t>(2 * folding + bias.has_value()),
         static_cast<int64_t>(backend == "auto" ? 0 : 1 + Names::index(names().backends, backend)));
     if constexpr (!returns_h) return {std::move(y)};
     context->mark_non_differentiable({h});

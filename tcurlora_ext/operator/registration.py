@@ -51,6 +51,13 @@ def _decomposed(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> T
     return decomposition.linear(x, weight, bias, forward_arguments(*rest)[0])
 
 
+def tell_names() -> None:
+    """Give the extension the names that the operators take: of all backends, and of the transforms with one core."""
+    built = extension()
+    if built is not None:
+        built.set_names(list(BACKENDS), [one.name for one in TRANSFORMS.values() if one.shares_core])
+
+
 override()  # an unknown name in the environment is an error here, not in the middle of a step
 _extension = extension()
 if _extension is None:
@@ -64,8 +71,8 @@ else:
             _library.define(backward_schema(f"{_backend.name}_backward", "str transform"))
             _library.impl(f"{_backend.name}_forward", forward_of(_backend), "CompositeExplicitAutograd")
             _library.impl(f"{_backend.name}_backward", backward_of(_backend), "CompositeExplicitAutograd")
-    _extension.set_names(list(BACKENDS), [one.name for one in TRANSFORMS.values() if one.shares_core])
     _extension.set_choices(as_plain_values)
+tell_names()
 torch.library.register_fake("tcurlora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tcurlora::backward", _backward_fake, lib=_library)
 # This key comes before every transform of torch.func (vmap, grad, jvp), none of which can look into a C++ autograd

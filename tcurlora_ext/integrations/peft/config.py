@@ -24,9 +24,11 @@ TYPE = "TCURLORA"
 IMPORT = "import tcurlora_ext.integrations.peft"
 BIAS = ("none", "all", "tcurlora_only")
 
-# Passed on to the stacks' configuration under the same names: all options of a stack, and how stacks are formed.
+# Rank and alpha have patterns of their own here, and PEFT's adapters train the core alone. All other options of a
+# stack, and how stacks are formed, are passed on under the same names.
+_OTHERWISE = ("rank", "alpha", "trainable")
 _OF_STACKS = (
-    *(option.name for option in fields(StackOptions) if option.name not in ("rank", "alpha")),
+    *(option.name for option in fields(StackOptions) if option.name not in _OTHERWISE),
     *("stack_by", "stack_blocks", "split_fused"),
 )
 
