@@ -47,6 +47,16 @@ def take_factors(weights: Tensor, selection: Selection, options: StackOptions) -
     return TakenFactors(col, row, float(scale))
 
 
+def require_stack(weights: Tensor) -> None:
+    """Raise ValueError unless these are weights (S, out, in) of a floating dtype with values to choose by."""
+    if weights.dim() != 3 or 0 in weights.shape:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (slices, out, in), none of them 0")
+    if not weights.is_floating_point():
+        raise ValueError(f"weights are {weights.dtype}, expected a floating dtype")
+    if weights.is_meta:
+        raise ValueError("weights are on the meta device: rows and columns are chosen from real values")
+
+
 def require_finite(weights: Tensor, names: Sequence[str]) -> None:
     """Raise ValueError, with the name of the slice, where weights (S, out, in) are NaN or infinite."""
     for index, weight in enumerate(weights):

@@ -17,7 +17,7 @@ from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator import flops
 from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 
-from .factors import require_finite, take_factors
+from .factors import require_finite, require_stack, take_factors
 from .reloaded import Reloaded
 
 # Rules whose choice does not follow from base weights alone: they keep their rows and columns.
@@ -73,7 +73,7 @@ class TCURStack(nn.Module):
         self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
         for name, folded in (("col", taken.col), ("row", taken.row)):
             if options.trainable == "all":
-                setattr(self, name, nn.Parameter(folded.to(wide)))
+                self.register_parameter(name, nn.Parameter(folded.to(wide)))
             else:
                 self.register_buffer(name, folded)
 
@@ -126,15 +126,10 @@ class TCURStack(nn.Module):
 
         Args:
             weights, inputs, names: As there.
-            options: How the stack is made.
-            selection: Rows and columns chosen before; None, or a rule's name: chosen by the options' rule.
+            options: How the stack is made; its rule chooses unless ``selection`` has rows and columns.
+            selection: Rows and columns chosen before, or None.
         """
-        if weights.dim() != 3 or 0 in weights.shape:
-            raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (slices, out, in), none of them 0")
-        if not weights.is_floating_point():
-            raise ValueError(f"weights are {weights.dtype}, expected a floating dtype")
-        if weights.is_meta:
-            raise ValueError("weights are on the meta device: rows and columns are chosen from real values")
+        require_stack(weights)
         c, r = fitting_pair(options.rank, (weights.shape[1], weights.shape[2]))
         require_finite(weights, names)
         if not isinstance(selection, Selection):

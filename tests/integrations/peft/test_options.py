@@ -143,8 +143,9 @@ def test_they_survive_saving_and_loading(
         assert getattr(loaded.peft_config["default"], name) == getattr(model.peft_config["default"], name)
     stacks = loaded.base_model.stacks("default")
     for name, stack in model.base_model.stacks("default").items():
-        assert (stacks[name].dropout, stacks[name].names) == (stack.dropout, stack.names)
-        assert (stacks[name].frequencies, stacks[name].scale) == (stack.frequencies, stack.scale)
+        loaded_options, options_ = stacks[name].options, stack.options
+        assert (loaded_options.dropout, stacks[name].names) == (options_.dropout, stack.names)
+        assert (loaded_options.frequencies, stacks[name].scale) == (options_.frequencies, stack.scale)
 
 
 def test_a_configuration_saved_without_these_fields_loads(
