@@ -78,6 +78,14 @@ def test_an_option_reaches_a_stack_from_keywords(name: str) -> None:
     assert layer.stack.options == StackOptions(**OTHER[name])
 
 
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"rank", "selection", "scale"}))
+def test_an_option_can_be_read_from_the_stack(name: str) -> None:
+    stack = tcur.TCURStack.from_weights(torch.randn(4, 9, 8), **{"scale": None} | OTHER[name])
+    assert getattr(stack, name) == OTHER[name][name]
+    with pytest.raises(AttributeError):
+        setattr(stack, name, None)
+
+
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(TypeError, match="ranks"):
         tcur.TCURStack.from_weights(torch.randn(4, 6, 5), ranks=3)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -395,3 +396,8 @@ class TCURStack(nn.Module):
     def extra_repr(self) -> str:
         (out_features, in_features), (c, r) = self.shape, self.rank
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
+
+
+# Options can be read from the stack too, as before 0.2. It has a rank, a selection and a scale of its own.
+for _name in {option.name for option in fields(StackOptions)} - {"rank", "selection", "scale"}:
+    setattr(TCURStack, _name, property(attrgetter(f"options.{_name}")))
