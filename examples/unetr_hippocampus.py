@@ -109,7 +109,7 @@ def trained_parameters(model: nn.Module) -> str:
 def main() -> None:
     """Prepare the data and the base network, adapt, save, load, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="an MSD task's folder, or one with images, labels, splits.json")
+    parser.add_argument("--data", type=Path, required=True, help="an MSD task's folder, or images, labels, splits.json")
     parser.add_argument("--download", action="store_true", help=f"download {TASK} into the parent of --data")
     parser.add_argument("--weights", type=Path, help="state dict of a UNETR with the sizes below (.pt, .safetensors)")
     parser.add_argument("--hidden", type=int, default=192, help="a multiple of the 12 heads")

@@ -49,7 +49,7 @@ def image_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """Files, labels and class names of FOLDER/CLASS/IMAGE. Raises ValueError for a folder without this structure."""
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if len(classes) < 2:
-        raise ValueError(f"--images {folder}: found {len(classes)} folders, expected one per class, at least two")
+        raise ValueError(f"--images {folder}: found {len(classes)} folders in it, expected one per class, at least two")
     files: list[Path] = []
     labels: list[int] = []
     for number, name in enumerate(classes):

@@ -17,7 +17,7 @@ from tcurlora_ext.adapter.layer.linear import TCURLayer
 
 
 def plain_output(model: nn.Module, x: Tensor) -> Tensor:
-    """Of frozen weights: PyTorch multiplies a tensor that asks for a gradient in other steps, with other last bits."""
+    """The output with frozen weights: with requires_grad PyTorch may compute a product with other last bits."""
     return copy.deepcopy(model).requires_grad_(False)(x)
 
 
@@ -239,7 +239,7 @@ def test_a_module_under_two_names_is_replaced_in_both_and_is_one_slice() -> None
 
 
 def test_the_projection_of_multihead_attention_is_not_adapted() -> None:
-    """Its parent multiplies with the weight itself: an adapter there would silently do nothing."""
+    """Its parent uses the weight without calling the layer: an adapter there would silently have no effect."""
     model = nn.ModuleDict({"self_attn": nn.MultiheadAttention(8, 2), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 8)})})
     kind = type(model["self_attn"].out_proj)
     tcur.inject(model, tcur.TCURConfig(rank=2))
@@ -251,7 +251,7 @@ def test_the_projection_of_multihead_attention_is_not_adapted() -> None:
 
 
 def test_a_transformer_encoder_layer_is_refused(state_of: Any, assert_unchanged: Any) -> None:
-    """In eval mode it hands its weights to one fused operator: an adapter in it would silently do nothing."""
+    """In eval mode it passes its weights to one fused operator: an adapter in it would silently have no effect."""
     model = nn.ModuleDict({"first": nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "mlp": nn.Linear(8, 8)})
     before = state_of(model)
     with pytest.raises(ValueError, match=r"first\.linear1: first is an nn\.TransformerEncoderLayer"):

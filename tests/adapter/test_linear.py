@@ -1,4 +1,4 @@
-"""The layer as the nn.Linear that it is."""
+"""TCURLinear behaves as nn.Linear wherever code expects one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One stack: its change against the definition, its core in both domains, scale and trained factors."""
+"""One stack: its dW against the definition, its core in both domains, scale and trained factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved adapter in the place of a loaded one, under a compiled model too."""
+"""Replacing a loaded adapter by a saved one, also in a compiled model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_adapter_that_is_not_alike_is_refused_and_changes_nothing(
 def test_indices_for_another_base_are_refused_and_change_nothing(
     make_llama: MakeLlama, tokens: Tensor, adapt: Adapt, tmp_path: Path
 ) -> None:
-    """The stack that differs is the last, so that the others have been looked at."""
+    """The last stack differs, so that the others have been checked before."""
     other = make_llama()
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.add_(0.1)

@@ -1,4 +1,4 @@
-"""The options that are those of ``inject``: dropout, a budget, blocks, frequencies, activations."""
+"""Options that ``inject`` has too: dropout, a parameter budget, blocks, frequencies, activations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ranks(model: PeftModel, adapter: str = "default") -> dict[str, tuple[int, in
 def test_in_training_the_adapter_reads_a_dropped_x_and_the_base_all_of_it(
     make_llama: MakeLlama, adapt: Adapt, hooked: bool
 ) -> None:
-    """Through the stack's own base product and beside a base layer of its own."""
+    """With the base product in the operator, and with the base layer called separately."""
     model = adapt(make_llama().double(), target_modules=["q_proj"], dropout=0.5)
     layer = next(module for module in model.modules() if isinstance(module, TcurLoraLinear)).train()
     if hooked:
@@ -213,7 +213,7 @@ def test_inputs_are_those_of_the_base_whatever_adapters_it_has(
 
 
 def test_layers_that_cannot_be_stacked_are_in_stacks_of_their_own(make_llama: MakeLlama, adapt: Adapt) -> None:
-    """As a device_map leaves them; here of two dtypes."""
+    """As with a device_map; here they have two dtypes."""
 
     def mixed() -> LlamaForCausalLM:
         model = make_llama()

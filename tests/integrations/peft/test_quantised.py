@@ -1,4 +1,4 @@
-"""A quantised base: wrapped, C and R from its dequantised weight."""
+"""A quantised base: its layers are adapted, with C and R from the dequantised weight."""
 
 from __future__ import annotations
 

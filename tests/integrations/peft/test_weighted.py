@@ -1,4 +1,4 @@
-"""Adapters added up: the sum of their changes, as an adapter like any other."""
+"""Weighted sums of adapters: an ordinary adapter whose dW is the sum of theirs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = {"default": 1.5, "second": -0.5, "third": 2.0}
 
 @pytest.fixture
 def make(make_llama: MakeLlama, adapt: Adapt) -> Make:
-    """Adapters "default", "second", ...: of the first options, and of each of the others beside them."""
+    """A model with the adapters "default", "second", ..., one for each of the given options."""
 
     def make(*options: dict[str, Any]) -> PeftModel:
         common = {"r": 2, "init_weights": False, "target_modules": ["q_proj", "o_proj", "down_proj"]}
@@ -36,7 +36,7 @@ def make(make_llama: MakeLlama, adapt: Adapt) -> Make:
 
 
 def assert_sum(model: PeftModel, adapter: str, parts: list[str]) -> None:
-    """Every layer's change is the weighted sum of those of the parts, to the rounding of a float32 core."""
+    """Every layer's dW is the weighted sum of the parts' dW, up to rounding of a float32 core."""
     for layer in (module for module in model.modules() if isinstance(module, TcurLoraLinear)):
         own = [WEIGHTS[name] * layer.slices[name].delta_weight(torch.float64) for name in parts if name in layer.slices]
         assert (adapter in layer.slices) == bool(own)

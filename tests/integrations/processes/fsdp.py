@@ -76,7 +76,7 @@ def fsdp_holds_every_number_once(entry: Entry, _: Path) -> None:
 
 @case
 def fsdp_of_the_root_alone_and_without_the_helper(entry: Entry, _: Path) -> None:
-    """One group for all, and the cores in the root's group: in one dtype this works, too."""
+    """With one group for all, the cores are in the root's group: with one dtype this works, too."""
     mesh = processes()
     check_gradients(tcur.shard(adapted(entry), [], mesh=mesh), adapted(entry))
     plain = adapted(entry)

@@ -1,4 +1,4 @@
-"""Norms and frequencies of an adapter, against its dense change."""
+"""Norms and frequencies of an adapter, against its dense dW."""
 
 from __future__ import annotations
 
