@@ -53,7 +53,7 @@ def _decomposed(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> T
     return decomposition.linear(x, weight, bias, forward_arguments(*rest)[0])
 
 
-override()  # so that an unknown name in the environment raises at import, not in the middle of a step
+override()  # an unknown name in the environment is an error here, not in the middle of a step
 _extension = extension()
 if _extension is None:
     _library = torch.library.Library("tcurlora", "DEF")

@@ -103,8 +103,8 @@ def test_text_and_rows() -> None:
     ("make", "message"),
     [
         (lambda: costs(ranks=0), "ranks is 0, expected a positive whole number"),
-        (lambda: Rates(flops=0.0), "flops is 0.0, expected a positive number a second"),
-        (lambda: Rates(bytes=float("nan")), "bandwidth is nan, expected a positive number a second"),
+        (lambda: Rates(flops=0.0), "flops is 0.0, expected a positive number per second"),
+        (lambda: Rates(bytes=float("nan")), "bandwidth is nan, expected a positive number per second"),
     ],
 )
 def test_wrong_input(make: Any, message: str) -> None:

@@ -128,9 +128,9 @@ class TCURStack(nn.Module):
         """As :meth:`from_weights`, with the options as one object.
 
         Args:
-            weights, inputs, names: As in :meth:`from_weights`.
-            options: How the stack is built.
-            selection: Rows and columns chosen beforehand; None or a rule's name: the options' rule chooses.
+            weights, inputs, names: As there.
+            options: How the stack is made.
+            selection: Rows and columns chosen before; None, or a rule's name: chosen by the options' rule.
         """
         if weights.dim() != 3 or 0 in weights.shape:
             raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (slices, out, in), none of them 0")

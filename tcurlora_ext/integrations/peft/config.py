@@ -24,7 +24,7 @@ TYPE = "TCURLORA"
 IMPORT = "import tcurlora_ext.integrations.peft"
 BIAS = ("none", "all", "tcurlora_only")
 
-# The options passed on to TCURConfig under the same names: those of a stack, and those by which stacks are formed.
+# Passed on to the stacks' configuration under the same names: all options of a stack, and how stacks are formed.
 _OF_STACKS = (
     *(option.name for option in fields(StackOptions) if option.name not in ("rank", "alpha")),
     *("stack_by", "stack_blocks", "split_fused"),

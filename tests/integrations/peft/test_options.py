@@ -248,7 +248,7 @@ def test_replicated_layers_share_their_weights_and_have_slices_of_their_own(
     loaded.load_adapter(tmp_path, "again")
     assert len(loaded.base_model.model.model.layers) == 4
     for change in (loaded.merge_adapter, loaded.merge_and_unload):
-        with pytest.raises(ValueError, match="cannot merge: replicated layers have one weight"):
+        with pytest.raises(ValueError, match="cannot merge: replicated layers share one weight"):
             change()
     with pytest.raises(ValueError, match=r"layer_replication is None, expected \[\(0, 1\), \(0, 2\)"):
         loaded.add_adapter("other", TcurLoraConfig(r=2))

@@ -151,5 +151,5 @@ def test_what_has_no_exact_sum_is_refused_and_changes_nothing(
 def test_a_name_that_ends_like_an_adapted_one_is_not_adapted(adapt: Adapt) -> None:
     inner = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model = adapt(torch.nn.Sequential(torch.nn.Linear(4, 4), inner), target_modules=r"0", r=1)
-    with pytest.raises(ValueError, match=r"would be stack 4x4 of the sum|1\.0 has the end"):
+    with pytest.raises(ValueError, match=r"would be stack 4x4 of the sum|1\.0 matches the name of an adapted layer"):
         model.add_weighted_adapter(["default"], [1.0], "sum")

@@ -244,5 +244,5 @@ def fsdp_refuses_merging_and_adapters_on_sharded_weights_through_peft(entry: Ent
     with pytest.raises(ValueError, match="weight is sharded over several processes; save the adapter, load it onto"):
         model.merge_adapter()
     for add in (lambda: model.add_adapter("second", TcurLoraConfig(r=3)), lambda: entry.adapt(plain, rank=2)):
-        with pytest.raises(ValueError, match="is sharded over several processes; put adapters on before it is sharded"):
+        with pytest.raises(ValueError, match="is sharded over several processes; add adapters before it is sharded"):
             add()
