@@ -48,7 +48,7 @@ struct Forward : torch::autograd::Function<Forward<returns_h>> {
     context->save_for_backward(
         {saves_x ? x : Tensor(), needs_h && !prefers_x ? h : Tensor(), weight, col, core, row});
     context->set_materialize_grads(false);
-    // The operator has already refused unknown names.
+    // The operator has refused unknown names by now.
     context->saved_data["options"] = Options(
         {first_slice, num_slices, scale},
         static_cast<int64_t>(2 * Names::index(names().transforms, transform) + bias.has_value()),
