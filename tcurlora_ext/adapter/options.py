@@ -70,7 +70,7 @@ class StackOptions:
             if not self.along.truncates or self.core_domain != "fourier":
                 raise ValueError(
                     f"frequencies is {self.frequencies!r}, expected transform 'dft' and core_domain 'fourier' with it, "
-                    f"found {self.transform!r} and {self.core_domain!r}"
+                    f"found transform {self.transform!r} and core_domain {self.core_domain!r}"
                 )
         if self.rank_stabilised and self.scale is not None:
             raise ValueError(f"rank_stabilised changes the default scale rule, found scale {self.scale!r}, not None")

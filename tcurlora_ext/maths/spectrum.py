@@ -18,7 +18,7 @@ def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
 
     Returns:
-        The frequencies (S//2 + 1 or S, m, n), and the weight of each in the energy: 2 for one of a conjugate pair.
+        The frequencies (S//2 + 1 or S, m, n), and the weight of each in the energy, 2 for one of a conjugate pair.
     """
     return transform_named(transform).spectrum(tensor)
 

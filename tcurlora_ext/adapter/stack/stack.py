@@ -151,7 +151,7 @@ class TCURStack(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """The number of the core's blocks: S, or fewer where it has only the lowest frequencies."""
+        """The number of the core's blocks, S, or fewer where it has only the lowest frequencies."""
         return self.options.blocks(self.slices)
 
     @property
