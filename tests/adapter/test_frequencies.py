@@ -45,7 +45,7 @@ def test_the_change_is_the_definition_on_whole_columns_and_rows(slices: int, kep
 
 @BACKENDS
 @COUNTS
-def test_every_layer_and_its_gradients_are_those_of_the_dense_change(slices: int, kept: int, backend: str) -> None:
+def test_every_layer_and_its_gradients_are_those_of_the_dense_delta(slices: int, kept: int, backend: str) -> None:
     """For layers of one slice, and for a fused layer of two."""
     stack, W = stack_of(slices, kept, backend=backend)
     for first, n in [(layer, 1) for layer in range(slices)] + [(slices - 2, 2)]:

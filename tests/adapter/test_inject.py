@@ -43,7 +43,7 @@ def test_slices_are_named_in_order(network: Any, config: tcur.TCURConfig) -> Non
     assert layer.stack is stack is network.blocks[0].attn.qkv.stack
 
 
-def test_every_layer_computes_its_own_dense_change(adapted: Any) -> None:
+def test_every_layer_computes_its_own_dense_delta(adapted: Any) -> None:
     for name, layer in adapted.named_modules():
         if isinstance(layer, TCURLayer):
             x = torch.randn(3, layer.in_features)
@@ -131,7 +131,7 @@ def test_a_removed_adapter_leaves_no_trace_in_a_layer(network: Any, config: tcur
 
 
 @pytest.mark.parametrize("call", [tcur.merge, tcur.unmerge, tcur.remove, tcur.summary])
-def test_a_plain_model_is_told_so(network: Any, call: Callable[[nn.Module], Any]) -> None:
+def test_a_model_without_adapter_is_refused(network: Any, call: Callable[[nn.Module], Any]) -> None:
     with pytest.raises(ValueError, match="Network is not adapted; call inject"):
         call(network)
 
@@ -268,7 +268,7 @@ def test_a_core_of_the_wrong_model_is_not_reached_through_a_copy_of_the_config()
     assert not next(iter(tcur.stacks(second).values())).core.any()
 
 
-def test_a_linear_as_the_whole_model_is_told_what_to_do() -> None:
+def test_a_linear_layer_as_the_whole_model_is_refused_with_advice() -> None:
     with pytest.raises(ValueError, match="match none"):
         tcur.inject(nn.Linear(4, 4), tcur.TCURConfig(rank=1, target_modules=".*"))
 

@@ -73,7 +73,7 @@ def test_a_budget_follows_the_spectra_of_the_weights(make_network: Any) -> None:
         assert found[shape] > found[shape[::-1]]
 
 
-def test_a_budget_below_the_least_states_both_numbers_and_changes_nothing(
+def test_a_budget_below_the_least_names_both_budgets_and_changes_nothing(
     network: Any, state_of: Any, assert_unchanged: Any
 ) -> None:
     before = state_of(network)

@@ -132,7 +132,7 @@ def test_the_state_of_a_plain_model_loads_and_comes_back(
     assert torch.equal(back.requires_grad_(False)(x), network(x))
 
 
-def test_another_base_under_trained_cores_is_told(adapted: Any, make_network: Any) -> None:
+def test_another_base_under_trained_cores_gives_a_warning(adapted: Any, make_network: Any) -> None:
     with pytest.warns(UserWarning, match=r"base weights of .* changed under a trained core"):
         adapted.load_state_dict(make_network().state_dict())
 

@@ -66,7 +66,7 @@ def test_every_entry_of_every_core_gets_a_gradient(task: Any) -> None:
         assert bool((stack.core.grad != 0).all())
 
 
-def test_the_core_gradient_is_that_of_the_dense_change(task: Any) -> None:
+def test_the_core_gradient_is_that_of_the_dense_delta(task: Any) -> None:
     model, x, y = task
     model.double()
     x, y = x.double(), y.double()

@@ -212,7 +212,7 @@ def test_remove_gives_the_plain_model_back(case: Any, trained: nn.Module) -> Non
     assert torch.equal(output(trained, inputs), output(plain, inputs))
 
 
-def test_every_layer_is_its_dense_change(case: Any, trained: nn.Module) -> None:
+def test_every_layer_is_its_dense_delta(case: Any, trained: nn.Module) -> None:
     """Also for GPT-2, which stores its weights transposed."""
     for name, layer in trained.named_modules():
         if isinstance(layer, TCURLayer):

@@ -129,7 +129,7 @@ def test_the_middle_blocks_of_some_layers_are_those_of_all() -> None:
 
 
 @given(slices=st.integers(1, 13), c=st.integers(1, 4), r=st.integers(1, 4), seed=st.integers(0, 1000))
-def test_col_b_row_is_the_dense_change(slices: int, c: int, r: int, seed: int) -> None:
+def test_col_b_row_is_the_dense_delta(slices: int, c: int, r: int, seed: int) -> None:
     torch.manual_seed(seed)
     C, U, R = double(slices, 5, c), double(slices, c, r), double(slices, r, 6)
     blocks = MiddleBlocks(folding.fold_core(U), 0, slices)

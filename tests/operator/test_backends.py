@@ -100,7 +100,7 @@ RULES = (
         (torch.float64, Sizes(8, 128, 999), "the rest"),
     ],
 )
-def test_the_first_rule_that_speaks_of_the_call_decides(
+def test_the_first_rule_that_matches_a_call_decides(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sizes: Sizes, expected: str
 ) -> None:
     monkeypatch.setitem(choice.TABLE, "cpu", RULES)

@@ -106,7 +106,7 @@ def test_the_operator_computes_base_and_adapter_unless_the_base_layer_does_more(
     assert not fused
 
 
-def test_gradients_are_those_of_the_dense_change(make_llama: MakeLlama, adapt: Adapt) -> None:
+def test_gradients_are_those_of_the_dense_delta(make_llama: MakeLlama, adapt: Adapt) -> None:
     """With the base product in the operator, and with the base layer called separately."""
     model = adapt(make_llama().double(), target_modules=["q_proj", "o_proj"])
     layer = next(iter(layers(model).values()))

@@ -92,7 +92,7 @@ def fsdp_recomputes_activations(entry: Entry, _: Path) -> None:
 
 @case
 def fsdp_over_a_short_base_keeps_float32_cores(entry: Entry, _: Path) -> None:
-    """Trained bfloat16 parameters of the head beside float32 cores, which one group refuses."""
+    """Trained bfloat16 parameters of the head with float32 cores, which cannot be in one group."""
     short = torch.bfloat16
     model = sharded(adapted(entry, dtype=short))
     check_gradients(model, adapted(entry, dtype=short), short, rtol=0.02)
