@@ -1,12 +1,12 @@
-"""Builds ``tcurlora_ext._C``, the operators in C++ and CUDA, where their compilers are; the rest is in pyproject.toml.
+"""Builds ``tcurlora_ext._C``, the operators in C++ and CUDA; all other settings of the package are in pyproject.toml.
 
-C++      where torch and a C++ compiler are. An isolated build uses the torch of the environment that pip installs
-         into, so that both are the same; only where there is none does it ask for one.
-CUDA     where that torch is a CUDA build and CUDA_HOME (or nvcc on the PATH) is there; a GPU is not needed.
-         Architectures from TORCH_CUDA_ARCH_LIST, by default those below.
+C++      is built if torch and a C++ compiler are installed. An isolated build uses the torch of the environment that
+         pip installs into, so that the extension fits it. Only without one does the build require torch itself.
+CUDA     is built if that torch is a CUDA build and CUDA_HOME is set or nvcc is on the PATH; no GPU is needed.
+         Architectures are those in TORCH_CUDA_ARCH_LIST, by default those below.
 
-Without them the package installs all the same, computes in PyTorch operations, and says so here once.
-TCURLORA_BUILD=0 in the environment leaves the extension out.
+Without them the package is installed all the same and computes in PyTorch operations; the build prints a message.
+With TCURLORA_BUILD=0 in the environment the extension is not built.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from typing import Any
 from setuptools import setup
 
 WITHOUT = "tcurlora_ext: without its C++ extension"
-# Ampere, Hopper, Blackwell; PTX of the last for what comes after it.
+# Ampere, Hopper and Blackwell, with PTX of the last for later GPUs.
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden"]
-# What at::parallel_for is built on in torch for Linux; without it the kernels would run on one thread.
+# at::parallel_for uses OpenMP in torch for Linux; without this flag the kernels would run on one thread.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def has_torch() -> bool:
-    """Whether torch can be imported, also in an isolated build: from the environment pip installs into."""
+    """Whether torch can be imported. An isolated build also finds it in the environment that pip installs into."""
     if find_spec("torch") is None:
-        # pip hides the environment's packages from an isolated build but keeps its prefix. Behind everything else, so
-        # that the build's own packages come first.
+        # pip hides the environment's packages from an isolated build but keeps its prefix. They are appended to the
+        # path, so that the build's own packages come first.
         sys.path += [path for name in ("purelib", "platlib") if (path := sysconfig.get_path(name)) not in sys.path]
     return find_spec("torch") is not None
 
@@ -48,7 +48,7 @@ def sources(*folders: str, suffixes: tuple[str, ...] = (".cpp",)) -> list[str]:
 
 
 def extension_options() -> dict[str, Any]:
-    """What ``setup`` takes to build the extension with the torch that is there."""
+    """The arguments for ``setup`` that build the extension with the installed torch."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
@@ -73,7 +73,7 @@ def extension_options() -> dict[str, Any]:
         print("tcurlora_ext: without CUDA kernels: this torch is a CUDA build, but no CUDA_HOME and no nvcc was found")
 
     class OptionalBuild(BuildExtension):  # type: ignore[misc]
-        """A build that falls back to one without CUDA, and then to the pure-Python package."""
+        """A build that on errors falls back to one without CUDA, and then to the pure-Python package."""
 
         def build_extensions(self) -> None:
             (extension,) = self.extensions
@@ -81,7 +81,7 @@ def extension_options() -> dict[str, Any]:
                 vars(extension).update(vars(form))
                 try:
                     return super().build_extensions()
-                except Exception as error:  # a missing compiler, its errors and ninja's have no common base
+                except Exception as error:  # errors of compilers and of ninja have no narrower common base class
                     print(f"tcurlora_ext: without {part}: {error}")
             return None
 
@@ -96,7 +96,7 @@ if os.environ.get("TCURLORA_BUILD") == "0":
 elif not has_compiler():
     print(f"{WITHOUT}: no C++ compiler was found (c++, or what CXX names)")
 elif not has_torch():
-    # pip installs these into an isolated build and runs this file again.
+    # pip then installs these for the isolated build and runs this file again.
     options = {"setup_requires": ["torch", "ninja"]}
 else:
     options = extension_options()

@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
-// The backward operator is not differentiable: a second derivative would silently be zero otherwise.
+// The backward operator has no derivative. Without this error a second derivative would silently be zero.
 struct Backward : torch::autograd::Function<Backward> {
   static variable_list forward(AutogradContext*, TCURLORA_BACKWARD) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -30,18 +30,18 @@ struct Backward : torch::autograd::Function<Backward> {
   }
 };
 
-// What the backward pass needs to know, in one saved entry of numbers: entries and strings cost 0.1 us and more each.
+// The options that the backward pass needs, saved as one entry of numbers: every entry or string costs 0.1 us or more.
 using Slices = std::tuple<int64_t, int64_t, double>;   // first_slice, num_slices, scale
-using Options = std::tuple<Slices, int64_t, int64_t>;  // transform and whether a bias, backend: 0 is "auto"
+using Options = std::tuple<Slices, int64_t, int64_t>;  // transform and whether there is a bias; backend, 0 for "auto"
 
-// linear, and forward with h beside y. Only forward marks an output as not differentiable, which compiled autograd does
-// not take from C++.
+// The autograd function of linear (y) and of forward (y and h). Only forward marks an output, h, as not differentiable:
+// compiled autograd does not support that in C++.
 template <bool returns_h>
 struct Forward : torch::autograd::Function<Forward<returns_h>> {
   static variable_list forward(AutogradContext* context, TCURLORA_FORWARD) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [y, h] = forward_operator().call(TCURLORA_FORWARD_NAMES);
-    // h holds T*r*S numbers, x T*in: for the gradients of core and col either will do, so the smaller one stays.
+    // h has T*r*S elements, x has T*in. Either suffices for the gradients of core and col, so the smaller is saved.
     const bool needs_h = core.requires_grad() || col.requires_grad();
     const bool prefers_x = row.size(0) > row.size(1);
     const bool saves_x = weight.requires_grad() || row.requires_grad() || (needs_h && prefers_x);
@@ -67,7 +67,7 @@ struct Forward : torch::autograd::Function<Forward<returns_h>> {
     const auto [first_slice, num_slices, scale] = slices;
     const bool has_bias = form % 2 != 0;
     Needs needs;
-    // A missing bias is no input of the graph: those behind it move up by one.
+    // A missing bias is not an input of the graph: the inputs after it have an index smaller by one.
     for (size_t i = 0; i < needs.size(); ++i) {
       needs[i] = (i != 2 || has_bias) && context->needs_input_grad(i > 2 && !has_bias ? i - 1 : i);
     }
@@ -97,13 +97,13 @@ Gradients backward_autograd(TCURLORA_BACKWARD) {
   return {d[0], d[1], d[2], d[3], d[4], d[5]};
 }
 
-// The operators as they are: their dtypes are settled, also where a backward pass runs inside autocast.
+// The operators with autocast off: their arguments are already cast, also in a backward pass under autocast.
 c10::impl::ExcludeDispatchKeyGuard without_autocast(const Tensor& tensor) {
   return c10::impl::ExcludeDispatchKeyGuard(
       at::autocast::get_autocast_dispatch_key_from_device_type(tensor.device().type()));
 }
 
-// nn.Linear's rule: floating tensors other than float64 go to the autocast dtype; the core stays as it is.
+// Casts as nn.Linear does: floating tensors other than float64 to the autocast dtype. The core keeps its dtype.
 Tensor linear_autocast(TCURLORA_FORWARD) {
   const auto device = x.device().type();
   const auto dtype = at::autocast::get_autocast_dtype(device);
@@ -129,7 +129,7 @@ TORCH_LIBRARY_IMPL(tcurlora, Autograd, library) {
   library.impl("backward", backward_autograd);
 }
 
-// By device: the kernel that linear has on every key would come before one for all of Autograd.
+// Registered per device: the kernel that linear has on every key takes precedence over one on the alias key Autograd.
 TORCH_LIBRARY_IMPL(tcurlora, AutogradCPU, library) { library.impl("linear", linear_autograd); }
 TORCH_LIBRARY_IMPL(tcurlora, AutogradCUDA, library) { library.impl("linear", linear_autograd); }
 

@@ -12,8 +12,8 @@ namespace {
 Names known_names;
 std::function<Choices(at::Device)> provider;
 
-// Published without a lock: the provider may wait for Python's, which a thread that waits here might hold. Two threads
-// that ask at once both get the rules, and one of the two copies stays.
+// Published without a lock: the provider may wait for Python's GIL, which a thread waiting for such a lock might hold.
+// Two threads that ask at the same time both get the rules, and one of the two copies is kept.
 constexpr size_t kTypes = static_cast<size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES), kDevices = 64;
 std::array<std::array<std::atomic<const Choices*>, kDevices>, kTypes> known{};
 
@@ -52,7 +52,7 @@ bool Rule::matches(at::ScalarType dtype, const Sizes& sizes) const {
   return true;
 }
 
-// The tables known so far stay in memory: another thread may be reading one.
+// Old tables are not freed: another thread may be reading one.
 void set_choices(std::function<Choices(at::Device)> provider_) {
   provider = std::move(provider_);
   for (auto& of_type : known) {

@@ -18,40 +18,40 @@ struct Names {
   std::vector<std::string> backends{"eager", "native", "triton"};
   std::vector<std::string> transforms{"dft", "dct"};
 
-  // The place of a name, or the number of names where it is none of them.
+  // The index of a name, or the number of names for an unknown name.
   static size_t index(const std::vector<std::string>& names, std::string_view name) {
     return std::find(names.begin(), names.end(), name) - names.begin();
   }
 };
 
 const Names& names();
-// Set once, as the Python package is imported.
+// Set once, when the Python package is imported.
 void set_names(Names names);
 
-// The backend that is in C++; all others are operators that Python registers.
+// The backend implemented in C++; all others are operators that Python registers.
 constexpr std::string_view kNative = "native";
 
-// What a rule asks of one call: rows of x, q (the larger of r*S and c*S), numbers in the layer's weight.
+// The sizes of a call that rules depend on: rows of x, q (the larger of r*S and c*S), elements of the layer's weight.
 using Sizes = std::array<int64_t, 3>;
 
 struct Rule {
-  size_t backend;                      // its place among the names
+  size_t backend;                      // its index among the names
   std::vector<at::ScalarType> dtypes;  // empty: all
   Sizes low, high;                     // both included
 
   bool matches(at::ScalarType dtype, const Sizes& sizes) const;
 };
 
-// For one device: the rules in force, first match wins, and why each backend does not work ("" where it does).
+// For one device: the rules, of which the first match decides, and why each backend does not work ("" where it works).
 struct Choices {
   std::vector<Rule> rules;
   std::vector<std::string> missing;
 };
 
-// Asked once a device, when it first computes. Without one, as in a program without Python, the native kernels are taken.
+// Called once per device, at its first call. Without a provider, as in a program without Python, "auto" is native.
 void set_choices(std::function<Choices(at::Device)> provider);
 
-// The place of the backend of one call. Throws for a name that is unknown and for a backend that does not work on the
+// The index of the backend for one call. Throws for an unknown name and for a backend that does not work on the
 // device.
 size_t choose(std::string_view name, at::Device device, at::ScalarType dtype, const Sizes& sizes);
 

@@ -2,9 +2,9 @@
 //
 // The core (S, c, r) is in the coordinates of the slice transform (tcurlora_ext/maths/folding.py). Its S blocks are, for
 // the DFT, frequency 0, then the real and the imaginary part of 1, 2, ..., and for even S frequency S/2; for the DCT S
-// blocks that stand alone. A layer l puts a phase on them:
+// single blocks. Slice l multiplies them by phases:
 //
-//   alone   B = w u                                w = (+-1)^l / sqrt(S), for the DCT the entry (block, l) of its matrix
+//   single  B = w u                                w = (+-1)^l / sqrt(S), for the DCT the entry (block, l) of its matrix
 //   pair    B = w [[a, -b], [b, a]]                a + ib = exp(2 pi i k l / S) (u_re + i u_im),  w = sqrt(2 / S)
 #pragma once
 
@@ -37,7 +37,7 @@ struct Groups {
   TCURLORA_HD int64_t width(int64_t group) const { return is_pair(group) ? 2 : 1; }
 };
 
-// Phase and weight of a group for layer l: a pair multiplies by (re + i im), a block alone by re.
+// Phase times weight of a group for slice l: a pair is multiplied by (re + i im), a single block by re.
 template <typename acc>
 struct alignas(2 * sizeof(acc)) PhaseOf {
   acc re;
@@ -45,7 +45,8 @@ struct alignas(2 * sizeof(acc)) PhaseOf {
 };
 using Phase = PhaseOf<double>;
 
-// exp(i pi t) for |t| <= 1. On the GPU in the precision of `acc`, by functions that need no stack, unlike sin and cos.
+// exp(i pi t) for |t| <= 1. On the GPU in the precision of `acc`, by functions that, unlike sin and cos, use no local
+// memory.
 template <typename acc>
 TCURLORA_HD PhaseOf<acc> unit_phase(acc t) {
   PhaseOf<acc> phase;
@@ -62,7 +63,7 @@ TCURLORA_HD PhaseOf<acc> unit_phase(acc t) {
   return phase;
 }
 
-// Angles are integers, reduced to half a turn, until one division: one rounding, for any S and l.
+// Angles are integers, reduced to half a turn, until a single division: there is one rounding, for any S and l.
 template <typename acc = double>
 TCURLORA_HD PhaseOf<acc> phase_of(const Groups& groups, int64_t group, int64_t layer) {
   const int64_t slices = groups.slices;

@@ -1,4 +1,4 @@
-// The native backend, on every device: wide products by PyTorch's library, what lies between them by own kernels.
+// The native backend on every device: the wide products by PyTorch's libraries, the middle product by own kernels.
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
@@ -14,7 +14,7 @@
 namespace tcurlora::native {
 namespace {
 
-// The kernels of the device that the tensor is on; contracts in cpu/middle.h.
+// The kernels for the device of a tensor; cpu/middle.h describes arguments and results.
 Tensor middle_forward(const Tensor& h, const Stack& stack) {
   const Stage stage("m = h B^T");
 #ifdef TCURLORA_CUDA
@@ -42,13 +42,13 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   return shape;
 }
 
-// t() without its three calls of the dispatcher, about 0.4 us less.
+// t() without its three calls of the dispatcher, which takes about 0.4 us less.
 Tensor transposed(const Tensor& matrix) {
   return at::native::as_strided_tensorimpl(
       matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
 }
 
-// a b and to += a b; on the CPU not through the dispatcher, about 0.2 us less each.
+// a b, and to += a b; on the CPU without the dispatcher, which takes about 0.2 us less each.
 Tensor product(const Tensor& a, const Tensor& b) { return a.is_cpu() ? at::cpu::mm(a, b) : at::mm(a, b); }
 Tensor sum(const Tensor& bias, const Tensor& a, const Tensor& b) {
   return a.is_cpu() ? at::cpu::addmm(bias, a, b) : at::addmm(bias, a, b);
@@ -61,7 +61,7 @@ void accumulate(Tensor to, const Tensor& a, const Tensor& b) {
   }
 }
 
-// (T, n*columns) -> (T*n, columns), one row a token and slice.
+// (T, n*columns) -> (T*n, columns), one row per token and slice.
 Tensor slices_of(const Tensor& tensor, const Stack& stack) {
   return stack.num_slices == 1 ? tensor : tensor.reshape({-1, stack.out_features()});
 }
@@ -76,7 +76,7 @@ Tensor projected(const Tensor& g_slices, const Stack& stack) {
   return product(g_slices, stack.col);
 }
 
-// The base as nn.Linear computes it, then the adapter accumulated onto it: a zero core gives the base bit for bit.
+// The base is computed as by nn.Linear, and delta is added in place: a zero core gives the base's y bit for bit.
 Tensor base_then_adapter(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& m, const Stack& stack) {
   const Tensor weight_t = transposed(weight);
@@ -90,8 +90,8 @@ Tensor base_then_adapter(
   return y;
 }
 
-// On a GPU the adapter first: the sums of the base, in float32 inside the product, are then rounded once, and what was
-// rounded before is the smaller part.
+// On a GPU delta is computed first and the base product accumulates onto it. The base's sums, in float32 inside the
+// product, are then rounded once, and only delta, the smaller part, is rounded twice.
 Tensor adapter_then_base(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& m, const Stack& stack) {
   Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
@@ -141,7 +141,7 @@ Gradients backward(
     if (needs_col) dcol = at::mm(transposed(g_slices), middle_forward(*hidden, stack));
     const auto [dh, du] = middle_backward(p, needs_core ? hidden : std::nullopt, stack, needs_x || needs_row);
     if (needs_core) dcore = du;
-    // p has n*c*S numbers a token, for a fused projection more than x: gone before dx is made.
+    // p has n*c*S elements per token, more than x has for a fused projection: freed before dx is allocated.
     p.reset();
     hidden.reset();
     if (needs_x) {

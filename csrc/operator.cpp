@@ -112,7 +112,7 @@ struct PythonImplementation {
                      .typed<PythonBackward>()) {}
 };
 
-// By the place of the backend's name. Looked up once; two threads that do so at once find the same.
+// By the index of the backend's name. Looked up once; two threads that do so at the same time find the same operators.
 const PythonImplementation& in_python(size_t backend) {
   static std::mutex guard;
   static std::unordered_map<size_t, PythonImplementation> known;

@@ -1,4 +1,4 @@
-// The operators torch.ops.tcurlora.*: what the schema says in types, and what each device provides.
+// The operators torch.ops.tcurlora.*: their schema as C++ types, and the functions that each device provides.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -19,7 +19,7 @@ using OptionalTensor = std::optional<Tensor>;
 using Needs = std::array<bool, 6>;  // x, weight, bias, col, core, row
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The arguments that the operators share, once: as declared and as passed on. The same list in Python is
+// The arguments that the operators share, as parameters and as passed on. The same list in Python is in
 // tcurlora_ext/maths/contract.py.
 #define TCURLORA_FACTORS                                                                               \
   const Tensor &col, const Tensor &core, const Tensor &row, int64_t first_slice, int64_t num_slices, \
@@ -27,11 +27,11 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 #define TCURLORA_FACTOR_NAMES col, core, row, first_slice, num_slices, scale
 #define TCURLORA_OPTIONS c10::string_view transform, c10::string_view backend
 #define TCURLORA_OPTION_NAMES transform, backend
-// Of linear and forward.
+// The arguments of linear and forward.
 #define TCURLORA_FORWARD \
   const Tensor &x, const Tensor &weight, const OptionalTensor &bias, TCURLORA_FACTORS, TCURLORA_OPTIONS
 #define TCURLORA_FORWARD_NAMES x, weight, bias, TCURLORA_FACTOR_NAMES, TCURLORA_OPTION_NAMES
-// Of backward.
+// The arguments of backward.
 #define TCURLORA_BACKWARD                                                                                       \
   const Tensor &g, const OptionalTensor &x, const OptionalTensor &h, const Tensor &weight, TCURLORA_FACTORS, \
       Needs needs, TCURLORA_OPTIONS
@@ -46,7 +46,7 @@ const c10::TypedOperatorHandle<LinearType>& linear_operator();
 const c10::TypedOperatorHandle<ForwardType>& forward_operator();
 const c10::TypedOperatorHandle<BackwardType>& backward_operator();
 
-// Frozen factors, the core, and which slices of the stack the layer's weight stacks by rows.
+// The factors, the core, and which slices of the stack are, stacked by rows, the layer's weight.
 struct Stack {
   const Tensor& col;   // (out, c*S)
   const Tensor& core;  // (S, c, r)
@@ -64,14 +64,14 @@ struct Stack {
 
 Transform parse_transform(std::string_view name);
 
-// Throws where shapes, dtypes, devices or slices do not fit together; messages name the tensor.
+// Throws where shapes, dtypes, devices or slices do not fit together; the message names the tensor.
 void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Stack& stack);
 
 namespace native {
-// y (..., n*out) and h (T, r*S).
+// Returns y (..., n*out) and h (T, r*S).
 std::tuple<Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Stack& stack);
-// Gradients of (x, weight, bias, col, core, row), an empty tensor where `needs` says no.
+// Gradients of (x, weight, bias, col, core, row); an empty tensor for each that `needs` does not ask for.
 Gradients backward(
     const Tensor& g, const OptionalTensor& x, const OptionalTensor& h, const Tensor& weight, const Stack& stack,
     const Needs& needs);

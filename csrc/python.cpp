@@ -1,4 +1,4 @@
-// tcurlora_ext._C: importing it registers the operators; it says what it was built with and takes the table of choices.
+// tcurlora_ext._C: importing it registers the operators. It reports how it was built and takes the table of choices.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -67,7 +67,7 @@ Choices as_choices(const PlainChoices& plain) {
 }
 
 void set_choices_from_python(const py::function& provider) {
-  // Never released: at the end of the process Python is gone before the statics of this library.
+  // Never released: Python is finalised before the static objects of this library are destroyed.
   auto* kept = new py::function(provider);
   set_choices([kept](at::Device device) {
     const py::gil_scoped_acquire held;

@@ -12,7 +12,7 @@
 
 namespace tcurlora {
 
-// A range from here to the end of the block; some nanoseconds where nobody listens.
+// A range from here to the end of the block; it takes some nanoseconds where no profiler is active.
 class Stage {
  public:
   explicit Stage(const char* name) : range_(at::RecordScope::USER_SCOPE) {

@@ -1,11 +1,12 @@
-"""Adapt a causal language model to other text with PEFT and transformers' Trainer: tCUR, and LoRA beside it.
+"""Adapt a causal language model to new text with PEFT and transformers' Trainer, by tCUR and for comparison by LoRA.
 
     python examples/llama_peft.py                                             # a small model, nothing downloaded
     python examples/llama_peft.py --model Qwen/Qwen2.5-0.5B --text NOTES.txt
 
-Without --model a small byte-level Llama is first trained on Python's own standard library; without --text the new text
-is the C++ headers that come with PyTorch. Prints bits a byte on held-out new text before and after each method with
-the numbers it trained, whether the tCUR adapter loaded from its folder agrees, and a line written by it.
+Without --model, the script first trains a small byte-level Llama on the sources of Python's standard library. Without
+--text, the new text is the C++ headers of PyTorch. It prints bits per byte on held-out new text before and after
+training by each method, with the number of trained parameters, then the same for the tCUR adapter loaded from its
+folder, and a text that the loaded model generates.
 Needs transformers, accelerate and peft.
 """
 
@@ -38,12 +39,12 @@ from transformers import logging as transformers_logging
 
 from tcurlora_ext.integrations.peft import TcurLoraConfig  # registers the method with PEFT
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # Trainer finds the same
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the device that Trainer uses, too
 Window = dict[str, list[int]]
 
 
 def read_files(files: Iterable[Path], limit: int) -> str:
-    """The text of files in a shuffled order, up to `limit` characters."""
+    """The text of the files in shuffled order, up to `limit` characters."""
     order = sorted(files)
     random.Random(0).shuffle(order)
     text = ""
@@ -53,14 +54,14 @@ def read_files(files: Iterable[Path], limit: int) -> str:
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[Window]:
-    """Runs of `length` tokens, one after another; what is left over is dropped."""
+    """Consecutive windows of `length` tokens; tokens that do not fill a last window are dropped."""
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     runs = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
     return [{"input_ids": run, "labels": run} for run in runs]
 
 
 def train(model: nn.Module, data: list[Window], steps: int, rate: float, options: argparse.Namespace) -> None:
-    """transformers' Trainer, with the same order of the data at every call."""
+    """Train with transformers' Trainer; every call has the data in the same order."""
     arguments = TrainingArguments(
         str(options.output), max_steps=steps, per_device_train_batch_size=options.batch, learning_rate=rate,
         lr_scheduler_type="cosine", logging_steps=50, save_strategy="no", report_to=[], seed=0,
@@ -69,8 +70,8 @@ def train(model: nn.Module, data: list[Window], steps: int, rate: float, options
 
 
 @torch.no_grad()
-def bits_a_byte(model: nn.Module, data: list[Window], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Mean loss in bits over the bytes of the text, so that tokenizers compare."""
+def bits_per_byte(model: nn.Module, data: list[Window], tokenizer: PreTrainedTokenizerBase) -> float:
+    """The loss in bits per byte of text, which is comparable between tokenizers."""
     model.eval()
     bits, size = 0.0, 0
     for start in range(0, len(data), 16):
@@ -81,8 +82,8 @@ def bits_a_byte(model: nn.Module, data: list[Window], tokenizer: PreTrainedToken
 
 
 def small_base(folder: Path, options: argparse.Namespace) -> str:
-    """Train a Llama of bytes on the standard library's sources and save it as a hub's model would be."""
-    tokenizer = ByT5Tokenizer()  # one token a byte, no vocabulary file
+    """Train a byte-level Llama on the standard library's sources and save it in the hub's format."""
+    tokenizer = ByT5Tokenizer()  # one token per byte, no vocabulary file
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=options.hidden, intermediate_size=3 * options.hidden,
         num_hidden_layers=options.layers, num_attention_heads=4, max_position_embeddings=1024,
@@ -98,16 +99,16 @@ def small_base(folder: Path, options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Prepare base and text, adapt by each method, save, load, print."""
+    """Prepare the base model and the text, adapt by each method, save, load, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model on the hub or in a folder")
-    parser.add_argument("--text", type=Path, help="a text file to adapt to; the end of it is held out")
+    parser.add_argument("--text", type=Path, help="a text file to adapt to; its end is held out")
     parser.add_argument("--output", type=Path, default=Path("runs/llama"))
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of the adapters")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--length", type=int, default=128, help="tokens per window")
     parser.add_argument("--characters", type=int, default=1_000_000, help="how much text to read")
     parser.add_argument("--pretrain-steps", type=int, default=500)
     parser.add_argument("--hidden", type=int, default=96)
@@ -138,20 +139,20 @@ def main() -> None:
         "LoRA": LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
         "tCUR": TcurLoraConfig(r=options.rank, task_type="CAUSAL_LM"),
     }
-    table = Table("method", "trained numbers", "held-out bits a byte")
+    table = Table("method", "trained parameters", "held-out bits per byte")
     for method, config in configs.items():
         base = AutoModelForCausalLM.from_pretrained(name).to(DEVICE)
         if not table.rows:
-            table.add_row("before", "0", f"{bits_a_byte(base, held_out, tokenizer):.3f}")
+            table.add_row("before", "0", f"{bits_per_byte(base, held_out, tokenizer):.3f}")
         model = get_peft_model(base, config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         train(model, new, options.steps, options.rate, options)
-        after = bits_a_byte(model, held_out, tokenizer)
+        after = bits_per_byte(model, held_out, tokenizer)
         table.add_row(method, f"{trained:,}", f"{after:.3f}")
         model.save_pretrained(options.output / method.lower())
 
     loaded = AutoPeftModelForCausalLM.from_pretrained(options.output / "tcur").to(DEVICE)  # onto the same base
-    table.add_row("tCUR, loaded", "", f"{bits_a_byte(loaded, held_out, tokenizer):.3f}")
+    table.add_row("tCUR, loaded", "", f"{bits_per_byte(loaded, held_out, tokenizer):.3f}")
     prompt = tokenizer(options.prompt, return_tensors="pt", add_special_tokens=False).to(DEVICE)
     written = loaded.generate(**prompt, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     Console().print(table)

@@ -1,13 +1,13 @@
 """Adapt MONAI's UNETR to a few volumes of MSD Task04 (hippocampus) by tCUR; save the adapter and load it again.
 
     python examples/unetr_hippocampus.py --data Task04_Hippocampus               # imagesTr, labelsTr, dataset.json
-    python examples/unetr_hippocampus.py --data Task04_Hippocampus --download    # where it is not there yet
+    python examples/unetr_hippocampus.py --data Task04_Hippocampus --download    # downloads the data first
     python examples/unetr_hippocampus.py --data Task04_Hippocampus --weights UNETR.pt --hidden 768 --features 16
 
-Without --weights the script first pretrains a small UNETR itself, on other training volumes of the same folder with
-their contrast inverted: a stand-in for a checkpoint from other images. It then adapts to --cases volumes as they are.
-Prints Dice on validation volumes before, after training the decoder alone, after training tCUR with the decoder, and
-after loading that adapter onto the same base. Needs the extra "segmentation".
+Without --weights, the script first pretrains a small UNETR on other training volumes of the same folder with inverted
+contrast, which stands for a checkpoint from other images. It then adapts the network to --cases volumes without
+inversion. It prints Dice on validation volumes before training, after training the decoder alone, after training tCUR
+with the decoder, and after loading that adapter onto the same base. Needs the extra "segmentation".
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from tcurlora_ext.segmentation.networks import get_spec, load_weights, read_weig
 
 TASK = "Task04_Hippocampus"
 SPACING = (2.0, 2.0, 2.0)  # mm, to which volumes and labels are resampled; the data have 1 mm
-ROI = (32, 32, 32)  # the network's window in voxels: multiples of UNETR's patch of 16
+ROI = (32, 32, 32)  # the network's input size in voxels: multiples of UNETR's patch size, 16
 KEYS = ["image", "label"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def loader(cases: Sequence[Case], batch: int, training: bool, inverted: bool = False) -> DataLoader:
-    """Volumes in memory, normalised one by one; for training cut to the window, turned and scaled at random."""
+    """Normalised volumes in memory; for training also cropped to ROI, rotated and scaled at random."""
     steps = [
         transforms.LoadImaged(KEYS),
         transforms.EnsureChannelFirstd(KEYS),
@@ -69,7 +69,7 @@ def loader(cases: Sequence[Case], batch: int, training: bool, inverted: bool = F
 
 
 def train(model: nn.Module, data: DataLoader, steps: int, rate: float) -> nn.Module:
-    """AdamW on what requires a gradient; Dice and cross-entropy."""
+    """Train the parameters that require a gradient by AdamW, on Dice and cross-entropy loss."""
     set_determinism(0)
     data.dataset.transform.set_random_state(0)  # the same augmentation for every method
     loss_of = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
@@ -101,22 +101,22 @@ def dice(model: nn.Module, data: DataLoader, classes: int) -> str:
     return f"{100 * metric.aggregate().item():.2f}"
 
 
-def trained_numbers(model: nn.Module) -> str:
-    """How many numbers train, as text."""
+def trained_parameters(model: nn.Module) -> str:
+    """The number of trained parameters, as text."""
     return f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"
 
 
 def main() -> None:
-    """Prepare data and base, adapt, save, load, print."""
+    """Prepare the data and the base network, adapt, save, load, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="an MSD task's folder, or images, labels, splits.json")
-    parser.add_argument("--download", action="store_true", help=f"fetch {TASK} into the parent of --data")
-    parser.add_argument("--weights", type=Path, help="a UNETR's state dict of the sizes below (.pt, .safetensors)")
+    parser.add_argument("--download", action="store_true", help=f"download {TASK} into the parent of --data")
+    parser.add_argument("--weights", type=Path, help="state dict of a UNETR with the sizes below (.pt, .safetensors)")
     parser.add_argument("--hidden", type=int, default=192, help="a multiple of the 12 heads")
     parser.add_argument("--features", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("runs/unetr"))
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--unfreeze", default="decoder,out", help="what trains beside the cores: prefixes of names")
+    parser.add_argument("--unfreeze", default="decoder,out", help="what trains besides the cores: prefixes of names")
     parser.add_argument("--cases", type=int, default=5, help="volumes to adapt to")
     parser.add_argument("--val-cases", type=int, default=24)
     parser.add_argument("--steps", type=int, default=100)
@@ -141,7 +141,7 @@ def main() -> None:
         for prefix in prefixes:
             if not any(name.startswith(prefix) for name, _ in base.named_parameters()):
                 raise ValueError(f"--unfreeze: found '{prefix}', expected the beginning of a parameter's name")
-        if options.weights is not None:  # a head for another number of classes is left out
+        if options.weights is not None:  # without the head where it has another number of classes
             load_weights(base, read_weights(options.weights), get_spec("unetr"), options.weights)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
@@ -154,7 +154,7 @@ def main() -> None:
         save_weights(base, options.output / "base.safetensors")
     training = loader(few, options.batch, training=True)
     validation = loader(dataset.val[: options.val_cases], 1, training=False)
-    table = Table("", "trained numbers", "Dice, %")
+    table = Table("", "trained parameters", "Dice, %")
     table.add_row("before", "0", dice(base, validation, classes))
 
     print(f"training {options.unfreeze} alone on {len(few)} volumes")
@@ -162,13 +162,13 @@ def main() -> None:
     for name, parameter in alone.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(prefixes)))
     train(alone, training, options.steps, options.rate)
-    table.add_row(f"{options.unfreeze} alone", trained_numbers(alone), dice(alone, validation, classes))
+    table.add_row(f"{options.unfreeze} alone", trained_parameters(alone), dice(alone, validation, classes))
 
     print(f"training tCUR with {options.unfreeze}")
     model = tcur.inject(copy.deepcopy(base), tcur.TCURConfig(rank=options.rank))
     tcur.unfreeze(model, prefixes)
     train(model, training, options.steps, options.rate)
-    table.add_row(f"tCUR with {options.unfreeze}", trained_numbers(model), dice(model, validation, classes))
+    table.add_row(f"tCUR with {options.unfreeze}", trained_parameters(model), dice(model, validation, classes))
 
     tcur.save_adapter(model, options.output / "adapter.safetensors")  # cores, indices and what was unfrozen
     loaded = tcur.load_adapter(copy.deepcopy(base), options.output / "adapter.safetensors")

@@ -1,11 +1,12 @@
-"""Adapt transformers' ViT classifier to other images: by its head alone, by LoRA and by tCUR.
+"""Adapt transformers' ViT classifier to new images: by training its head alone, by LoRA and by tCUR.
 
     python examples/vit_classification.py                                  # scikit-learn's digits, nothing downloaded
     python examples/vit_classification.py --model google/vit-base-patch16-224-in21k --images FOLDER
 
-FOLDER holds one folder of images a class. Without it a small ViT is first trained on one half of the digits; the other
-half, turned by a quarter and inverted, are the new images. Prints held-out accuracy before and after each method with
-the numbers it trained, then whether the tCUR adapter loaded from its file and the merged model agree with it.
+FOLDER has one folder of images per class. Without it, the script first trains a small ViT on one half of the digits;
+the new images are the other half, rotated by 90 degrees and inverted. It prints held-out accuracy before and after
+training by each method, with the number of trained parameters, and then how the outputs of the adapter loaded from its
+file, and of the merged model, differ from those of the trained model.
 Needs transformers, peft and pillow, and scikit-learn for the digits.
 """
 
@@ -39,16 +40,16 @@ Samples = tuple[Tensor, Tensor]  # pixel values (N, 3, height, width) and labels
 
 
 def prepared(processor: ViTImageProcessor, images: list[Image.Image], labels: list[int]) -> Samples:
-    """Images resized and normalised as the model was pretrained, with their labels."""
+    """Images resized and normalised as in the model's pretraining, with their labels."""
     rgb = [image.convert("RGB") for image in images]
     return processor(rgb, return_tensors="pt")["pixel_values"], torch.tensor(labels)
 
 
 def image_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Files, labels and class names of FOLDER/CLASS/IMAGE; ValueError where that is not what is there."""
+    """Files, labels and class names of FOLDER/CLASS/IMAGE. Raises ValueError for a folder without this structure."""
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if len(classes) < 2:
-        raise ValueError(f"--images {folder}: found {len(classes)} folders in it, expected one a class, at least two")
+        raise ValueError(f"--images {folder}: found {len(classes)} folders in it, expected one per class, at least two")
     files: list[Path] = []
     labels: list[int] = []
     for number, name in enumerate(classes):
@@ -61,14 +62,14 @@ def image_folder(folder: Path) -> tuple[list[Path], list[int], list[str]]:
 
 
 def split(samples: Samples) -> tuple[Samples, Samples]:
-    """Two thirds to train on and a third held out, at random."""
+    """Split samples at random into two thirds for training and one third held out."""
     order = torch.randperm(len(samples[1]), generator=torch.Generator().manual_seed(0))
     held_out, kept = order.tensor_split([len(order) // 3])
     return (samples[0][kept], samples[1][kept]), (samples[0][held_out], samples[1][held_out])
 
 
 def train(model: nn.Module, samples: Samples, steps: int, rate: float, batch: int) -> None:
-    """AdamW on what requires a gradient; the same batches at every call."""
+    """Train the parameters that require a gradient by AdamW; every call draws the same batches."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -83,30 +84,30 @@ def train(model: nn.Module, samples: Samples, steps: int, rate: float, batch: in
 
 @torch.no_grad()
 def logits(model: nn.Module, samples: Samples) -> Tensor:
-    """(N, classes), on the CPU."""
+    """The logits (N, classes), on the CPU."""
     return torch.cat([model.eval()(part.to(DEVICE)).logits.cpu() for part in samples[0].split(64)])
 
 
 def accuracy(model: nn.Module, samples: Samples) -> str:
-    """In per cent."""
+    """The accuracy in per cent, as text."""
     return f"{100 * (logits(model, samples).argmax(-1) == samples[1]).float().mean().item():.1f}"
 
 
 def small_base(old: Samples, steps: int, batch: int) -> ViTForImageClassification:
-    """A small ViT trained on digits as they are."""
+    """Train a small ViT on unchanged digits."""
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_labels=10, **sizes)).to(DEVICE)
     seen, held_out = split(old)
     train(model, seen, steps, 1e-3, batch)
-    print(f"pretrained here on {len(seen[1])} digits; accuracy on others of the kind: {accuracy(model, held_out)} %")
+    print(f"pretrained on {len(seen[1])} digits; accuracy on held-out digits: {accuracy(model, held_out)} %")
     return model
 
 
 def main() -> None:
-    """Prepare base and images, adapt by each method, save, load, merge, print."""
+    """Prepare the base model and the images, adapt by each method, save, load, merge, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a ViT on the hub or in a folder; needs --images")
-    parser.add_argument("--images", type=Path, help="a folder of images in one folder a class; needs --model")
+    parser.add_argument("--images", type=Path, help="a folder with one folder of images per class; needs --model")
     parser.add_argument("--output", type=Path, default=Path("runs/vit"))
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300)
@@ -152,7 +153,7 @@ def main() -> None:
         r=options.rank, lora_alpha=options.rank, target_modules=same_layers, modules_to_save=["classifier"]
     )
     lora = get_peft_model(copy.deepcopy(base), lora_config)
-    table = Table("method", "trained numbers", "held-out accuracy, %")
+    table = Table("method", "trained parameters", "held-out accuracy, %")
     table.add_row("before", "0", accuracy(base, held_out))
     for name, adapted in {"head alone": head, "LoRA and head": lora, "tCUR and head": model}.items():
         train(adapted, seen, options.steps, options.rate, options.batch)

@@ -1,4 +1,4 @@
-"""What the kernels share: masked tiles, virtual columns, and B_l built in registers. Jit functions only.
+"""Jit functions that all kernels use: masked tiles, virtual columns, and B_l built in registers.
 
 Notation of docs/maths.md: h (T, r*S), m and p (n, T, c*S) with n fused slices, u the core (S, c, r) in float32. HALVES
 is 2 for the DFT (a group has a real and an imaginary half) and 1 for the DCT; a tile holds GROUPS whole groups.
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def slice_start(index, rows, DESCRIPTORS: tl.constexpr):
-    """index * rows: 64 bits wide for pointers, 32 for the coordinates of a tensor descriptor."""
+    """index * rows: 64 bits wide for pointers, 32 bits wide for the coordinates of a tensor descriptor."""
     return index * rows if DESCRIPTORS else (tl.zeros((), tl.int64) + index) * rows
 
 
@@ -21,10 +21,10 @@ def load_tile(
 ):  # fmt: skip
     """source[start + row :, column :] as (ROWS, COLUMNS), zero outside of 0 <= row < rows and 0 <= column < columns.
 
-    Only a tile in virtual columns, SHIFTED, begins below 0. ``source`` is a tensor descriptor, whose hardware fills the
-    zeros, or a pointer. A descriptor knows the bounds of the whole tensor only: rows of the next slice, beyond start +
-    rows, are read as they are. Offsets are 64 bits wide between tiles and 32 within one, in half the registers: strides
-    stay below 2^22 elements.
+    Only a tile in virtual columns, SHIFTED, can start at a negative column. ``source`` is a pointer, or a tensor
+    descriptor, for which the hardware fills in the zeros. A descriptor has the bounds of the whole tensor only: rows at
+    or after start + rows, which belong to the next slice, are not masked. Offsets are 64 bits wide between tiles and 32
+    bits within one, which takes half the registers and requires strides below 2^22 elements.
     """
     if DESCRIPTOR:
         tile = source.load([start + row, column])
@@ -57,15 +57,15 @@ def count_groups(slices, HALVES: tl.constexpr):
 
 @triton.jit
 def first_virtual(tile, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
-    """The column of the first virtual column of a tile of groups whose blocks are WIDTH wide; negative for tile 0."""
+    """The column at which a tile's virtual columns start, for blocks WIDTH wide; negative for tile 0 with padding."""
     return tile * (GROUPS * HALVES * WIDTH) - (HALVES - 1) * WIDTH
 
 
 @triton.jit
 def first_column(tile, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
-    """Where a tile is fetched from: its first virtual column, or up to 7 before it.
+    """The column from which a tile is loaded: its first virtual column, or up to 7 columns before it.
 
-    A multiple of 8 columns, so that loads are 16 bytes wide whatever WIDTH is, as tensor descriptors demand.
+    It is a multiple of 8, so that loads are 16 bytes wide for any WIDTH, as tensor descriptors require.
     """
     below: tl.constexpr = (WIDTH + 7) // 8 * 8
     return (first_virtual(tile, WIDTH, HALVES, GROUPS) + below) // 8 * 8 - below
@@ -73,7 +73,7 @@ def first_column(tile, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.con
 
 @triton.jit
 def virtual_columns(tile, start, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Virtual columns (BLOCK,), counted from the tile's first, of a tile fetched from column ``start``."""
+    """Virtual columns (BLOCK,) of a tile loaded from column ``start``, relative to the tile's first."""
     return start - first_virtual(tile, WIDTH, HALVES, GROUPS) + tl.arange(0, BLOCK)
 
 
@@ -81,7 +81,7 @@ def virtual_columns(tile, start, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROU
 def group_columns(
     tile, start, slices, WIDTH: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Columns (BLOCK,) of a tile fetched from ``start``, and which of them exist and are the tile's own."""
+    """Columns (BLOCK,) of a tile loaded from ``start``, and a mask of those that exist and belong to the tile."""
     columns = start + tl.arange(0, BLOCK)
     virtual = virtual_columns(tile, start, WIDTH, HALVES, GROUPS, BLOCK)
     own = (virtual >= 0) & (virtual < GROUPS * HALVES * WIDTH)
@@ -93,10 +93,10 @@ def _group_block(
     core, phases, o, k, tile, layer, slices, scale,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """scale * B_layer from column ``k`` of a group of h to the virtual columns ``o`` of m in the same group, float32.
+    """The entries of scale * B_layer for columns ``k`` of a group of h and virtual columns ``o`` of m, in float32.
 
-    Of a pair with phase re + i im: [[re u_re - im u_im, -(re u_im + im u_re)], [re u_im + im u_re, re u_re - im u_im]].
-    A block alone is the real part u_re with im = 0 in the half where it lies; the other half is padding.
+    A pair with phase re + i im is [[re u_re - im u_im, -(re u_im + im u_re)], [re u_im + im u_re, re u_re - im u_im]].
+    A single block is u_re with im = 0, in one of the two halves; the other half is padding.
     """
     local = o // (HALVES * C)
     group = tile * GROUPS + local
@@ -114,7 +114,7 @@ def _group_block(
         pair = (group > 0) & (2 * group < slices)
         u_re = tl.load(core + first * (C * R) + entry, mask=inside, other=0.0)
         u_im = tl.load(core + (first + 1) * (C * R) + entry, mask=inside & pair, other=0.0)
-        # +1 below the diagonal of halves, -1 above it, 0 on it.
+        # The sign of the 2 x 2 halves of a pair: 0 on the diagonal, +1 below it, -1 above it.
         side = (o // C) % 2 - (k // R) % 2
         block = tl.where(side == 0, re * u_re - im * u_im, side * (re * u_im + im * u_re))
     return block
@@ -126,12 +126,12 @@ def middle_block(
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
     BACKWARD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scale * B_layer of a tile of groups: (o, i) in the backward form, (i, o) in the forward form, of type DTYPE.
+    """scale * B_layer for a tile of groups, in DTYPE: (o, i) in the backward form, (i, o) in the forward form.
 
-    ``o`` and ``i`` are the virtual columns of m and h, entries between different groups are zero. phases (S layers,
-    groups, 2) float32. A dense tile of loads would need a pointer for each entry and spills; so the entries of one
-    group, at most BLOCK_G wide, are loaded, and a product with a matrix of zeros and ones, which is exact, repeats them
-    for every group.
+    ``o`` and ``i`` are the virtual columns of m and h; entries between different groups are zero. phases is (S,
+    groups, 2) float32. Loading the whole tile would take a pointer per entry, and registers would spill. So only the
+    entries within the groups, at most BLOCK_G wide, are loaded. A product with a matrix of zeros and ones, which is
+    exact, then puts them in their places.
     """
     k = tl.arange(0, BLOCK_G)
     if BACKWARD:

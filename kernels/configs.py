@@ -1,6 +1,6 @@
 """Tile sizes: a frozen table per GPU and a fallback, chosen by kernel, dtype and tokens. Nothing is tuned here.
 
-No entry is measured yet. ``basis`` of an entry says what it rests on.
+No entry has been measured yet; the field ``basis`` of an entry says how it was chosen.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ BY_COUNT = "not measured: chosen by count"
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of one kernel; what a kernel does not use is 0.
+    """The tile sizes of one kernel; a size that the kernel does not use is 0.
 
-    ``block_q`` is the widest tile of whole groups in virtual columns: a tile holds as many groups as fit, at least one.
-    ``programs`` are the programs per multiprocessor of a persistent grid, ``band`` the rows of tiles that share L2.
+    ``block_q`` is the width of a tile of whole groups in virtual columns: it holds as many groups as fit, at least one.
+    ``programs`` is the number of programs per multiprocessor in a persistent grid, ``band`` the number of rows of tiles
+    that are computed together to share L2.
     """
 
     block_m: int
@@ -31,7 +32,7 @@ class Config:
     basis: str = field(default=BY_COUNT, compare=False)
 
 
-# The largest number of tokens an entry is for, None for all the rest.
+# Pairs of the largest number of tokens for which the entry is used, None for any number, and the entry.
 Rules = tuple[tuple[int | None, Config], ...]
 
 KERNELS = ("project", "project_back", "expand", "expand_back", "fused", "fused_back", "core_gradient")
@@ -41,13 +42,13 @@ KERNELS = ("project", "project_back", "expand", "expand_back", "fused", "fused_b
 class Table:
     """``rules[kernel, bytes of the dtype]`` for ``KERNELS``.
 
-    ``fused_q`` and ``fused_flops`` limit the kernels of one launch: all groups in that many columns, and no more than
-    that many FLOPs for the h (or p) that every tile of columns computes again.
+    The kernels ``fused`` and ``fused_back`` are used where all groups fit into ``fused_q`` columns and computing h (or
+    p) again in every tile of columns takes at most ``fused_flops`` FLOPs.
     """
 
     rules: dict[tuple[str, int], Rules]
     fused_q: int = 128
-    fused_flops: float = 1e10  # by count: 20 us at half of an H100's bf16 peak, what two launches and round trips cost
+    fused_flops: float = 1e10  # by count: 20 us at half of an H100's bf16 peak, as two launches and round trips take
 
     def config(self, kernel: str, dtype: torch.dtype, tokens: int) -> Config:
         for limit, config in self.rules[kernel, dtype.itemsize]:
@@ -56,7 +57,7 @@ class Table:
         raise AssertionError(f"no rule for {kernel} of {dtype} at {tokens} tokens")
 
     def configs(self, kernel: str, itemsize: int) -> list[Config]:
-        """Every configuration of a kernel, once."""
+        """All different configurations of a kernel."""
         return list(dict.fromkeys(config for _, config in self.rules[kernel, itemsize]))
 
 
@@ -68,8 +69,8 @@ def _of(itemsize: int, rules: dict[str, Rules]) -> dict[tuple[str, int], Rules]:
     return {(kernel, itemsize): rule for kernel, rule in rules.items()}
 
 
-# float32 in ieee precision runs on the CUDA cores: accumulators and operands of a tile are registers, so tiles are
-# small.
+# float32 in ieee precision runs on the CUDA cores. Accumulators and operands of a tile are then all in registers, so
+# tiles are small.
 _FLOAT32 = _of(
     4,
     _always(
@@ -83,7 +84,7 @@ _FLOAT32 = _of(
     ),
 )
 
-# At most 99 KiB of shared memory, which every GPU since compute capability 8.0 gives a program.
+# At most 99 KiB of shared memory, which a program can have on every GPU since compute capability 8.0.
 _SMALL = _always(
     project=Config(64, 0, 64, 64, 4, 3),
     project_back=Config(64, 0, 64, 64, 4, 3),
@@ -95,7 +96,7 @@ _SMALL = _always(
 )
 FALLBACK = Table({**_of(2, _SMALL), **_FLOAT32})
 
-# Rows that are not 16 bytes aligned (an odd width): every element is loaded alone, with a pointer of its own in
+# For rows that are not 16-byte aligned (an odd width): every element is loaded by itself, with its own pointer in
 # registers.
 _ODD = _always(
     project=Config(64, 0, 32, 64, 8, 2),
@@ -113,9 +114,9 @@ _ODD_FLOAT32 = _always(
 )
 UNALIGNED = Table({**_of(2, _ODD), **_of(4, _ODD_FLOAT32)}, fused_q=0)
 
-# 132 multiprocessors: UNETR's 2,048 tokens are 32 tiles of 64 rows, times the 7 tiles of 4 groups of q = 384; tiles
-# twice as high or wide would leave half of them idle. The wide product takes the tile with the most reuse that fills
-# them.
+# 132 multiprocessors. UNETR's 2,048 tokens and q = 384 make 32 tiles of 64 rows times 7 tiles of 4 groups; tiles twice
+# as high or wide would leave half of the multiprocessors idle. The wide product takes the tile with the most reuse that
+# still uses all of them.
 _HOPPER = Table(
     {
         **_of(
@@ -142,7 +143,7 @@ _HOPPER = Table(
     }
 )
 
-# By torch.cuda.get_device_name().
+# Keys are the names that torch.cuda.get_device_name() returns.
 TABLES: dict[str, Table] = {
     "NVIDIA H100 80GB HBM3": _HOPPER,
     "NVIDIA H200": _HOPPER,
@@ -150,5 +151,5 @@ TABLES: dict[str, Table] = {
 
 
 def table_for(gpu: str, aligned: bool = True) -> Table:
-    """The table of a GPU by its name; the fallback for one that is not known; for unaligned rows one for every GPU."""
+    """The table of a GPU by its name, or the fallback for an unknown one; for unaligned rows one table for all GPUs."""
     return TABLES.get(gpu, FALLBACK) if aligned else UNALIGNED

@@ -1,4 +1,4 @@
-"""The core's gradient in two stages without atomics: the same input gives the same bits. Jit functions only."""
+"""The core's gradient in two stages without atomics, so that the same input gives the same bits. Jit functions only."""
 
 import triton
 import triton.language as tl
@@ -14,9 +14,9 @@ def partial_gradient(
 ):  # fmt: skip
     """Stage 1: the diagonal group blocks of p_j^T h over one chunk of tokens, for one tile of groups and one slice j.
 
-    p (n, T, c*S) and h (T, r*S) come from memory: on Hopper a product of a transposed accumulator is not to be trusted.
-    workspace (chunks, n, groups, HALVES*c, HALVES*r) float32; halves that are padding get zeros. Programs: tiles of
-    groups (fastest), slices, chunks of ``chunk_rows`` tokens, a multiple of BLOCK_T.
+    p (n, T, c*S) and h (T, r*S) are read from memory: on Hopper, products of a transposed accumulator are not reliable.
+    workspace is (chunks, n, groups, HALVES*c, HALVES*r) float32, with zeros in halves that are padding. Programs: tiles
+    of groups (fastest), slices, chunks of ``chunk_rows`` tokens, a multiple of BLOCK_T.
     """
     groups = count_groups(slices, HALVES)
     tiles = tl.cdiv(groups, GROUPS)
@@ -47,10 +47,11 @@ def reduce_gradient(
     workspace, phases, gradient, chunks, slices, num_slices, first_slice, scale,
     C: tl.constexpr, R: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stage 2: the core's gradient (S, c, r) float32 from the workspace of stage 1, chunks and slices in their order.
+    """Stage 2: the core's gradient (S, c, r) float32 from the workspace of stage 1, summed in a fixed order.
 
-    With A = D_re,re + D_im,im and B = D_im,re - D_re,im of a slice's summed block D: du_re = scale sum_j re_j A + im_j
-    B and du_im = scale sum_j re_j B - im_j A. Of a block alone one half is padding, im = 0 and only du_re exists.
+    D is a slice's block, summed over the chunks, with A = D_re,re + D_im,im and B = D_im,re - D_re,im. Then du_re =
+    scale sum_j (re_j A + im_j B) and du_im = scale sum_j (re_j B - im_j A). For a single block one half of D is
+    padding, im = 0, and there is only du_re.
     """
     groups = count_groups(slices, HALVES)
     parts = tl.cdiv(C * R, BLOCK)
@@ -81,7 +82,7 @@ def reduce_gradient(
     factor = tl.cast(scale, tl.float32)
     if HALVES == 2:
         block = tl.maximum(2 * group - 1, 0)
-        entries = tl.where((group > 0) & (2 * group < slices), C * R, 0)  # of the imaginary part
+        entries = tl.where((group > 0) & (2 * group < slices), C * R, 0)  # a single block has no imaginary part
         tl.store(gradient + (block + 1) * (C * R) + entry, im_sum * factor, mask=entry < entries)
     else:
         block = group

@@ -1,4 +1,4 @@
-"""The wide product with the adapter as a second K segment, forward and backward. Jit functions only."""
+"""The base product and the adapter's last product as one product with two K segments. Jit functions only."""
 
 import triton
 import triton.language as tl
@@ -35,17 +35,18 @@ def expand(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
     BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """result = [a, inner] [b, factor]^T + bias: one product whose K runs over two segments. Persistent.
+    """result = [a, inner] [b, factor]^T + bias: one product whose K runs over two segments, in a persistent grid.
 
     forward    y_j = [x, m_j] [W_j, col]^T + bias_j    a = x (T, in)       inner = m (n, T, c*S)    factor = col
     backward   dx = [g, dh] [W; row]                   a = g (T, n*out)    inner = dh (T, r*S)      factor = row
 
     b is W (n*out, in) in both.
 
-    ``width`` is the width of a slice of the result (out, or in), ``depth`` and ``inner_depth`` the two K segments. A
-    tile of columns never straddles two slices. Tiles go in bands of BAND rows of tiles, so that programs that run
-    together share their rows of a and columns of b in L2. a, b, inner, factor: pointers, or descriptors of (BLOCK_M,
-    BLOCK_K) for a and inner and (BLOCK_N, BLOCK_K), in the backward form (BLOCK_K, BLOCK_N), for b and factor.
+    ``width`` is the width of a slice of the result (out, or in), ``depth`` and ``inner_depth`` are the lengths of the
+    two K segments. A tile has columns of one slice only. Tiles are computed in bands of BAND rows of tiles, so that
+    programs that run at the same time share rows of a and columns of b in L2. a, b, inner and factor are pointers or
+    descriptors: of (BLOCK_M, BLOCK_K) for a and inner, of (BLOCK_N, BLOCK_K) for b and factor, or of (BLOCK_K, BLOCK_N)
+    in the backward form.
     """
     rows = tl.cdiv(tokens, BLOCK_M)
     columns = tl.cdiv(width, BLOCK_N)

@@ -1,8 +1,9 @@
-"""Everything of a layer in one launch, where all groups fit one tile. Jit functions only.
+"""A whole layer in one launch, for layers whose groups fit into one tile. Jit functions only.
 
 A program computes one tile of the result. It needs h (or p) of its tokens for all groups, so every tile of columns
-computes them again: (BLOCK_N + BLOCK_R) / BLOCK_N of the base product's work, against launches and round trips saved.
-The programs of the first tile of columns store them. The one tile of groups is fetched from column 0, without padding.
+computes them again. This makes the base product's work (BLOCK_N + BLOCK_R) / BLOCK_N times as large, but saves launches
+and round trips to memory. The programs of the first tile of columns store h (or p). The one tile of groups is loaded
+from column 0, without padding.
 """
 
 import triton
@@ -77,8 +78,8 @@ def fused_back(
     """dx = sum_j g_j W_j + (scale p_j B_j) row (T, in) and p_j = g_j col (n, T, c*S).
 
     g, weight, row, col: pointers, or descriptors of (BLOCK_M, BLOCK_K), (BLOCK_K, BLOCK_N), (BLOCK_R, BLOCK_N) and
-    (BLOCK_K, BLOCK_C); with descriptors BLOCK_K divides out. Each slice's share of dh goes into dx at once: a sum over
-    the slices would hold BLOCK_M x BLOCK_R more registers through the K loop.
+    (BLOCK_K, BLOCK_C); with descriptors, out is a multiple of BLOCK_K. The part of dh of each slice is multiplied by
+    row at once: a sum over the slices would take BLOCK_M x BLOCK_R more registers during the K loop.
     """
     across = tl.cdiv(in_features, BLOCK_N)
     token = (tl.program_id(0) // across) * BLOCK_M

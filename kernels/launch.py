@@ -1,9 +1,9 @@
-"""One function a kernel: its arguments, grid and configuration as a :class:`Launch`, which ``run`` hands to Triton.
+"""One function per kernel: its arguments, grid and configuration as a :class:`Launch`, whose ``run`` calls Triton.
 
 Shapes: x (T, in), g (T, n*out), weight (n*out, in), col (out, c*S), row (r*S, in), h and dh (T, r*S), m and p (n, T,
-c*S). Rows of x, g, col, row, h, dh, m, p are contiguous (last stride 1), rows may be any distance apart; the weight may
-have any strides. ``descriptors`` says that tiles are fetched through tensor descriptors; :func:`describable` says where
-they can.
+c*S). Each row of x, g, col, row, h, dh, m, p is contiguous (last stride 1), with any stride between rows; the weight
+may have any strides. With ``descriptors`` tiles are loaded through tensor descriptors, for operands that are
+:func:`describable`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .project import project, project_back
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel call that is ready to run, or to be compiled without a device."""
+    """A kernel call, ready to run, or to be compiled on a machine without a GPU."""
 
     kernel: Any
     programs: int
@@ -40,14 +40,14 @@ class Launch:
         )
 
 
-# A tile spans at most 256 rows, and offsets within it are 32 bits wide.
+# A tile has at most 256 rows, and offsets within it are 32 bits wide.
 LONGEST_STRIDE = 2**22
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether vectors of 16 bytes can be loaded: aligned bases and strides across the contiguous dimension.
+    """Whether the tensors can be loaded 16 bytes at a time: base addresses and row strides are multiples of 16 bytes.
 
-    ValueError for rows too far apart for the kernels' offsets.
+    Raises ValueError for strides that are too large for the kernels' offsets.
     """
     for t in tensors:
         if max(t.stride()) > LONGEST_STRIDE:
@@ -62,7 +62,7 @@ def aligned(*tensors: Tensor) -> bool:
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can address them: 16-byte aligned bases and row strides, 32-bit sizes."""
+    """Whether tensor descriptors can address the tensors: 16-byte aligned bases and row strides, 32-bit sizes."""
     return all(
         t.stride(1) == 1
         and t.stride(0) > 0
@@ -75,7 +75,7 @@ def describable(*tensors: Tensor) -> bool:
 
 
 def _operand(tensor: Tensor, rows: int, columns: int, descriptors: bool) -> Any:
-    """The tensor, or a descriptor of its tiles; n stacked slices are rows."""
+    """The tensor, or a descriptor of its tiles, for which leading dimensions are flattened into rows."""
     if not descriptors:
         return tensor
     matrix = tensor.flatten(0, -2)
@@ -100,7 +100,7 @@ def _middle(middle: Middle) -> dict[str, Any]:
 def project_launch(
     x: Tensor, row: Tensor, middle: Middle, h: Tensor, m: Tensor, config: Config, precision: str, descriptors: bool
 ) -> Launch:
-    """h = x row^T and m = scale h B^T into ``h`` and ``m``."""
+    """The launch that writes h = x row^T and m = scale h B^T into ``h`` and ``m``."""
     tiling = middle.tiling(config.block_q)
     bm, bk = config.block_m, config.block_k
     arguments = {
@@ -119,7 +119,7 @@ def project_launch(
 def project_back_launch(
     g: Tensor, col: Tensor, middle: Middle, p: Tensor, dh: Tensor, config: Config, precision: str, descriptors: bool
 ) -> Launch:
-    """p = g col and dh = scale sum_j p_j B_j into ``p`` and ``dh``."""
+    """The launch that writes p = g col and dh = scale sum_j p_j B_j into ``p`` and ``dh``."""
     tiling = middle.tiling(config.block_q)
     bm, bk = config.block_m, config.block_k
     arguments = {
@@ -139,7 +139,10 @@ def expand_launch(
     a: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, result: Tensor, num_slices: int,
     backward: bool, config: Config, precision: str, descriptors: bool, multiprocessors: int,
 ) -> Launch:  # fmt: skip
-    """result = [x, m] [W, col]^T + bias, or backward [g, dh] [W; row]; ``inner`` (n, T, q), backward (1, T, q)."""
+    """The launch of result = [x, m] [W, col]^T + bias, or backward [g, dh] [W; row].
+
+    ``inner`` is m (n, T, q), or backward dh (1, T, q).
+    """
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     rows, columns = (bk, bn) if backward else (bn, bk)
     width = result.shape[1] // num_slices
@@ -164,7 +167,7 @@ def fused_launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, col: Tensor, middle: Middle, h: Tensor, y: Tensor,
     config: Config, precision: str, descriptors: bool,
 ) -> Launch:  # fmt: skip
-    """h and y in one launch, where all groups fit one tile."""
+    """The launch that computes h and y at once, for a layer whose groups fit into one tile."""
     tiling = middle.whole()
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     out = col.shape[0]
@@ -188,7 +191,7 @@ def fused_back_launch(
     g: Tensor, weight: Tensor, row: Tensor, col: Tensor, middle: Middle, p: Tensor, dx: Tensor,
     config: Config, precision: str, descriptors: bool,
 ) -> Launch:  # fmt: skip
-    """p and dx in one launch, where all groups fit one tile."""
+    """The launch that computes p and dx at once, for a layer whose groups fit into one tile."""
     tiling = middle.whole()
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     arguments = {
@@ -209,14 +212,14 @@ def fused_back_launch(
 
 
 def chunk_rows(tokens: int, block: int) -> int:
-    """Tokens that one program of stage 1 sums: at least 256, and so many that there are at most 32 chunks."""
+    """The number of tokens that one program of stage 1 sums: at least 256, and enough for at most 32 chunks."""
     return _cdiv(max(256, _cdiv(tokens, 32)), block) * block
 
 
 def core_gradient_launches(
     p: Tensor, h: Tensor, middle: Middle, gradient: Tensor, config: Config, precision: str
 ) -> tuple[Launch, Launch]:
-    """The core's gradient (S, c, r) float32 into ``gradient``: both stages, with their workspace between them."""
+    """The launches of both stages, which write the core's gradient (S, c, r) float32 into ``gradient``."""
     tiling = middle.tiling(config.block_q)
     tokens = h.shape[0]
     length = chunk_rows(tokens, config.block_m)

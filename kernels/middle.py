@@ -1,4 +1,4 @@
-"""What the kernels need of the core: u in float32, phases, and how whole groups fill a tile."""
+"""The core in the form that the kernels need: u in float32, the phases, and tilings by whole groups."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from tcurlora_ext.maths.middle import MiddleBlocks
 from tcurlora_ext.maths.transforms import with_middle_product
 
-# Columns of a tile that holds one group. At 128 the accumulators and u of such a tile no longer fit the registers.
+# The most columns of a tile that holds one group: at 128 its accumulators and u would not fit into the registers.
 WIDEST_GROUP = 64
 
 
 class Tiling(NamedTuple):
-    """A tile of whole groups: how many, and the powers of two that hold its columns of m, of h, and of a group."""
+    """A tile of whole groups: their number, and powers of two not below its columns of m, of h, and of one group."""
 
     groups: int
     block_c: int
@@ -27,12 +27,12 @@ class Tiling(NamedTuple):
 
 @lru_cache(maxsize=256)
 def phase_table(slices: int, transform: str, device: torch.device) -> Tensor:
-    """(S layers, groups, 2) float32: w cos and w sin of every group's phase, w (+-1)^l and 0 of a block alone."""
+    """Phases (S slices, groups, 2) float32: w cos and w sin for a pair, w (+-1)^l and 0 for a single block."""
     with torch.inference_mode(False), torch.device("cpu"):
         ones = torch.zeros(slices, 1, 1, dtype=torch.float64)
         along = with_middle_product(transform)
         ones[along.single_blocks(slices)] = 1.0
-        ones[along.pair_blocks(slices)][::2] = 1.0  # u = 1 + 0i: its blocks are the phases
+        ones[along.pair_blocks(slices)][::2] = 1.0  # for u = 1 + 0i the blocks of B are the phases
         blocks = MiddleBlocks(ones, 0, slices, transform)
         alone = torch.stack([blocks.single[..., 0, 0], torch.zeros_like(blocks.single[..., 0, 0])], -1)
         pairs = blocks.pair[..., :, 0]
@@ -41,7 +41,7 @@ def phase_table(slices: int, transform: str, device: torch.device) -> Tensor:
 
 
 def _power_of_two(columns: int) -> int:
-    return max(16, 1 << (columns - 1).bit_length())  # 16: the least that a dot takes
+    return max(16, 1 << (columns - 1).bit_length())  # 16 is the smallest size that tl.dot accepts
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Middle:
 
     @property
     def q(self) -> int:
-        """Columns of h or m, the wider of the two."""
+        """The number of columns of h or of m, whichever is larger."""
         return self.slices * max(self.c, self.r)
 
     @property
@@ -89,18 +89,18 @@ class Middle:
         return self._columns(1, max(self.c, self.r)) <= WIDEST_GROUP
 
     def _columns(self, groups: int, width: int) -> int:
-        """Of a tile of groups with blocks ``width`` wide, fetched from a multiple of 8."""
+        """The columns of a tile of groups with blocks ``width`` wide that is loaded from a multiple of 8."""
         return groups * self.halves * width + (7 if width % 8 else 0)
 
     def tiling(self, block_q: int) -> Tiling:
-        """As many whole groups as fit ``block_q`` columns, at least one, at most all."""
+        """The tiling with as many whole groups as fit into ``block_q`` columns, at least one, at most all."""
         widest = max(self.c, self.r)
         room = block_q - self._columns(0, widest)
         groups = min(max(room // (self.halves * widest), 1), self.groups)
         return self._tiling(groups, self._columns(groups, self.c), self._columns(groups, self.r))
 
     def whole(self) -> Tiling:
-        """All groups, fetched from column 0."""
+        """The tiling with all groups in one tile that is loaded from column 0."""
         return self._tiling(self.groups, self.slices * self.c, self.slices * self.r)
 
     def _tiling(self, groups: int, columns_c: int, columns_r: int) -> Tiling:

@@ -1,7 +1,7 @@
-"""Forward and backward of a TCUR layer through the Triton kernels, with the contract of operator/eager.py.
+"""Forward and backward of a TCUR layer by the Triton kernels, with the contract of operator/backends/eager.py.
 
 Shapes: x (..., in); weight (n*out, in), n slices stacked by rows; col (out, c*S); core (S, c, r); row (r*S, in).
-float32, float16 and bfloat16; the core in any floating dtype. Arguments are taken as checked.
+Tensors are float32, float16 or bfloat16, the core has any floating dtype. Callers have checked the arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Device:
-    """What a launch depends on. ``descriptors``: the hardware has a tensor copy engine."""
+    """The properties of a GPU on which launches depend; ``descriptors``: it has a tensor copy engine."""
 
     name: str
     multiprocessors: int
@@ -36,7 +36,7 @@ class Device:
 
 @lru_cache(maxsize=64)
 def device_of(device: torch.device) -> Device:
-    """The GPU, or for a tensor on the CPU a small one that Triton's interpreter plays."""
+    """The GPU of a tensor; for the CPU a small device that stands for Triton's interpreter."""
     if device.type != "cuda":
         return Device("Triton's interpreter", 3, True)
     properties = torch.cuda.get_device_properties(device)
@@ -45,9 +45,9 @@ def device_of(device: torch.device) -> Device:
 
 
 def precision() -> str:
-    """What float32 products round their factors to, by PyTorch's setting for CUDA: "tf32", or not at all ("ieee")."""
+    """The precision of float32 products by PyTorch's setting for CUDA: "tf32" or "ieee" (full float32)."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; asking in the old way raises once the new one was used
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; allow_tf32 raises once the new setting has been used
         setting = matmul.fp32_precision
         if setting == "none":
             setting = getattr(torch.backends, "fp32_precision", "none")
@@ -56,12 +56,12 @@ def precision() -> str:
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def _rows_of(tensor: Tensor) -> Tensor:
-    """(..., width) -> (T, width) with contiguous rows."""
+    """Reshape (..., width) to (T, width), copying where a row is not contiguous."""
     matrix = tensor.detach().reshape(-1, tensor.shape[-1])
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
@@ -73,7 +73,7 @@ def _check_dtype(tensor: Tensor) -> None:
 
 
 class Call:
-    """The operands of one call, and how its kernels run."""
+    """The operands of one call of the operator, and how its kernels are launched."""
 
     def __init__(self, data: Tensor, weight: Tensor, factors: Factors) -> None:
         _check_dtype(data)
@@ -84,18 +84,18 @@ class Call:
         self.device = device_of(data.device)
         self.table: Table = table_for(self.device.name, launch.aligned(data, self.weight, self.col, self.row))
         self.precision = precision()
-        # The first coordinates of tiles of m, p, h and dh: rows of n slices.
+        # Descriptors take 32-bit coordinates; those of m and p go up to n slices of T rows.
         small = self.n * self.tokens < 2**31
         self.descriptors = (
             self.device.descriptors and small and launch.describable(data, self.weight, self.col, self.row)
         )
 
     def batched_middle(self) -> BatchedMiddle:
-        """In PyTorch's products: for a group wider than a tile, a matrix that a library fills, and for dcol."""
+        """The middle product in PyTorch operations, for groups wider than a tile and for dcol."""
         return BatchedMiddle(self.factors, self.dtype)
 
     def padded(self, *shape: int) -> Tensor:
-        """Uninitialised, with rows 16 bytes aligned, so that a descriptor can address them."""
+        """An uninitialised tensor whose rows are 16-byte aligned, so that a descriptor can address them."""
         width = -(-shape[-1] // 8) * 8
         return self.data.new_empty(*shape[:-1], width)[..., : shape[-1]]
 
@@ -103,7 +103,7 @@ class Call:
         return self.table.config(kernel, self.dtype, self.tokens)
 
     def fits_one_launch(self, kernel: str, depth: int, width: int) -> bool:
-        """Whether all groups fit one tile, and what every tile of columns computes again is cheap.
+        """Whether all groups fit into one tile and computing h (or p) again in every tile of columns is cheap.
 
         ``depth`` and ``width`` are K and N of the base product.
         """
@@ -115,12 +115,12 @@ class Call:
         return q <= config.block_q and again <= self.table.fused_flops
 
     def slice_descriptors(self, kernel: str) -> bool:
-        """Descriptors where a tile of g must not reach into the next slice's columns."""
+        """Whether to use descriptors for g: only if no tile can have columns of the next slice."""
         return self.descriptors and (self.n == 1 or self.col.shape[0] % self.config(kernel).block_k == 0)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
-    """y (..., n*out) and h (T, r*S)."""
+    """Returns y (..., n*out) and h (T, r*S)."""
     x2 = _rows_of(x)
     call = Call(x2, weight, factors)
     y = x2.new_empty(x2.shape[0], weight.shape[0])
@@ -159,13 +159,14 @@ def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
 def backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, factors: Factors, needs: Sequence[bool]
 ) -> Gradients:
-    """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no.
+    """Gradients of (x, weight, bias, col, core, row); an empty tensor for each that ``needs`` does not ask for.
 
-    Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
+    x may be None where no gradient of weight or row is needed and h is given. h may be None where x is given: it is
+    then computed again.
     """
     needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
     col, core, row = factors[:3]
-    # Of their own: outputs of an operator must not share memory.
+    # Separate tensors, because outputs of an operator must not share memory.
     dx, dweight, dbias, dcol, drow = (g.new_empty(0) for _ in range(5))
     dcore = core.new_empty(0)
     g2 = _rows_of(g)
@@ -198,7 +199,7 @@ def backward(
 
 
 def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Tensor, Tensor]:
-    """p (n, T, c*S) and, where needed, dh (T, r*S); fills ``dx`` (T, in)."""
+    """Returns p (n, T, c*S) and, where needed, dh (T, r*S); fills ``dx`` (T, in)."""
     g, middle = call.data, call.middle
     p = call.padded(call.n, call.tokens, call.col.shape[1])
     dh = call.padded(call.tokens, call.row.shape[0])
@@ -230,7 +231,7 @@ def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Te
 
 
 def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
-    """(S, c, r) float32."""
+    """The core's gradient (S, c, r), float32."""
     if not call.tokens:
         return torch.zeros_like(call.middle.core)
     if not call.middle.fits_a_tile:

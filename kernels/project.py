@@ -1,7 +1,7 @@
 """h and m in one pass over x, p and dh in one pass over g. Jit functions only.
 
-A program holds BLOCK_M tokens and one tile of GROUPS whole groups: the middle product needs no other columns. Tiles of
-groups are the fast axis of the grid, so that programs that run together read the same tokens.
+A program computes BLOCK_M tokens of one tile of GROUPS whole groups: the middle product needs no other columns. Tiles
+of groups are the fastest axis of the grid, so that programs that run at the same time read the same tokens.
 """
 
 import triton
@@ -48,7 +48,7 @@ def project(
     start = first_column(tile, C, HALVES, GROUPS)
     o = virtual_columns(tile, start, C, HALVES, GROUPS, BLOCK_C)
     columns, inside = group_columns(tile, start, slices, C, HALVES, GROUPS, BLOCK_C)
-    # One stage: this loop's loads of u go to registers, staged copies of them would fill the shared memory.
+    # One stage: this loop loads u into registers, and staged copies of u would fill the shared memory.
     for j in tl.range(0, num_slices, num_stages=1, disable_licm=True):
         block = middle_block(
             core, phases, o, i, tile, first_slice + j, slices, scale, C, R, HALVES, GROUPS, BLOCK_G, False,
@@ -69,7 +69,7 @@ def project_back(
     """p_j = g_j col (n, T, c*S), rounded to its dtype, and from it dh = scale sum_j p_j B_j (T, r*S).
 
     g (T, n*out) and col (out, c*S): pointers, or descriptors of tiles (BLOCK_M, BLOCK_K) and (BLOCK_K, BLOCK_C). With
-    descriptors BLOCK_K divides out, so that no tile reaches into the next slice's columns of g.
+    descriptors, out is a multiple of BLOCK_K, so that no tile has columns of g from the next slice.
     """
     tiles = tl.cdiv(count_groups(slices, HALVES), GROUPS)
     tile = tl.program_id(0) % tiles

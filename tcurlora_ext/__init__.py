@@ -1,4 +1,4 @@
-"""tCURLoRA: adapt frozen networks by a tiny core U between columns and rows of their own weights."""
+"""tCURLoRA: adapt frozen networks by training a tiny core U between columns and rows of their own weights."""
 
 from .adapter.config import TCURConfig
 from .adapter.distributed.sharding import shard

@@ -1,7 +1,7 @@
 """Named ranges around the stages of the operator, so that a profile reads like the maths.
 
-Nsight Systems and Nsight Compute see them as NVTX ranges in the domain "tcurlora" (package ``nvtx``; without it there
-are none), ``torch.profiler`` as user annotations. csrc/trace.h gives the stages in C++ the same names.
+Nsight Systems and Nsight Compute show them as NVTX ranges in the domain "tcurlora", if the package ``nvtx`` is
+installed. ``torch.profiler`` shows them as user annotations. csrc/trace.h names the stages in C++ in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DOMAIN = "tcurlora"
 
 
 def stage(name: str) -> AbstractContextManager[Any]:
-    """A range over what is launched inside; nothing where neither profiler is there."""
+    """A context manager that names what runs inside it; without effect where no profiler is active or installed."""
     profiled = torch._C._autograd._profiler_enabled()
     if nvtx is None:
         return torch.profiler.record_function(name) if profiled else nullcontext()

@@ -254,7 +254,7 @@ def test_vit_names_what_is_wrong(refused: Script, runs: Callable[[str], Run], pi
         (tmp_path / name).mkdir()
     assert "found one of --model and --images" in refused("vit_classification.py", "--images", pictures)
     for folder, message in (
-        (tmp_path / "nowhere", "nowhere: found 0 folders in it, expected one a class"),
+        (tmp_path / "nowhere", "nowhere: found 0 folders in it, expected one per class"),
         (pictures / "dark", "dark: found 0 folders in it"),
         (tmp_path, "cats: found no images"),
     ):

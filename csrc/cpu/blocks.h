@@ -4,8 +4,8 @@
 //   forward    z = u h              m_j = phi_j z
 //   backward   P = sum_j conj(phi_j) p_j        dh = u^H P        du = sum over tokens of P h^H
 //
-// so that more slices only cost element-wise work. A block alone is the same in real numbers. Arrays of S blocks hold
-// the real and the imaginary part of a pair as two blocks, one vector of tokens a number.
+// so that more slices only cost element-wise work. A single block is the same in real numbers. Arrays of S blocks have
+// the real and the imaginary part of a pair as two blocks, and one vector of tokens per entry.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace tcurlora::cpu {
 // Outputs of a product whose sums are kept in registers: for a pair 8 vectors, which hide the latency of the additions.
 constexpr int64_t kOutputs = 4;
 
-// u of one group: entry (output, input) at re[output * step_out + input * step_in]; im null for a block alone.
+// u of one group: entry (output, input) at re[output * step_out + input * step_in]; im is null for a single block.
 template <typename acc>
 struct Block {
   const acc* re;
@@ -26,8 +26,8 @@ struct Block {
   int64_t step_out, step_in;
 };
 
-// out[o] = sum_i u[o, i] in[i] for `count` outputs, with `conjugate` of conj(u). Imaginary parts of `in` and `out` come
-// `inputs` and `outputs` vectors behind the real ones.
+// out[o] = sum_i u[o, i] in[i] for `count` outputs; with `conjugate`, conj(u) in place of u. The imaginary parts of
+// `in` and `out` are `inputs` and `outputs` vectors after the real parts.
 template <int64_t count, bool pair, bool conjugate, typename acc>
 TCURLORA_INLINE void multiply_some(
     const Block<acc>& u, const Vector<acc>* in, int64_t inputs, Vector<acc>* out, int64_t outputs) {
@@ -69,7 +69,7 @@ TCURLORA_INLINE void multiply_block(
   }
 }
 
-// z = u h, or with `adjoint` dh = u^H P. u (S, c, r); `in` and `out` have S blocks.
+// z = u h, or dh = u^H P with `adjoint`. u is (S, c, r); `in` and `out` have S blocks.
 template <bool adjoint, typename acc>
 TCURLORA_INLINE void multiply(
     const Groups& groups, const acc* u, int64_t c, int64_t r, const Vector<acc>* in, Vector<acc>* out) {
@@ -179,7 +179,7 @@ TCURLORA_INLINE void outer_block(
   }
 }
 
-// du (S, c, r) += sum over tokens of P h^H. P (blocks, S*c) and h (blocks, S*r), one vector of 8 tokens a number.
+// du (S, c, r) += sum over tokens of P h^H. P (blocks, S*c) and h (blocks, S*r) have one vector of 8 tokens per entry.
 template <typename acc>
 TCURLORA_INLINE void outer(
     const Groups& groups, const Vector<acc>* P, const Vector<acc>* h, int64_t blocks, int64_t c, int64_t r, acc* du) {

@@ -1,14 +1,14 @@
-// Tokens as the lanes of vectors: every rank is then vectorised alike, and the arithmetic reads like that of one token.
+// Tokens as the lanes of vectors: vectorisation does not depend on the rank, and code reads like that for one token.
 //
-// A row-major matrix (tokens, columns) is read into one vector of 8 tokens a column, by transposing 8 x 8 numbers at a
-// time in registers. Sums are in at least float32, whatever the dtype in memory.
+// A row-major matrix (tokens, columns) is read into one vector of 8 tokens per column, by transposing 8 x 8 elements at
+// a time in registers. Sums are in at least float32 for every dtype in memory.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-// A function that is part of its caller, and so compiled for its caller's instruction set.
+// A function that is always inlined, and so compiled for its caller's instruction set.
 #define TCURLORA_INLINE inline __attribute__((always_inline))
 
 #if defined(__has_builtin)
@@ -24,8 +24,8 @@ constexpr int64_t kLanes = 8;
 template <typename scalar>
 using acc_t = std::conditional_t<std::is_same_v<scalar, double>, double, float>;
 
-// 8 numbers; the compiler splits them where the instruction set has shorter vectors. Aligned by name: otherwise gcc takes
-// 16 bytes in functions for SSE and 32 in those for AVX, of the same memory.
+// 8 elements; the compiler splits them where the instruction set has shorter vectors. The alignment is explicit because
+// gcc would otherwise assume 16 bytes in functions for SSE and 32 bytes in functions for AVX, for the same memory.
 template <typename acc>
 struct Lanes {
   typedef acc Vector __attribute__((vector_size(kLanes * sizeof(acc)), aligned(kLanes * sizeof(acc))));
@@ -34,7 +34,7 @@ struct Lanes {
 template <typename acc>
 using Vector = typename Lanes<acc>::Vector;
 
-// rows[i][j] <-> rows[j][i].
+// Transposes in place: rows[i][j] <-> rows[j][i].
 template <typename acc>
 TCURLORA_INLINE void transpose(Vector<acc>* rows) {
 #ifdef TCURLORA_SHUFFLES
@@ -82,7 +82,7 @@ TCURLORA_INLINE void write(const Vector<acc_t<scalar>>& row, scalar* to) {
   for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<scalar>(wide[i]);
 }
 
-// `tokens` <= 8 rows, `step` numbers apart, to one vector a column; lanes without a token are zero.
+// Loads `tokens` <= 8 rows, `step` elements apart, into one vector per column; lanes without a token are zero.
 template <typename scalar>
 TCURLORA_INLINE void load(
     const scalar* from, int64_t step, int64_t tokens, int64_t columns, Vector<acc_t<scalar>>* to) {

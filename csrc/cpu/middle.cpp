@@ -16,14 +16,14 @@ namespace {
 
 // Blocks of 8 tokens whose contributions to the core's gradient are summed at once: 64 tokens, 200 KB for UNETR's qkv.
 constexpr int64_t kBlocks = 8;
-// The core's gradient is summed in at most this many chunks of tokens, and in fewer where their sums would be more than
-// kPartials numbers: the same chunks whatever the number of threads.
+// The core's gradient is summed in at most this many chunks of tokens, and in fewer where their sums would have more
+// than kPartials elements. The chunks do not depend on the number of threads.
 constexpr int64_t kChunks = 64;
 constexpr int64_t kPartials = 1 << 22;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What the kernels read of a stack: sizes, u in the type of the sums with the scale in it, and a row of phases a slice.
+// What the kernels need of a stack: sizes, u times the scale in the type of the sums, and one row of phases per slice.
 template <typename acc>
 struct Middle {
   Groups groups;
@@ -43,8 +43,8 @@ struct Middle {
     });
   }
 
-  int64_t hidden() const { return groups.slices * r; }  // numbers of h a token
-  int64_t wide() const { return groups.slices * c; }    // numbers of m or p a token and slice
+  int64_t hidden() const { return groups.slices * r; }  // elements of h per token
+  int64_t wide() const { return groups.slices * c; }    // elements of m or p per token and slice
 };
 
 template <typename scalar>
@@ -57,7 +57,7 @@ struct Forward {
   int64_t scratch() const { return middle.hidden() + 2 * middle.wide(); }
 };
 
-// m of blocks of 8 tokens.
+// Computes m for blocks of 8 tokens.
 template <typename scalar>
 TCURLORA_INLINE void forward_blocks(
     const Forward<scalar>& call, int64_t begin, int64_t end, Vector<acc_t<scalar>>* scratch) {
@@ -82,13 +82,13 @@ struct Backward {
   int64_t tokens;
   const scalar* p;
   const scalar* h;  // null where the core's gradient is not asked for
-  scalar* dh;       // null where it is not
+  scalar* dh;       // null where dh is not asked for
   int64_t per_chunk;  // blocks of 8 tokens
   acc* partial;       // (chunks, S, c, r)
   int64_t scratch() const { return (kBlocks + 1) * (middle.hidden() + middle.wide()); }
 };
 
-// dh and the partial core gradients of chunks of tokens.
+// Computes dh and the partial core gradients of chunks of tokens.
 template <typename scalar>
 TCURLORA_INLINE void backward_blocks(
     const Backward<scalar>& call, int64_t begin, int64_t end, Vector<acc_t<scalar>>* scratch) {
@@ -119,7 +119,7 @@ TCURLORA_INLINE void backward_blocks(
   }
 }
 
-// Both kernels for several instruction sets, chosen when they are called: a wheel has to run on every x86-64.
+// Both kernels are compiled for several instruction sets and chosen at run time: a wheel has to run on every x86-64.
 #define TCURLORA_KERNEL(name, target)                                                                               \
   template <typename scalar>                                                                                        \
   target void name(const Forward<scalar>& call, int64_t begin, int64_t end, Vector<acc_t<scalar>>* scratch) {       \
@@ -139,7 +139,7 @@ TCURLORA_KERNEL(avx512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512d
 
 template <typename Call>
 void run(const Call& call, int64_t begin, int64_t end) {
-  // Small calls work on the stack: the aligned allocation would be a tenth of a microsecond.
+  // Small calls use memory on the call stack: an aligned allocation would take a tenth of a microsecond.
   constexpr int64_t kSmall = 64;
   Lanes<typename Call::acc> small[kSmall];
   std::vector<Lanes<typename Call::acc>> large(call.scratch() > kSmall ? call.scratch() : 0);
@@ -154,7 +154,7 @@ void run(const Call& call, int64_t begin, int64_t end) {
   any(call, begin, end, scratch);
 }
 
-// scale * the sum of the chunks, in the order of the chunks.
+// scale times the sum of the chunks, in the order of the chunks.
 template <typename acc>
 Tensor sum_of_chunks(const std::vector<acc>& partial, int64_t chunks, const Stack& stack) {
   const int64_t size = stack.core.numel();

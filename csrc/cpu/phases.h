@@ -5,7 +5,7 @@
 
 namespace tcurlora::cpu {
 
-// phase_of(groups, 0..count, layer), for as long as the process lives: 16 bytes a group, 400 a layer of UNETR's qkv.
+// phase_of(groups, 0..count, layer), kept until the process ends: 16 bytes per group, 400 per slice of UNETR's qkv.
 const Phase* phases_of(const Groups& groups, int64_t layer);
 
 }  // namespace tcurlora::cpu

@@ -1,6 +1,6 @@
 // The core's gradient, from P and Q (rotation.h) and h, summed over the tokens t:
 //
-//   du_re = sum_t P h_re^T + Q h_im^T    du_im = sum_t Q h_re^T - P h_im^T      (of a block alone: du = sum_t P h^T)
+//   du_re = sum_t P h_re^T + Q h_im^T    du_im = sum_t Q h_re^T - P h_im^T      (single block: du = sum_t P h^T)
 //
 // in two kernels: the sums of every chunk of tokens (sizes.h), then the sum of the chunks. No atomics: the sizes fix
 // the order of all additions.
@@ -11,8 +11,8 @@
 
 namespace tcurlora::cuda {
 
-// An item is a tile of the core's gradient, `rows` of c by `depth` of r. A block's lanes take the tokens of a chunk in
-// turn; their sums meet in shared memory.
+// An item is a tile of the core's gradient, `rows` of c by `depth` of r. The lanes of a block take the tokens of a
+// chunk in turn; their sums are added in shared memory.
 template <typename scalar, int rank>
 struct ChunkSums {
   using Tiles = Tiling<scalar, rank>;
@@ -113,7 +113,7 @@ struct ChunkSums {
     }
   }
 
-  // All threads of the block take the entries of its items in turn, so that neighbours write neighbours.
+  // All threads of the block take the entries of its items in turn, so that neighbouring threads write neighbours.
   TCURLORA_HD void sum_lanes(const Place& at, const acc* lanes) const {
     const int c = Tiles::extent(sizes.c), r = Tiles::extent(sizes.r), pitch = odd_pitch(at.width);
     for (int i = at.thread(); i < at.width * entries; i += at.threads()) {

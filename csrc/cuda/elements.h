@@ -1,4 +1,4 @@
-// Element types, and how runs of neighbours are read and written. Host and device.
+// Element types, and how runs of neighbouring elements are read and written. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ using acc_t = typename Accumulation<scalar>::type;
 TCURLORA_HD float widened(float value) { return value; }
 TCURLORA_HD double widened(double value) { return value; }
 
-// From a sum to an element, rounded to nearest.
+// Converts a sum to an element, rounding to nearest.
 template <typename scalar>
 struct Narrow {
   template <typename acc>
@@ -66,7 +66,7 @@ struct Narrow<__nv_bfloat16> {
 };
 #endif
 
-// `count` neighbours (a power of two), aligned to their size up to 16 bytes: one access of that width, or several.
+// `count` neighbouring elements (a power of two), aligned to their size up to 16 bytes: one or several accesses.
 template <typename scalar, int count>
 struct alignas(sizeof(scalar) * count < 16 ? sizeof(scalar) * count : 16) Run {
   scalar value[count];
@@ -74,8 +74,8 @@ struct alignas(sizeof(scalar) * count < 16 ? sizeof(scalar) * count : 16) Run {
   TCURLORA_HD acc_t<scalar> operator[](int i) const { return widened(value[i]); }
 };
 
-// A run from memory. A whole one is read at once and its address is aligned; otherwise element by element, zeros from
-// the `valid`-th on.
+// Reads a run from memory. A whole run has an aligned address and is read at once. Any other run is read element by
+// element, with zeros from element `valid` on.
 template <bool whole, int count, typename scalar>
 TCURLORA_HD Run<scalar, count> load(const scalar* from, int valid) {
   if constexpr (whole) {
@@ -88,8 +88,8 @@ TCURLORA_HD Run<scalar, count> load(const scalar* from, int valid) {
   }
 }
 
-// A run to memory, at once. On the GPU by an instruction that is spelled out: the compiler takes an assignment apart
-// and puts only some of its elements together again.
+// Writes a run to memory at once. The GPU's instruction is written out: the compiler would split an assignment into
+// elements and join only some of them again.
 template <typename scalar, int count>
 TCURLORA_HD void store_run(scalar* to, const Run<scalar, count>& run) {
 #if defined(__CUDA_ARCH__)
@@ -116,7 +116,7 @@ TCURLORA_HD void store_run(scalar* to, const Run<scalar, count>& run) {
 #endif
 }
 
-// Sums to memory as elements; all of them, or the first `valid`.
+// Writes sums to memory as elements: all of them, or the first `valid`.
 template <bool whole, int count, typename scalar, typename acc>
 TCURLORA_HD void store(scalar* to, const acc (&sums)[count], int valid) {
   if constexpr (whole) {

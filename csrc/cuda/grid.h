@@ -5,19 +5,20 @@
 
 namespace tcurlora::cuda {
 
-// What every device of compute capability 8.0 and later grants a block without being asked.
+// The shared memory that a block can use without opting in to more, on every device since compute capability 8.0.
 constexpr int64_t kSharedBytes = 48 << 10;
 
 inline int64_t pieces_of(int64_t number, int64_t size) { return (number + size - 1) / size; }
 
-// `items` in blocks of at most `most`, evenly.
+// Divides `items` evenly into blocks of at most `most`.
 inline int even_width(int64_t items, int64_t most) {
   return static_cast<int>(pieces_of(items, pieces_of(items, most)));
 }
 
-// For kernels that stream tokens past a tile. Blocks are `width` items wide, at most 64, so that 256 threads take at
-// least 4 tokens at a time, and narrower where the phases of many slices would not fit. 1,024 blocks are several to a
-// multiprocessor on every device; more tokens make each block's stream longer, and spare it loading its tile again.
+// The launch of kernels that stream tokens past a tile. Blocks are `width` items wide, at most 64, so that 256 threads
+// take at least 4 tokens at a time, and narrower where the phases of many slices would not fit. 1,024 blocks are
+// several per multiprocessor on every device. With more tokens every block streams more of them past the tile that it
+// has loaded.
 template <typename acc>
 Grid streaming_grid(const Sizes& sizes, int per_group, int threads, int tokens) {
   const int64_t items = sizes.groups().count() * per_group;
@@ -30,13 +31,13 @@ Grid streaming_grid(const Sizes& sizes, int per_group, int threads, int tokens) 
       Phases<acc>::bytes(sizes, width, per_group)};
 }
 
-// Where the sums of a block's lanes lie behind its phases: [lane][entry][item], with an odd number of items so that
-// neighbouring items and neighbouring entries both fall into different banks.
+// Shared memory for the sums of a block's lanes, after its phases: [lane][entry][item], with an odd number of items, so
+// that neighbouring items and neighbouring entries are both in different banks.
 TCURLORA_HD int64_t aligned_to_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 TCURLORA_HD int odd_pitch(int width) { return width | 1; }
 
-// For the sums over tokens: one block of at most 128 threads for a chunk of tokens and at most 32 items, whose lanes
-// take the chunk's tokens in turn.
+// The launch of the sums over tokens: one block of at most 128 threads for a chunk of tokens and at most 32 items; its
+// lanes take the tokens of the chunk in turn.
 template <typename acc>
 Grid chunk_grid(const Sizes& sizes, int per_group, int threads, int entries) {
   const int64_t items = sizes.groups().count() * per_group;

@@ -1,4 +1,4 @@
-// Tensors to pointers and sizes for the kernels of kernels.h.
+// Calls the kernels of kernels.h, with pointers and sizes from tensors.
 #include "middle.h"
 
 #include <c10/cuda/CUDAException.h>
@@ -27,13 +27,13 @@ at::ScalarType accumulation_of(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// The core as the kernels read it; one of float32 stays where it is.
+// The core in the dtype that the kernels read; it is not copied if it has that dtype already.
 Tensor core_for(const Tensor& tensor, const Stack& stack) {
   return stack.core.to(accumulation_of(tensor)).contiguous();
 }
 
 Sizes sizes_of(int64_t tokens, const Stack& stack) {
-  // The phases of all n slices lie in 48 KiB of shared memory, beside which the sums of one tile have to fit.
+  // The phases of all n slices and the sums of one tile have to fit into 48 KiB of shared memory.
   constexpr int64_t most = 3000;
   TORCH_CHECK_VALUE(
       stack.num_slices <= most, "a layer of ", stack.num_slices, " slices, the CUDA kernels take at most ", most);

@@ -1,6 +1,7 @@
 // The middle product, its transpose and the core's gradient on the GPU. Notation: csrc/middle.h.
 //
-// Contracts of csrc/cpu/middle.h; on the current stream of the tensor's device, without waiting for it.
+// csrc/cpu/middle.h describes arguments and results. Kernels run on the current stream of the tensor's device,
+// without waiting for it.
 #pragma once
 
 #include "../operator.h"

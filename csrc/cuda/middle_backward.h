@@ -1,6 +1,6 @@
 // dh = scale * p B, from P and Q (rotation.h), with the transposed core:
 //
-//   dh_re = u_re^T P + u_im^T Q    dh_im = u_re^T Q - u_im^T P          (of a block alone: dh_re = u^T P)
+//   dh_re = u_re^T P + u_im^T Q    dh_im = u_re^T Q - u_im^T P          (single block: dh_re = u^T P)
 #pragma once
 
 #include "grid.h"
@@ -8,8 +8,9 @@
 
 namespace tcurlora::cuda {
 
-// An item is a group and `rows` neighbours of its dh, columns of u; the tile spans the rows of u, which are p's. The
-// threads of a group compute the same P and Q: 4 n c multiplications against 4 c rows, without a word between them.
+// An item is a group and `rows` neighbouring entries of its dh, which are columns of u; the tile spans the rows of u,
+// which are those of p. The threads of a group compute the same P and Q: 4 n c multiplications beside the 4 c rows of
+// the product, but without communication between them.
 template <typename scalar, int rank>
 struct MiddleBackward {
   using Tiles = Tiling<scalar, rank>;

@@ -1,6 +1,6 @@
 // m = scale * h B^T, with z = u h once and a rotation of it for each of the n slices:
 //
-//   z_re = u_re h_re - u_im h_im    z_im = u_im h_re + u_re h_im        (of a block alone: z_re = u h)
+//   z_re = u_re h_re - u_im h_im    z_im = u_im h_re + u_re h_im        (single block: z_re = u h)
 //   m_j  = (re_j z_re - im_j z_im,  im_j z_re + re_j z_im)              phase_j = re_j + i im_j
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace tcurlora::cuda {
 
-// An item is a group and `rows` rows of its z; the tile spans the columns of u, which are h's.
+// An item is a group and `rows` rows of its z; the tile spans the columns of u, which are those of h.
 template <typename scalar, int rank>
 struct MiddleForward {
   using Tiles = Tiling<scalar, rank>;
@@ -64,7 +64,7 @@ struct MiddleForward {
     }
   }
 
-  // z += u h over the tile's columns. Tokens beyond the last one repeat it: their loads are valid, they are not stored.
+  // z += u h over the tile's columns. Tokens after the last repeat it: their loads are valid, and they are not stored.
   TCURLORA_HD void multiply(
       Products& z, const CoreTile<acc, Tiles::rows, Tiles::depth>& u, const Item& item, int64_t token, int lanes,
       int column) const {

@@ -1,4 +1,4 @@
-// The ranks that have kernels of their own, and when they are taken. Host only.
+// The ranks with specialised kernels, and when these are used. Host only.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,16 @@
 
 namespace tcurlora::cuda {
 
-// Whether runs of `count` numbers from a pointer on are aligned to their size, up to 16 bytes.
+// Whether runs of `count` elements from a pointer on are aligned to their size, up to 16 bytes.
 template <typename number>
 bool aligned(const void* pointer, int count) {
   const std::uintptr_t bytes = count * sizeof(number);
   return reinterpret_cast<std::uintptr_t>(pointer) % (bytes < 16 ? bytes : 16) == 0;
 }
 
-// Calls visit(rank) with the rank as a constant where the core is square of a rank that has its own kernel and all runs
-// are aligned, otherwise with 0: a tensor may start in the middle of a run. Float64 has the general kernel alone.
+// Calls visit(rank) with the rank as a constant where c = r is a rank with a specialised kernel and all runs are
+// aligned (a tensor may start in the middle of a run); otherwise calls visit with 0. Float64 has the general kernel
+// only.
 template <typename scalar, typename Visit>
 auto with_rank(const Sizes& sizes, const void* core, const void* a, const void* b, const Visit& visit) {
   if constexpr (!std::is_same_v<scalar, double>) {

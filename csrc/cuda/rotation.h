@@ -1,19 +1,19 @@
-// The n slices of p turned back by their phases and summed, the scale included:
+// The sum of the n slices of p, each multiplied by its conjugate phase, scale included:
 //
-//   P = sum_j (re_j p_re,j + im_j p_im,j)        Q = sum_j (re_j p_im,j - im_j p_re,j)        (of a block alone: Q = 0)
+//   P = sum_j (re_j p_re,j + im_j p_im,j)        Q = sum_j (re_j p_im,j - im_j p_re,j)        (single block: Q = 0)
 #pragma once
 
 #include "tiles.h"
 
 namespace tcurlora::cuda {
 
-// P and Q of `tokens` tokens, `width` rows of the core.
+// P and Q of `tokens` tokens, for `width` rows of the core.
 template <typename acc, int tokens, int width>
 struct Rotated {
   acc P[tokens][width];
   acc Q[tokens][width];
 
-  // From row `row` of the group on, tokens `lanes` apart. Those beyond the last token repeat it: the caller drops them.
+  // From row `row` of the group on, for tokens `lanes` apart. Tokens after the last repeat the last: callers drop them.
   template <bool whole, typename scalar>
   TCURLORA_HD void load_from(
       const scalar* p, const Sizes& sizes, int c, const Phases<acc>& phases, const Item& item, int row, int64_t token,

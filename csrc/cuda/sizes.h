@@ -11,15 +11,15 @@ struct Sizes {
   int64_t tokens;     // T
   int slices;         // S
   int c;              // rows of a block of the core
-  int r;              // its columns
+  int r;              // columns of a block of the core
   int first_slice;    // the layer's first slice, l
   int num_slices;     // n
   Transform transform;
   double scale;
 
   TCURLORA_HD Groups groups() const { return {slices, transform}; }
-  TCURLORA_HD int64_t hidden() const { return int64_t(slices) * r; }   // a token of h
-  TCURLORA_HD int64_t columns() const { return int64_t(slices) * c; }  // a token of p or m, for one slice
+  TCURLORA_HD int64_t hidden() const { return int64_t(slices) * r; }   // elements of h per token
+  TCURLORA_HD int64_t columns() const { return int64_t(slices) * c; }  // elements of p or m per token and slice
   int64_t core() const { return int64_t(slices) * c * r; }
 };
 
@@ -36,7 +36,7 @@ inline int64_t chunk_count(const Sizes& sizes) {
 }
 inline int64_t core_gradient_workspace(const Sizes& sizes) { return chunk_count(sizes) * sizes.core(); }
 
-// A launch: blocks (x, y) of `width` items by `lanes` tokens. What an item is, a kernel says (tiles.h).
+// A launch: blocks (x, y) of `width` items by `lanes` tokens. Each kernel defines what an item is (tiles.h).
 struct Grid {
   int64_t blocks_x;
   int64_t blocks_y;
@@ -45,7 +45,7 @@ struct Grid {
   int64_t shared_bytes;
 };
 
-// Where a thread of such a launch stands: what blockIdx, threadIdx and gridDim say on the GPU.
+// The indices of a thread in such a launch: blockIdx, threadIdx and gridDim on the GPU.
 struct Place {
   int64_t block_x;
   int64_t block_y;

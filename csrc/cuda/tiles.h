@@ -1,9 +1,9 @@
-// What the three kernels share: a thread's tile of the core, and the phases of a block's groups.
+// Shared by the three kernels: a thread's tile of the core, and the phases of a block's groups.
 //
-// A tile is `rows` x `depth` numbers of u_re and as many of u_im, of one group. Its thread keeps it in registers and
-// streams tokens past it. Where the core is square of a rank known to the compiler, `depth` is that rank, so that the
-// tile spans one dimension of the block, and the runs of h, p and m that belong to it are aligned. For any other c
-// and r (rank 0) tiles are 4 x 4, cut off at the edges, and a kernel loops over them.
+// A tile is `rows` x `depth` entries of u_re and as many of u_im, of one group. Its thread keeps it in registers and
+// streams tokens past it. Where c = r is a rank known to the compiler, `depth` is that rank: the tile then spans one
+// dimension of the core's block, and its runs of h, p and m are aligned. For any other c and r (rank 0) tiles are
+// 4 x 4, cut off at the edges, and a kernel loops over them.
 #pragma once
 
 #include "elements.h"
@@ -16,13 +16,13 @@ struct Tiling {
   using acc = acc_t<scalar>;
   static constexpr bool exact = rank > 0;
   static constexpr int depth = exact ? rank : 4;
-  // Two parts of rows * depth numbers, 256 bytes: 64 registers of a thread's 128.
+  // Two parts of rows * depth elements, 256 bytes: 64 of a thread's 128 registers.
   static constexpr int most = 128 / int(sizeof(acc)) / depth;
   static constexpr int rows = !exact ? 4 : most < 1 ? 1 : most < rank ? most : rank;
-  // Tokens whose loads a thread has in flight at once: 16 numbers of each part.
+  // Tokens whose loads a thread has in flight at the same time: 16 elements of each part.
   static constexpr int tokens = !exact ? 8 / int(sizeof(acc)) : rank == 1 ? 8 : 16 / rank;
 
-  // c or r, as a constant where it is one; and how many pieces of `size` it takes.
+  // c or r, as a constant where the rank is one; and the number of pieces of `size` that cover it.
   static TCURLORA_HD int extent(int number) { return exact ? rank : number; }
   static TCURLORA_HD int pieces(int number, int size) { return (extent(number) + size - 1) / size; }
 };
@@ -30,10 +30,10 @@ struct Tiling {
 // One thread's part of the core: a group and the corner of a tile, numbered group by group.
 struct Item {
   int group;
-  int block;  // the group's first
+  int block;  // the group's first block
   bool pair;
-  int across;  // first of the tile's `rows`
-  int along;   // first of its `depth`
+  int across;  // index of the first of the tile's `rows`
+  int along;   // index of the first of its `depth`
 };
 
 TCURLORA_HD Item item_at(
@@ -45,8 +45,8 @@ TCURLORA_HD Item item_at(
       in_group % pieces_along * depth};
 }
 
-// u of one group, `height` x `width` numbers from (row, column) on; zeros beyond its edges, and in im for a block
-// alone.
+// u of one group, `height` x `width` entries from (row, column) on; zeros beyond its edges, and in im for a single
+// block.
 template <typename acc, int height, int width>
 struct CoreTile {
   acc re[height][width];
@@ -70,14 +70,14 @@ struct CoreTile {
   }
 };
 
-// The phases, scale included, of the groups that a block of threads meets: in shared memory, slice by slice.
+// The phases, scale included, of the groups that a block of threads computes: in shared memory, slice by slice.
 template <typename acc>
 struct Phases {
   const PhaseOf<acc>* table;
-  int count;  // groups a slice
-  int first;  // group
+  int count;  // groups per slice
+  int first;  // the first group
 
-  // Groups that a block of `width` items can meet.
+  // The most groups that `width` items can belong to.
   static TCURLORA_HD int groups(int width, int items_per_group) {
     return (width + items_per_group - 2) / items_per_group + 1;
   }

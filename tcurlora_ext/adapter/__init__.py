@@ -1,1 +1,1 @@
-"""What a user holds: the configuration, and rooms for stacks, layers, whole models, files and many processes."""
+"""The objects that users work with: the configuration, stacks, layers, whole models, files, distributed models."""

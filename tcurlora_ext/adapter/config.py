@@ -23,40 +23,40 @@ class TCURConfig(StackOptions):
     Args:
         rank: r, or (c, r): c columns and r rows of every stack.
         target_modules: ``None``: the attention and MLP projections of MONAI's and transformers' blocks; a list: names
-            or ends of names, whole components; a string: a regex that the whole name has to match.
-        exclude_modules: The same forms; what matches stays as it is.
-        stack_by: ``"shape"`` (the paper): layers of one shape in one tower are a stack, the tower being the path before
-            the first number in a name; ``"role"``: of one shape and one name within the block; ``"none"``: every layer
-            its own; or a function (name, module) -> key.
-        split_fused: Last component of a name -> how many blocks of rows of that projection are slices of their own. By
-            default ``{"qkv": 3, "c_attn": 3}``.
-        selection: Rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`; ``"activation"`` takes what
-            :func:`calibrate` returns.
-        scale: ``None``: unit-norm factors and the rule of :mod:`tcurlora_ext.maths.scale`; a number: raw factors times
-            it, 1.0 being the paper's form.
+            of modules, or ends of names in whole components; a string: a regex that has to match the whole name.
+        exclude_modules: Modules to leave out, in the same forms.
+        stack_by: Which layers form a stack. ``"shape"`` (the paper): layers of one shape in one tower, the tower being
+            the path before the first number in a name; ``"role"``: layers of one shape in one tower with the same name
+            within their blocks; ``"none"``: every layer alone; or a function (name, module) -> key of the stack.
+        split_fused: Last component of a name -> number of equal blocks of rows into which such a projection is split;
+            every block is a slice. By default ``{"qkv": 3, "c_attn": 3}``.
+        selection: Rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`; ``"activation"`` needs the
+            result of :func:`calibrate`.
+        scale: ``None``: C and R have unit norm, and the rule of :mod:`tcurlora_ext.maths.scale` gives the scale; a
+            number: C and R are raw, and this is the scale. 1.0 is the paper's form.
         trainable: ``"core"`` (the paper): U; ``"all"``: U, C and R.
-        transform: ``"dft"`` (the t-product), ``"dct"``, or ``"identity"`` (one independent core a layer).
+        transform: ``"dft"`` (the t-product), ``"dct"``, or ``"identity"`` (one independent core per layer).
         backend: Implementation of the operator, a name of :func:`backends`, or ``"auto"``.
         seed: Seed of the selection rules that draw at random.
         alpha: Multiplies the default scale rule; without effect where ``scale`` is a number.
         core_domain: ``"fourier"``: the trained core is the orthonormal DFT of U, so that a step needs no transform;
-            ``"slice"``: it is U itself. Both describe the same models, but Adam takes other steps.
-        rank_pattern: Regex for the whole name of a module, or end of a name -> rank of its stack in place of ``rank``;
-            the first that matches counts. By default empty.
+            ``"slice"``: it is U itself. Both describe the same models, but Adam takes different steps.
+        rank_pattern: Rank of particular stacks in place of ``rank``: a regex for the whole name of a module, or an end
+            of its name -> rank of its stack. The first pattern that matches is used. By default empty.
         budget: Parameter budget of all cores together, spread over the stacks in place of ``rank`` by
             :func:`tcurlora_ext.maths.budget.spread_budget`; c = r.
         stack_blocks: n: stacks by shape or role are cut into stacks of n consecutive blocks, fewer in the last where n
             does not divide; a block is the modules whose names agree up to their last number.
-        dropout: Share of the adapter's input that is set to zero in training, as LoRA's; the base sees all of it.
+        dropout: Share of the adapter's input that is set to zero in training, as in LoRA; the base gets all of it.
         rank_stabilised: Make the first optimizer step equally long at every rank: the default scale rule then divides
             by the length of a step along a gradient's signs, not along random signs.
-        frequencies: K: the core has the K lowest frequencies of the DFT alone, min(2K - 1, S) blocks in place of S.
+        frequencies: K: the core has only the K lowest frequencies of the DFT, min(2K - 1, S) blocks in place of S.
 
     Raises:
         ValueError: A value is unknown or out of range, a regex does not compile, or options exclude each other:
-            ``budget`` and ``rank_pattern``; ``stack_blocks`` and stacks by neither shape nor role; ``frequencies`` and
-            another ``transform`` than ``"dft"`` or ``core_domain`` than ``"fourier"``; ``rank_stabilised`` and a number
-            for ``scale``.
+            ``budget`` and ``rank_pattern``; ``stack_blocks`` and a ``stack_by`` other than ``"shape"`` or ``"role"``;
+            ``frequencies`` and a ``transform`` other than ``"dft"`` or a ``core_domain`` other than ``"fourier"``;
+            ``rank_stabilised`` and a number for ``scale``.
     """
 
     target_modules: Sequence[str] | str | None = None
@@ -76,7 +76,9 @@ class TCURConfig(StackOptions):
         if self.budget is not None:
             positive("budget", self.budget)
             if self.rank_pattern:
-                raise ValueError(f"budget is {self.budget} and rank_pattern {dict(self.rank_pattern)}: expected one")
+                raise ValueError(
+                    f"budget is {self.budget} and rank_pattern {dict(self.rank_pattern)}: expected one of the two"
+                )
         if self.stack_blocks is not None:
             if self.stack_by not in ("shape", "role"):
                 raise ValueError(f"stack_blocks cuts stacks by 'shape' or 'role', found stack_by {self.stack_by!r}")
@@ -93,18 +95,18 @@ class TCURConfig(StackOptions):
                 raise ValueError(f"split_fused[{name!r}] is {parts!r}, expected a whole number of row blocks")
 
     def stack_options(self, rank: Rank | None = None) -> StackOptions:
-        """What the stacks of this adapter are made with.
+        """The options with which a stack of this adapter is built.
 
         Args:
-            rank: Of a stack that has another than ``rank``.
+            rank: The stack's rank; None: that of this configuration.
         """
         options = {option.name: getattr(self, option.name) for option in fields(StackOptions)}
         return StackOptions(**(options | {"rank": rank or self.rank}))
 
     def to_json(self) -> dict[str, Any]:
-        """The options as plain values: numbers, strings, lists and dicts.
+        """The options as values that JSON can hold: numbers, strings, lists and dicts.
 
-        A function given for ``stack_by`` becomes its name; an adapter file records the stacks themselves.
+        A function for ``stack_by`` is replaced by its name: an adapter file also records the stacks themselves.
         """
         values = asdict(self)
         for name in ("split_fused", "rank_pattern"):
@@ -121,11 +123,11 @@ class TCURConfig(StackOptions):
         """The inverse of :meth:`to_json`.
 
         Args:
-            values: Options by name; those left out have their defaults. A function's name in ``stack_by`` comes back as
+            values: Options by name; those left out get their defaults. A function's name in ``stack_by`` is read as
                 ``"shape"``.
 
         Raises:
-            ValueError: An entry is no option, or has a value that :class:`TCURConfig` refuses.
+            ValueError: A key is not the name of an option, or :class:`TCURConfig` refuses a value.
         """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
@@ -141,7 +143,7 @@ class TCURConfig(StackOptions):
 
 
 def _from_list(rank: Any) -> Any:
-    """JSON has no tuples."""
+    """A rank as read from JSON, which has lists in place of tuples."""
     return tuple(rank) if isinstance(rank, list) else rank
 
 

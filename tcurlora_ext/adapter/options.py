@@ -1,6 +1,6 @@
-"""What a stack is made with, as one object: the options that TCURConfig, PEFT's configuration and the stacks share.
+"""The options of a stack as one object, shared by TCURConfig, PEFT's configuration and the stacks.
 
-A new option is one field of :class:`StackOptions`, one of PEFT's configuration, and the place that uses it.
+A new option takes a field of :class:`StackOptions`, a field of PEFT's configuration, and the code that uses it.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from tcurlora_ext.maths.transforms import TRANSFORMS, SliceTransform
 Rank = int | tuple[int, int]
 TRAINABLE = ("core", "all")
 CORE_DOMAINS = ("fourier", "slice")
-GIVEN = "given"  # the rule of a selection that the caller made
+GIVEN = "given"  # in place of a rule's name: the caller chose rows and columns
 
 
 @dataclass(frozen=True)
 class StackOptions:
-    """How a :class:`tcurlora_ext.TCURStack` is made of its weights, trained and computed.
+    """How a :class:`tcurlora_ext.TCURStack` is built from its weights, trained and computed.
 
     Args:
         rank: r, or (c, r): c columns and r rows.
         selection: Rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`, or ``"given"`` where the caller
             chose them.
-        scale: ``None``: unit-norm factors and the rule of :mod:`tcurlora_ext.maths.scale`; a number: raw factors times
-            it, 1.0 being the paper's form.
+        scale: ``None``: C and R have unit norm, and the rule of :mod:`tcurlora_ext.maths.scale` gives the scale; a
+            number: C and R are raw, and this is the scale. 1.0 is the paper's form.
         trainable: ``"core"`` (the paper): U; ``"all"``: U, C and R.
         transform: A name of :data:`tcurlora_ext.maths.transforms.TRANSFORMS`.
         backend: Implementation of the operator, a name of :func:`tcurlora_ext.backends`, or ``"auto"``.
-        seed: For the selection rules that draw at random.
+        seed: Seed of the selection rules that draw at random.
         alpha: Multiplies the default scale rule; without effect where ``scale`` is a number.
-        core_domain: Where the trained core lives: ``"fourier"`` or ``"slice"``.
+        core_domain: ``"fourier"``: the trained core is the orthonormal transform of U; ``"slice"``: it is U itself.
         dropout: Share of the adapter's input that is set to zero in training.
-        rank_stabilised: Make the first optimizer step equally long at every rank; for ``scale=None``.
-        frequencies: K: the core has the K lowest frequencies alone; None: all.
+        rank_stabilised: Make the first optimizer step equally long at every rank; needs ``scale=None``.
+        frequencies: K: the core has only the K lowest frequencies; None: all.
 
     Raises:
-        ValueError: A value is unknown or out of range, or two options exclude each other: ``frequencies`` and another
-            ``transform`` than ``"dft"`` or ``core_domain`` than ``"fourier"``; ``rank_stabilised`` and a number for
-            ``scale``.
+        ValueError: A value is unknown or out of range, or two options exclude each other: ``frequencies`` and a
+            ``transform`` other than ``"dft"`` or a ``core_domain`` other than ``"fourier"``; ``rank_stabilised`` and a
+            number for ``scale``.
     """
 
     rank: Rank = 8
@@ -69,11 +69,11 @@ class StackOptions:
             positive("frequencies", self.frequencies)
             if not self.along.truncates or self.core_domain != "fourier":
                 raise ValueError(
-                    f"frequencies are those of a core in the Fourier domain of the DFT, found transform "
-                    f"{self.transform!r} and core_domain {self.core_domain!r}"
+                    f"frequencies is {self.frequencies!r}, expected transform 'dft' and core_domain 'fourier' with it, "
+                    f"found transform {self.transform!r} and core_domain {self.core_domain!r}"
                 )
         if self.rank_stabilised and self.scale is not None:
-            raise ValueError(f"rank_stabilised is a form of the default rule, found scale {self.scale!r}")
+            raise ValueError(f"rank_stabilised changes the default scale rule, found scale {self.scale!r}, not None")
         if isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}, expected a number from 0 to below 1")
 
@@ -84,17 +84,17 @@ class StackOptions:
 
     @property
     def normalised(self) -> bool:
-        """Whether columns of C and rows of R get unit norm over the stack, and the default rule makes the scale."""
+        """Whether columns of C and rows of R get unit norm over all slices and the default rule gives the scale."""
         return self.scale is None
 
     def blocks(self, slices: int) -> int:
-        """The first dimension of the core of a stack.
+        """The first dimension of a stack's core.
 
         Args:
-            slices: S, how many slices it has.
+            slices: S, the number of slices.
 
         Returns:
-            S, or with ``frequencies`` min(2K - 1, S).
+            S, or min(2K - 1, S) with ``frequencies``.
         """
         return self.along.kept_blocks(slices, self.frequencies)
 
@@ -108,7 +108,7 @@ def pair_of(rank: Rank, name: str = "rank") -> tuple[int, int]:
 
 
 def fitting_pair(rank: Rank, shape: tuple[int, int]) -> tuple[int, int]:
-    """As :func:`pair_of`, for weights of shape (out, in). Raises ValueError where the rank is larger than these."""
+    """As :func:`pair_of`, for weights of shape (out, in). Raises ValueError also where c > in or r > out."""
     (c, r), (out_features, in_features) = pair_of(rank), shape
     if c > in_features or r > out_features:
         raise ValueError(
@@ -125,6 +125,6 @@ def positive(name: str, value: object) -> None:
 
 
 def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    """Raise ValueError unless an option's value is one of those known."""
+    """Raise ValueError unless an option's value is one of the known values."""
     if value not in known:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")

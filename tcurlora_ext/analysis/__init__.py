@@ -1,1 +1,1 @@
-"""What is counted and drawn of an adapter: its cost from shapes alone, file sizes, what it chose and changed."""
+"""Analyses of an adapter: its cost from shapes alone, file sizes, and what it chose and changed."""

@@ -1,10 +1,11 @@
-"""What an adapter chose and what it changes, as plain numbers: from an adapter file, or from an adapted model.
+"""What an adapter chose and how much it changes, from an adapter file or from an adapted model.
 
-With a base: for slice l, ``|dW_l|_F`` and ``|dW_l|_F / |W_l|_F``; for frequency k of the slice transform, its part of
-the energy ``sum_l |dW_l|^2``. By Parseval that sum is ``(scale^2 / S) sum_k |C_k U_k R_k|^2`` over the S frequencies of
-the DFT; k and S - k are conjugates and count as one, so that k = 0..S//2. The DCT has S frequencies, the identity none.
+With the base weights there are also, for slice l, ``|dW_l|_F`` and ``|W_l|_F``, and for frequency k of the slice
+transform its part of the energy ``sum_l |dW_l|^2``. By Parseval this sum is ``(scale^2 / S) sum_k |C_k U_k R_k|^2``
+over the S frequencies of the DFT. The conjugates k and S - k count as one, so that k = 0..S//2. The DCT has S
+frequencies, the identity none.
 
-No out x in matrix is formed: ``|col B row|^2 = <col^T col B, B row row^T>``, everything in float64.
+No (out, in) matrix is formed: ``|col B row|^2 = <col^T col B, B row row^T>``. All is computed in float64.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from tcurlora_ext.maths.transforms import transform_named
 
 @dataclass(frozen=True)
 class BaseInspection:
-    """What takes the base weights (S, out, in) to know.
+    """The part of an inspection that needs the base weights (S, out, in).
 
-    delta_norms, base_norms   |dW_l|_F with the scale, and |W_l|_F, per slice
-    delta_energy              per frequency, adding up to sum_l |dW_l|^2; empty for the identity
-    column_scores, row_scores   norm scores of all input features (in,), and of all output features on the chosen
-                              columns (out,), as the rule "norm" ranks them, whatever rule chose
+    Attributes:
+        shape: (out, in) of a slice.
+        delta_norms: ``|dW_l|_F`` per slice, scale included.
+        base_norms: ``|W_l|_F`` per slice.
+        delta_energy: The energy per frequency; the sum is ``sum_l |dW_l|^2``. Empty for the identity.
+        column_scores: The scores of all input features (in,) under the rule "norm", whichever rule chose.
+        row_scores: The scores of all output features (out,) under the rule "norm", on the chosen columns.
     """
 
     shape: tuple[int, int]
@@ -45,10 +49,22 @@ class BaseInspection:
 
 @dataclass(frozen=True)
 class StackInspection:
-    """One stack. ``columns`` are input features and ``rows`` output features, best first, with the scores of the rule.
+    """The inspection of one stack.
 
-    core_norms    |U_l|_F per slice, core_energy |U_k|^2 per frequency (a sum of all: |U|^2; empty for the identity)
-    base          None where only the adapter file is at hand
+    Attributes:
+        name: The stack's name.
+        names: The module of each slice.
+        rank: (c, r).
+        transform: The name of the slice transform.
+        selection: The name of the rule that chose columns and rows.
+        scale: The factor of C * U * R.
+        columns: The chosen input features, best first.
+        column_scores: Their scores under the rule.
+        rows: The chosen output features, best first.
+        row_scores: Their scores under the rule.
+        core_norms: ``|U_l|_F`` per slice.
+        core_energy: ``|U_k|^2`` per frequency; the sum is ``|U|^2``. Empty for the identity.
+        base: The part that needs the base weights; None for an adapter file.
     """
 
     name: str
@@ -66,12 +82,12 @@ class StackInspection:
     base: BaseInspection | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The inspection as lists, dicts, strings and numbers."""
         return {name: getattr(value, "__dict__", value) for name, value in self.__dict__.items()}
 
 
 def inspect_file(file: AdapterFile) -> list[StackInspection]:
-    """What the file alone says of its stacks."""
+    """Inspect the stacks of an adapter file, without base weights."""
     found = []
     for name, about in file.stacks.items():
         core, rows, columns = (file.tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
@@ -81,7 +97,7 @@ def inspect_file(file: AdapterFile) -> list[StackInspection]:
             StackInspection(
                 name, list(about["names"]), (core.shape[1], core.shape[2]), file.config.transform,
                 file.config.selection, about["scale"], columns.tolist(), about["column_scores"], rows.tolist(),
-                about["row_scores"], *_core_numbers(in_slices, file.config.transform),
+                about["row_scores"], *_core_norms_and_energy(in_slices, file.config.transform),
             )
         )  # fmt: skip
     return found
@@ -89,7 +105,7 @@ def inspect_file(file: AdapterFile) -> list[StackInspection]:
 
 @torch.no_grad()
 def inspect_model(model: nn.Module) -> list[StackInspection]:
-    """The stacks of an adapted model, merged or not. Raises ValueError where it is not adapted."""
+    """Inspect the stacks of an adapted model, merged or not. Raises ValueError where it is not adapted."""
     require_container(model)
     found = []
     for name, stack in stacks(model).items():
@@ -98,15 +114,15 @@ def inspect_model(model: nn.Module) -> list[StackInspection]:
             StackInspection(
                 name, list(stack.names), stack.rank, options.transform, options.selection, stack.scale,
                 stack.columns.tolist(), stack.column_scores, stack.rows.tolist(), stack.row_scores,
-                *_core_numbers(stack.core_slices().double(), options.transform),
+                *_core_norms_and_energy(stack.core_slices().double(), options.transform),
                 _against_base(stack, base_weights(model, stack)),
             )
         )  # fmt: skip
     return found
 
 
-def _core_numbers(core: Tensor, transform: str) -> tuple[list[float], list[float]]:
-    """``core_norms`` and ``core_energy`` of U (S, c, r), float64."""
+def _core_norms_and_energy(core: Tensor, transform: str) -> tuple[list[float], list[float]]:
+    """``core_norms`` and ``core_energy`` of U (S, c, r), which is float64."""
     along = transform_named(transform)
     blocks, weights = along.spectrum(core)
     energy = weights * blocks.abs().square().sum((1, 2))
@@ -114,7 +130,7 @@ def _core_numbers(core: Tensor, transform: str) -> tuple[list[float], list[float
 
 
 def _against_base(stack: TCURStack, weights: Tensor) -> BaseInspection:
-    """Everything that takes the base weights (S, out, in)."""
+    """The part of the inspection that needs the base weights (S, out, in)."""
     scores = column_scores(weights)
     return BaseInspection(
         shape=stack.shape,
@@ -130,7 +146,7 @@ def delta_norms(stack: TCURStack) -> Tensor:
     """``|dW_l|_F`` of every slice, scale included: (S,) float64."""
     col, core, row = stack.col.double(), stack.core_fourier().double(), stack.row.double()
     calls = [stack.options.along.calls(col, core, row, stack.slices, at, 1, 1.0)[0] for at in range(stack.slices)]
-    grams: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of the factors that several slices share, once
+    grams: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # computed once for factors that several slices share
     squares = []
     for call in calls:
         key = (call.col.data_ptr(), call.row.data_ptr())
@@ -141,7 +157,7 @@ def delta_norms(stack: TCURStack) -> Tensor:
 
 
 def delta_energy(stack: TCURStack) -> Tensor:
-    """The part of every frequency in ``sum_l |dW_l|^2``, (S//2 + 1,); (S,) for the DCT, (0,) without frequencies."""
+    """The part of every frequency in ``sum_l |dW_l|^2``: (S//2 + 1,), (S,) for the DCT, (0,) for the identity."""
     along = stack.options.along
     if not along.has_frequencies:
         return torch.empty(0, dtype=torch.float64)
@@ -152,13 +168,13 @@ def delta_energy(stack: TCURStack) -> Tensor:
     return norm * weights * _product_energy(C.mH @ C, U, R @ R.mH).clamp_min(0)
 
 
-def _product_energy(of_left: Tensor, middle: Tensor, of_right: Tensor) -> Tensor:
-    """``|A M B|^2`` from A^H A, M and B B^H, over leading dimensions."""
-    return ((of_left @ middle) * (middle @ of_right).conj()).sum((-2, -1)).real
+def _product_energy(left_gram: Tensor, middle: Tensor, right_gram: Tensor) -> Tensor:
+    """``|A M B|^2`` from A^H A, M and B B^H, for every index of the leading dimensions."""
+    return ((left_gram @ middle) * (middle @ right_gram).conj()).sum((-2, -1)).real
 
 
 def _middle(call: Factors) -> Tensor:
-    """B_l of a call for one slice as one matrix (c*S, r*S), in the order of the blocks of col and row."""
+    """B_l of a call for one slice, as one matrix (c*S, r*S) with blocks in the order of those of col and row."""
     blocks = MiddleBlocks(call.core, call.first_slice, 1, call.transform)
     first, *last = blocks.single[0]
     return torch.block_diag(first, *blocks.pair[0], *last)

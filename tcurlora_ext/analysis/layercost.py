@@ -1,4 +1,4 @@
-"""What one adapted layer computes and keeps in a training step, from its sizes."""
+"""FLOPs and saved tensors of one adapted layer in a training step, computed from its sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tcurlora_ext.maths.transforms import CallShape, with_middle_product
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer with T tokens and n of the stack's S slices of (out, in_)."""
+    """The cost of one layer with T tokens, whose weight is n of the stack's S slices of shape (out, in_)."""
 
     T: int
     n: int
@@ -31,7 +31,7 @@ class LayerCost:
         return self.config.blocks(self.S)
 
     @property
-    def _low(self) -> bool:
+    def _truncated(self) -> bool:
         return self._blocks < self.S
 
     @property
@@ -56,26 +56,27 @@ class LayerCost:
         return self._drops or self.r * self._call.S <= self.in_
 
     def _core_transform(self) -> int:
-        """U into the Fourier domain: once a call where the core is kept as slices."""
+        """FLOPs of the transform of U, which each call computes where the core is in the domain "slice"."""
         return 2 * self.S * self.S * self.c * self.r if self._folds_core else 0
 
     def base(self) -> int:
-        """Of the frozen layer: forward, or dx."""
+        """FLOPs of the frozen layer in forward; its dx in backward takes as many."""
         return self._calls * self._call.base_product()
 
     def forward(self) -> int:
+        """FLOPs of the adapter in forward, core transform included."""
         return self._calls * self._call.forward() + self._core_transform()
 
     def backward(self) -> int:
-        """Of the adapter, core transform included."""
+        """FLOPs of the adapter in backward, core transform included."""
         trains_all = self.config.trainable == "all"
         flops = self._call.backward((True, False, False, trains_all, True, trains_all), self._keeps_h)
         if self._drops and trains_all:
-            flops -= self._call.middle_product()  # m was kept
+            flops -= self._call.middle_product()  # dropout's form saves m
         return self._calls * flops + self._core_transform()
 
     def saved(self) -> tuple[int, bool]:
-        """Numbers that the layer keeps for itself, and whether it keeps x."""
+        """The number of elements that the layer alone saves for backward, and whether it also saves x."""
         trains_all = self.config.trainable == "all"
         h = self._calls * self.T * self.r * self._call.S
         if not self._drops:
@@ -83,7 +84,7 @@ class LayerCost:
         return h + self._saved_by_dropout(trains_all), False
 
     def _saved_by_dropout(self, trains_all: bool) -> int:
-        """The mask, as the CPU keeps it; B; for trained factors the dropped x and m, which no other layer shares."""
+        """Elements saved with dropout: the mask, as on the CPU, and B; with trained factors the dropped x and m too."""
         pairs = with_middle_product(self._call.transform).pair_blocks(self._call.S)
         in_pairs = pairs.stop - pairs.start
         blocks = self.n * self.c * self.r * (self._call.S + in_pairs)
@@ -91,13 +92,13 @@ class LayerCost:
         return self.T * self.in_ * (2 if trains_all else 1) + blocks + (m if trains_all else 0)
 
     def saved_casts(self, size: int) -> int:
-        """Bytes of temporary copies that autograd keeps: of a core, of trained factors in a short dtype."""
+        """Bytes of temporary copies that autograd saves: of the core, and of trained factors cast to another dtype."""
         wide = max(4, size)
         copies = 0
         if self._folds_core:
             core = 0 if self._drops else self.S * self.c * self.r
             copies += (self.S * self.S + core) * wide
-        if self._low and not self._drops:
+        if self._truncated and not self._drops:
             copies += self.n * self._blocks * self.c * self.r * wide
         if self.config.trainable == "all" and size < wide:
             copies += self._blocks * (self.out * self.c + self.r * self.in_) * size

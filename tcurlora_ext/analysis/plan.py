@@ -1,23 +1,23 @@
-"""What an adapter will cost, counted from shapes alone: for a model on the meta device, before any weight is read.
+"""The cost of an adapter, counted from shapes alone: also for a model on the meta device, before weights are loaded.
 
-FLOPs are those of the products (a product (a, b)(b, c) counts 2abc), bytes saved for backward are what the adapted
-layers keep beyond their frozen weights, which autograd only refers to. A frozen linear layer itself keeps nothing:
-its dx needs W alone. With ``dropout`` the adapter always keeps h and a mask as large as x, counted in the dtype of x as
-the CPU keeps it (CUDA takes one byte a number). LoRA is PEFT's form, one layer a module (a fused projection counts as
-one), without dropout, in the dtype of the data.
+FLOPs are those of matrix products: a product (a, b)(b, c) counts 2abc. Bytes saved for backward are those that adapted
+layers add: a frozen linear layer saves nothing but a reference to W for its dx. With ``dropout`` the adapter always
+saves h and a mask as large as x, counted in the dtype of x, as on the CPU (CUDA takes one byte per element). LoRA is
+PEFT's form with one adapter per module (also per fused projection), without dropout, in the dtype of the activations.
 
-For T tokens, n slices of (out, in), S slices in the stack, q = r*S, q_c = c*S, with ``pairs`` frequencies that hold a
-real and an imaginary part and ``alone`` ones that do not:
+For T tokens, n slices of (out, in) in the layer, S slices in the stack, q = r*S, q_c = c*S, ``pairs`` frequencies with
+a real and an imaginary part, and ``single`` frequencies that are real:
 
-With ``frequencies`` S is the number of kept blocks in the following, and a layer of n slices n calls of one.
-
-    tCUR forward   h = x row^T 2T*q*in,  middle 2T*n*c*r*(alone + 4 pairs),  m col^T 2T*n*q_c*out
-    tCUR backward  p = g col,  dh: a middle product,  dh row,  dcore: a middle product; h again where x was kept
+    tCUR forward   h = x row^T 2T*q*in,  middle 2T*n*c*r*(single + 4 pairs),  m col^T 2T*n*q_c*out
+    tCUR backward  p = g col,  dh: a middle product,  dh row,  dcore: a middle product; h again where x was saved
     LoRA forward   2T*r0*(in + n*out);  backward twice that
     base           2T*n*in*out forward, the same for dx
 
-Materialising dW of a layer costs 2q*in*out whatever T is, and so has fewer forward FLOPs than the adapter above
-``crossover`` = in*out / (in + out) tokens; what it costs in memory and rounding is not counted here.
+With ``frequencies``, S in these formulas is the number of kept blocks, and a layer of n slices takes n calls of one
+slice each.
+
+Materialising dW of a layer costs 2q*in*out for any T, which is fewer forward FLOPs than those of the adapter above
+``crossover`` = in*out / (in + out) tokens. Its cost in memory and rounding is not counted here.
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watc
 from .filesize import file_bytes, stack_file_bytes
 from .layercost import LayerCost
 
-# Projections that read one tensor: autograd keeps it once for all of them.
+# Projections that usually have the same tensor as input: autograd saves it once for all of them.
 _SIBLINGS = re.compile(r"(?:(?P<attention>(to_)?[qkv](_proj)?|query|key|value)|(?P<gated>gate_proj|up_proj))")
 
 
 @dataclass(frozen=True)
 class Call:
-    """How a forward pass calls a layer: with ``tokens`` rows in all; layers of one ``source`` read the same tensor."""
+    """How a forward pass calls a layer.
+
+    Attributes:
+        tokens: The number of rows of x over all calls of the layer.
+        source: Identifies the input: layers with equal ``source`` have the same tensor as input.
+    """
 
     tokens: int
     source: object
@@ -52,13 +57,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Cost:
-    """One method on some layers.
+    """The cost of one method on some layers.
 
-    trained            numbers
-    forward, backward  FLOPs of the method alone, the base's products not counted
-    saved              bytes kept from forward to backward
-    factors            bytes of frozen factors (col and row)
-    file               bytes of the adapter file that these layers take
+    Attributes:
+        trained: The number of trained parameters.
+        forward: FLOPs in forward, without the base's products.
+        backward: FLOPs in backward, without the base's products.
+        saved: Bytes saved from forward to backward.
+        factors: Bytes of frozen factors (col and row).
+        file: Bytes that these layers take in the adapter file.
     """
 
     trained: int = 0
@@ -74,9 +81,20 @@ class Cost:
 
 @dataclass(frozen=True)
 class StackPlan:
-    """One stack: ``slices`` weights of ``shape`` (out, in) in ``layers`` modules; ``q`` is the width of h.
+    """The plan for one stack.
 
-    ``tokens`` is the sum over the layers; ``base`` has the FLOPs of the frozen layers.
+    Attributes:
+        name: The stack's name.
+        layers: The number of modules.
+        slices: S, the number of slices.
+        shape: (out, in) of a slice.
+        rank: (c, r).
+        q: The width of h.
+        tokens: The sum of the tokens of all layers.
+        crossover: The tokens per layer above which materialising dW takes fewer forward FLOPs.
+        base: FLOPs of the frozen layers.
+        tcur: The cost of the adapter.
+        lora: The cost of LoRA in the same modules.
     """
 
     name: str
@@ -94,7 +112,7 @@ class StackPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stacks, and in all; ``str()`` makes a table, :meth:`rows` plain records of the same."""
+    """The plans of all stacks and their totals. ``str()`` formats them as a table, :meth:`rows` as records."""
 
     stacks: tuple[StackPlan, ...]
     base: Cost
@@ -104,7 +122,10 @@ class Plan:
     dtype: str
 
     def rows(self) -> list[dict[str, Any]]:
-        """One record a stack and method, then one a method in all (``stack`` is "total"): numbers and strings only."""
+        """One record per stack and method, then one per method for all stacks, whose ``stack`` is "total".
+
+        The values are numbers and strings.
+        """
         records = []
         for stack in self.stacks:
             out_features, in_features = stack.shape
@@ -129,7 +150,7 @@ class Plan:
         return records
 
     def table(self) -> list[list[str]]:
-        """Headings, then a line a record, formatted for reading."""
+        """A line of headings, then one line per record, formatted for reading."""
         lines = [
             ["stack", "layers", "slices", "out x in", "T > dW", "method", "rank", "q", "trained", "forward GFLOP",
              "backward GFLOP", "saved MiB", "factors MiB", "file KiB"]
@@ -168,12 +189,18 @@ def plan(
     lora_rank: int = 8,
     dtype: torch.dtype | None = None,
 ) -> Plan:
-    """What ``config`` costs on ``model`` in one training step, beside LoRA of rank ``lora_rank`` in the same modules.
+    """The cost of an adapter in one training step, and that of LoRA in the same modules for comparison.
 
-    The model may be on the meta device and is left as it is. ``tokens`` is T, the rows of every layer's input, or what
-    :func:`trace_calls` returns; with a number, layers called q, k, v (or gate and up) of one parent are taken to read
-    one tensor. ``dtype`` is that of weights and activations (default: the weights'). Raises ValueError where nothing
-    matches, the model is adapted already, a rank does not fit or a layer was not called.
+    Args:
+        model: The model, which is not changed and may be on the meta device.
+        config: The adapter's configuration; None: ``TCURConfig()``.
+        tokens: T, the rows of every layer's input, or the result of :func:`trace_calls`. For a number T, layers of one
+            parent that are named as q, k and v, or as gate and up, count as layers with the same input.
+        lora_rank: The rank of LoRA.
+        dtype: The dtype of weights and activations; None: the weights'.
+
+    Raises:
+        ValueError: Nothing matches, the model is already adapted, a rank does not fit, or a layer was not called.
     """
     config = config or TCURConfig()
     if isinstance(tokens, int) and tokens < 1:
@@ -197,11 +224,11 @@ def plan(
 
 
 def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: Any) -> dict[str, Call]:
-    """Run ``model(*inputs, **keywords)`` once and note how many tokens, of which tensor, each target reads.
+    """Run ``model(*inputs, **keywords)`` once and record for each target its number of tokens and its input tensor.
 
-    On the meta device nothing is computed. A target that is not called does not stand in the result.
+    On the meta device nothing is computed. A target that is not called is not in the result.
     """
-    seen: dict[int, tuple[int, Tensor]] = {}  # holds the tensors, so that an id is not given out twice
+    seen: dict[int, tuple[int, Tensor]] = {}  # keeps the tensors alive, so that no id is reused
     calls: dict[str, Call] = {}
 
     def note(name: str, x: Tensor) -> None:
@@ -251,11 +278,11 @@ def _stack(
     for target, call in zip(members, calls, strict=True):
         layer = LayerCost(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
         base += Cost(forward=layer.base(), backward=layer.base())
-        numbers, keeps_x = layer.saved()
+        elements, keeps_x = layer.saved()
         tcur += Cost(
             forward=layer.forward(),
             backward=layer.backward(),
-            saved=numbers * size + layer.saved_casts(size) + _once(kept["tcur"], call, keeps_x, in_features) * size,
+            saved=elements * size + layer.saved_casts(size) + _once(kept["tcur"], call, keeps_x, in_features) * size,
         )
         trained = lora_rank * (in_features + target.slices * out_features)
         lora += Cost(
@@ -263,7 +290,7 @@ def _stack(
             forward=2 * call.tokens * trained,
             backward=4 * call.tokens * trained,
             saved=(call.tokens * lora_rank + _once(kept["lora"], call, True, in_features)) * size,
-            file=trained * wide + 2 * 150,  # tensors in float32, as PEFT writes them, and their entries in the header
+            file=trained * wide + 2 * 150,  # PEFT saves tensors in float32; each takes about 150 bytes in the header
         )
     q = r * config.along.call_shape(slices, 1, blocks).blocks
     crossover = in_features * out_features / (in_features + out_features)
@@ -274,7 +301,7 @@ def _stack(
 
 
 def _once(kept: set[object], call: Call, keeps_x: bool, in_features: int) -> int:
-    """Numbers of x that this layer is the first to keep."""
+    """The elements of x if this layer is the first to save it, else 0."""
     if not keeps_x or call.source in kept:
         return 0
     kept.add(call.source)

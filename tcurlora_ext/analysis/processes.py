@@ -1,14 +1,14 @@
-"""What each of N processes (ranks) holds and receives in a training step, counted from a plan and shapes alone.
+"""Memory and communication of each of N processes (ranks) in a training step, counted from a plan and shapes alone.
 
-"ddp"    every rank holds the whole frozen base; a step all-reduces the gradients of what trains.
-"fsdp"   the base is spread: a rank holds 1/N of it, gathers block by block in forward and again in backward, and what
-         is outside the blocks (embeddings, output layer) once. :func:`tcurlora_ext.shard` also spreads the cores and
-         gathers them once; LoRA's factors are in the blocks and are gathered with them, twice.
-Both     frozen tensors have no gradient, so none is sent. Frozen factors C and R are whole on every rank.
+"ddp"    Every rank has the whole frozen base. A step all-reduces the gradients of the trained parameters.
+"fsdp"   The base is sharded: a rank has 1/N of it. It gathers every block once in forward and once in backward, and
+         the parameters outside the blocks (embeddings, output layer) once. :func:`tcurlora_ext.shard` also shards the
+         cores and gathers them once. LoRA's factors are in the blocks and are gathered with them, twice.
+Both     Frozen tensors have no gradient to send. Frozen factors C and R are whole on every rank.
 
-A ring brings a rank (N-1)/N of what is gathered or reduced and scattered; an all-reduce is both. What trains is kept
-and sent in float32 (float64 where the data are). Times are these counts over rates that the caller gives: an estimate,
-without latency, attention scores, or layers that are not adapted.
+In a ring, a rank receives (N-1)/N of what is gathered, or reduced and scattered; an all-reduce is both. Trained
+parameters are held and sent in float32, or in float64 where the model's dtype is. Times are these counts divided by
+rates that the caller gives. They are estimates, without latency, attention scores and layers that are not adapted.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tcurlora_ext.io.table import text_table
 from .plan import Cost, Plan
 
 _BLOCK = re.compile(r"(?:.*?\.)??\d+\.")
-_ADAM = 2  # running means a trained number
+_ADAM = 2  # running means per trained parameter
 _IN_MIB = ("base", "gathered", "factors", "trained", "saved", "weights", "gradients")
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one rank does a second: ``flops`` FLOPs, and ``bytes`` that it receives. None where it is not known."""
+    """The speed of one rank: FLOPs per second, and bytes that it receives per second; None where it is not known."""
 
     flops: float | None = None
     bytes: float | None = None
@@ -41,23 +41,28 @@ class Rates:
     def __post_init__(self) -> None:
         for name, rate in zip(("flops", "bandwidth"), astuple(self), strict=True):
             if rate is not None and not (math.isfinite(rate) and rate > 0):
-                raise ValueError(f"{name} is {rate}, expected a positive number a second")
+                raise ValueError(f"{name} is {rate}, expected a positive number per second")
 
 
 @dataclass(frozen=True)
 class RankCost:
-    """One method in one layout; bytes a rank, for a step.
+    """The cost of one method in one layout, in bytes per rank in a training step.
 
-    base        frozen weights at rest
-    gathered    frozen weights at most gathered beside: those outside the blocks and the two largest blocks, one in use
-                and one on its way
-    factors     frozen factors C and R, of which every rank has all
-    trained     trained numbers, their gradients and Adam's means
-    saved       kept from forward to backward by the method
-    weights     received to have the weights
-    gradients   received to have the sum of the gradients
-    compute_s, transfer_s   seconds by the given rates, None without. A step takes the larger of them where transfers
-                hide behind computing, the sum where they do not.
+    Attributes:
+        method: "tcur" or "lora".
+        layout: "ddp" or "fsdp".
+        ranks: N, the number of processes.
+        base: Frozen weights that the rank has all the time.
+        gathered: The largest amount of frozen weights gathered in addition: those outside the blocks, and the two
+            largest blocks, one in use and one being gathered.
+        factors: Frozen factors C and R, whole on every rank.
+        trained: Trained parameters, their gradients and Adam's running means.
+        saved: Tensors that the method saves from forward to backward.
+        weights: Received for gathering weights.
+        gradients: Received for reducing gradients.
+        compute_s: Seconds of computing at the given rate; None without one.
+        transfer_s: Seconds of communication at the given rate; None without one. A step takes the larger of the two
+            times where communication overlaps with computing, and their sum where it does not.
     """
 
     method: str
@@ -77,10 +82,17 @@ class RankCost:
 def rank_costs(
     model: nn.Module, plan: Plan, ranks: int, rates: Rates | None = None, dtype: torch.dtype | None = None
 ) -> list[RankCost]:
-    """tCUR and LoRA, by DDP and by FSDP, on ``ranks`` processes of which each has the plan's tokens.
+    """The costs of tCUR and LoRA with DDP and with FSDP on ``ranks`` processes, each with the plan's tokens.
 
-    ``model`` and ``dtype`` (of the frozen weights; default: their own) are those of the plan; the model may be on the
-    meta device. Raises ValueError for less than one rank.
+    Args:
+        model: The plan's model; it may be on the meta device.
+        plan: The cost on one process.
+        ranks: N, the number of processes.
+        rates: The speed of a rank, for times; None: no times.
+        dtype: The dtype of the frozen weights, as for the plan; None: their own.
+
+    Raises:
+        ValueError: ``ranks`` is less than one.
     """
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}, expected a positive whole number")
@@ -112,12 +124,12 @@ def rank_costs(
 
 
 def rank_rows(costs: Sequence[RankCost]) -> list[dict[str, Any]]:
-    """Plain records of the same."""
+    """The costs as one dict each."""
     return [asdict(cost) for cost in costs]
 
 
 def rank_table(costs: Sequence[RankCost]) -> list[list[str]]:
-    """Headings, then a line a method and layout, formatted for reading; times only where there are any."""
+    """A line of headings, then one line per method and layout, formatted for reading; times only where known."""
     shown = [f.name for f in fields(RankCost) if any(getattr(cost, f.name) is not None for cost in costs)]
     heads = {name: f"{name} MiB" for name in _IN_MIB} | {"compute_s": "compute s", "transfer_s": "transfer s"}
     return [[heads.get(name, name) for name in shown]] + [
@@ -140,7 +152,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _bytes_by_block(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, int], int]:
-    """Bytes of every block, by the path up to the first number in a parameter's name, and of all others."""
+    """Bytes of every block, by the path up to the first number in a parameter's name; and bytes outside blocks."""
     blocks: dict[str, int] = {}
     outside = 0
     for name, parameter in model.named_parameters():
@@ -154,7 +166,7 @@ def _bytes_by_block(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[s
 
 
 def _received(size: int, ranks: int) -> int:
-    """Bytes that reach a rank when ``size`` bytes are gathered, or reduced and scattered."""
+    """Bytes that a rank receives when ``size`` bytes are gathered, or reduced and scattered."""
     return size * (ranks - 1) // ranks
 
 

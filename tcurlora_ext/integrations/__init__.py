@@ -1,1 +1,1 @@
-"""The adapter within other libraries, each in a package of its own that imports that library."""
+"""The adapter in other libraries: one package per library, which imports that library."""

@@ -1,4 +1,4 @@
-"""A number of numbers for all cores together, spread over stacks as ranks."""
+"""A parameter budget for all cores together, spread over the stacks as ranks."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ from collections.abc import Sequence
 
 
 def spread_budget(budget: int, slices: Sequence[int], energies: Sequence[Sequence[float]]) -> list[int]:
-    """The rank r of every stack, whose core then has ``S r^2`` numbers.
+    """Choose the rank r of every stack within a parameter budget; a core of rank r has ``S r^2`` parameters.
 
-    Every stack starts at rank 1. Then, step by step, that stack grows by one whose next direction holds the most energy
-    for each of the ``S (2r + 1)`` numbers that it takes, of those that the rest of the budget allows (of equals the one
-    of lower rank, then the first), until none can grow.
+    Every stack starts at rank 1. Each further step raises the rank of one stack from r to r + 1, which adds
+    ``S (2r + 1)`` parameters. Of the stacks for which the remaining budget suffices, it takes the one whose next
+    singular direction holds the most energy per added parameter; ties go to the lower rank, then to the earlier stack.
+    The last step is the one after which no stack can grow.
 
     Args:
-        budget: How many numbers all cores may have together.
+        budget: The largest number of parameters that all cores together may have.
         slices: S of every stack.
-        energies: What the 1st, 2nd, ... singular direction of every stack holds
-            (:func:`tcurlora_ext.maths.spectrum.energy_by_rank`); the largest possible rank is their count.
+        energies: For every stack the energy of its 1st, 2nd, ... singular direction
+            (:func:`tcurlora_ext.maths.spectrum.energy_by_rank`); their count is the largest possible rank.
 
     Returns:
-        One rank a stack.
+        One rank per stack.
 
     Raises:
-        ValueError: The budget is below rank 1 everywhere.
+        ValueError: The budget does not suffice for rank 1 in every stack.
     """
     ranks = [1] * len(slices)
     left = budget - sum(slices)
     if left < 0:
-        raise ValueError(f"budget is {budget} numbers, expected at least {sum(slices)}: rank 1 for every stack")
+        raise ValueError(f"budget is {budget} parameters, expected at least {sum(slices)}: rank 1 for every stack")
 
     def cost(stack: int) -> int:
         return slices[stack] * (2 * ranks[stack] + 1)
 
-    def worth(stack: int) -> tuple[float, int]:
+    def gain(stack: int) -> tuple[float, int]:
         return energies[stack][ranks[stack]] / cost(stack), -ranks[stack]
 
     stacks = range(len(slices))
     while growing := [i for i in stacks if ranks[i] < len(energies[i]) and cost(i) <= left]:
-        best = max(growing, key=worth)
+        best = max(growing, key=gain)
         left -= cost(best)
         ranks[best] += 1
     return ranks

@@ -1,4 +1,4 @@
-"""Constant tensors that are built once and kept, whoever asks for them first."""
+"""Constant tensors that are built once and cached."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ T = TypeVar("T")
 
 
 def constant(build: Callable[..., T]) -> Callable[..., T]:
-    """Keep what ``build`` made of its arguments, given by position, as ordinary CPU tensors.
+    """Cache the results of ``build``, which takes positional arguments, as ordinary CPU tensors.
 
-    A first call under ``torch.inference_mode`` or a default device would otherwise leave inference or meta tensors for
-    every later one. A compiled function builds its own: Dynamo enters neither the cache nor these contexts.
+    Otherwise a first call under ``torch.inference_mode`` or under a default device would leave inference tensors or
+    meta tensors for every later call. A compiled function builds its constants itself: Dynamo enters neither the cache
+    nor these contexts.
 
-    The cache has room for 1,024 results. There is one table per number of slices, transform, device and dtype, of which
-    layers take slices: the largest models need some tens.
+    The cache has room for 1,024 results. Layers take slices of one table per number of slices, transform, device and
+    dtype: the largest models need some tens of tables.
     """
 
     @lru_cache(maxsize=1024)

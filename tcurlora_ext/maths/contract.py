@@ -1,4 +1,4 @@
-"""What an implementation of the operator takes and gives: the contract of operator/eager.py and kernels/operator.py."""
+"""What every implementation of the operator takes and returns, such as operator/backends/eager.py."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Of x, weight, bias, col, core and row.
+# The gradients of x, weight, bias, col, core and row.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Factors(NamedTuple):
-    """The adapter of one call, in the order of the operators' arguments; docs/maths.md has the folding.
+    """The adapter in one call of the operator; the fields are in the order of the operator's arguments.
 
-    col (out, c*S), core (S, c, r) and row (r*S, in) in the coordinates of the slice ``transform``, for the slices
-    first_slice, first_slice + 1, ... (num_slices of them) of the S of the stack.
+    col (out, c*S), core (S, c, r) and row (r*S, in) are in the coordinates of the slice ``transform``: docs/maths.md
+    derives this folding. The call computes ``num_slices`` of the stack's S slices, from ``first_slice`` on.
     """
 
     col: Tensor
@@ -27,7 +27,7 @@ class Factors(NamedTuple):
 
 
 def required(tensor: Tensor | None, name: str) -> Tensor:
-    """The tensor; ValueError where it was not saved for a gradient that needs it."""
+    """Return the tensor. Raises ValueError for None: a gradient needs the tensor, and it was not saved."""
     if tensor is None:
         raise ValueError(f"{name} was not saved for this gradient")
     return tensor

@@ -1,6 +1,6 @@
 """FLOPs of one call of the operator, from its sizes: a product (a, b)(b, c) counts 2abc, sums and casts count nothing.
 
-The middle product counts as the block-diagonal product that it is, whatever a backend saves on it.
+The middle product counts as a block-diagonal product, even for a backend that computes it with fewer or more FLOPs.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ class CallFlops:
     transform: str = "dft"
 
     def base_product(self) -> int:
-        """x W^T; as many for g W and g^T x."""
+        """FLOPs of x W^T; g W and g^T x take as many."""
         return 2 * self.T * self.n * self.out * self.in_
 
     def row_product(self) -> int:
-        """h = x row^T; as many for dh row and dh^T x."""
+        """FLOPs of h = x row^T; dh row and dh^T x take as many."""
         return 2 * self.T * self.r * self.S * self.in_
 
     def middle_product(self) -> int:
-        """m = h B^T of all n slices; as many for dh = p B and the diagonal blocks of p^T h."""
+        """FLOPs of m = h B^T for all n slices; dh = p B and the diagonal blocks of p^T h take as many."""
         pairs = with_middle_product(self.transform).pair_blocks(self.S)
-        # A block of m reads one block of h, the real or imaginary part of a pair both parts.
+        # A single block of m reads one block of h; a block of a pair reads two, the real and the imaginary part.
         blocks = self.S + pairs.stop - pairs.start
         return 2 * self.T * self.n * self.c * self.r * blocks
 
     def column_product(self) -> int:
-        """m col^T; as many for p = g col and g^T m."""
+        """FLOPs of m col^T; p = g col and g^T m take as many."""
         return 2 * self.T * self.n * self.c * self.S * self.out
 
     def forward(self) -> int:
-        """Of the adapter, without the base."""
+        """FLOPs of the adapter in forward; those of the base are not counted."""
         return self.row_product() + self.middle_product() + self.column_product()
 
     def backward(self, needs: Sequence[bool], keeps_h: bool) -> int:
-        """Of the adapter, without the base; h is computed again where it was not kept."""
+        """FLOPs of the adapter in backward, without the base; without ``keeps_h`` they include h computed again."""
         needs_x, _, _, needs_col, needs_core, needs_row = needs
         if not (needs_x or needs_col or needs_core or needs_row):
             return 0
@@ -67,5 +67,5 @@ class CallFlops:
         return flops + (needs_x + needs_row) * self.row_product()
 
     def base_backward(self, needs: Sequence[bool]) -> int:
-        """Of the base: its part of dx, and dweight."""
+        """FLOPs of the base in backward: its part of dx, and dweight."""
         return (needs[0] + needs[1]) * self.base_product()

@@ -1,21 +1,23 @@
 """The real folding: C, U and R of a stack as real matrices, so that no DFT is left at run time.
 
-Along the slices every factor is multiplied by one real matrix, the *slice transform*:
+Every factor is multiplied along its slices by one real matrix, the *slice transform*:
 
 ``dft``
-    The DFT of real slices in real coordinates. Frequency 0, then the real and the imaginary part of 1, 2, ..., then for
-    even S frequency S/2: S blocks in all. A pair of parts is coupled by the phase.
+    The DFT of real slices in real coordinates. Its S blocks are frequency 0, then the real and the imaginary part of
+    frequencies 1, 2, ..., then for even S frequency S/2. The phase couples the two parts of a frequency.
 ``dct``
-    The orthonormal DCT-II; S blocks that do not couple.
+    The orthonormal DCT-II. No two of its S blocks are coupled.
 ``identity``
-    None: every slice has its own core (CURLoRA). Layers call the operator with S = 1.
+    No transform: every slice has its own core (CURLoRA). Layers call the operator with S = 1.
 
 Shapes: C (S, out, c) -> ``col`` (out, c*S); R (S, r, in) -> ``row`` (r*S, in); U (S, c, r) -> ``core_fourier`` (S, c,
-r). For the DFT, ``row`` stacks [Re R_k; Im R_k] and ``col`` [Re C_k, -Im C_k], both unnormalised, while
-``core_fourier`` is the orthonormal transform of U, so that a step on it is as long as the same step on U. With h = x
-row^T, the middle product m = h B_l^T then gives x dW_l^T = m col^T. B_l is block-diagonal: ``w [[a, -b], [b, a]]`` with
-a + ib = exp(2 pi i k l / S) (u_re + i u_im) and w = sqrt(2/S) for a pair, w = 1/sqrt(S) for a self-conjugate frequency
-(the 1/S of the inverse DFT, the factor 2 of the conjugate half and the sqrt(S) of the orthonormal core in one number).
+r). For the DFT, ``row`` stacks [Re R_k; Im R_k] and ``col`` [Re C_k, -Im C_k], both unnormalised. ``core_fourier`` is
+the orthonormal transform of U, so that a step on it has the same length as the corresponding step on U.
+
+With h = x row^T, the middle product m = h B_l^T then gives x dW_l^T = m col^T. B_l is block-diagonal with the blocks
+``w [[a, -b], [b, a]]``, where a + ib = exp(2 pi i k l / S) (u_re + i u_im). The weight w is sqrt(2/S) for a pair and
+1/sqrt(S) for a self-conjugate frequency: it contains the 1/S of the inverse DFT, the factor 2 for the conjugate half
+and the sqrt(S) of the orthonormal core.
 """
 
 from __future__ import annotations
@@ -30,29 +32,29 @@ from .transforms.base import along_slices, column_signs, orthonormal, spectrum_n
 
 
 def kept_blocks(slices: int, frequencies: int | None, transform: str = "dft") -> int:
-    """How many of the S blocks a core of the lowest frequencies has.
+    """How many of the S blocks a core has that keeps only the lowest frequencies.
 
     Args:
-        slices: S, how many slices there are.
-        frequencies: K: those of 0, 1, ... K - 1; None: all.
+        slices: S, the number of slices.
+        frequencies: K: the core keeps frequencies 0, 1, ..., K - 1; None: it keeps all.
         transform: A name of :data:`tcurlora_ext.maths.transforms.TRANSFORMS`.
 
     Returns:
-        For the DFT min(2K - 1, S), else S.
+        min(2K - 1, S) for the DFT, S for any other transform.
     """
     return transform_named(transform).kept_blocks(slices, frequencies)
 
 
 def fold_core(core: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
-    """U -> its orthonormal slice transform.
+    """The orthonormal slice transform of U.
 
     Args:
-        core: (S, c, r).
+        core: U (S, c, r).
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
-        blocks: Only so many of the first blocks; None: all S. Without effect for the identity.
+        blocks: How many of the first blocks to return; None: all S. Without effect for the identity.
 
     Returns:
-        (S or blocks, c, r), in its dtype.
+        (blocks, c, r) in the dtype of ``core``, with S blocks where ``blocks`` is None.
     """
     return transform_named(transform).fold(core, blocks)
 
@@ -61,12 +63,12 @@ def unfold_core(core_fourier: Tensor, transform: str = "dft", slices: int | None
     """The inverse of :func:`fold_core`.
 
     Args:
-        core_fourier: (S, c, r), or fewer blocks; the others are taken as zero.
+        core_fourier: (S, c, r), or (fewer, c, r): missing blocks are taken as zero.
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
-        slices: S, where the core has fewer blocks.
+        slices: S; needed where the core has fewer blocks.
 
     Returns:
-        (S, c, r), in its dtype.
+        (S, c, r), in the dtype of ``core_fourier``.
     """
     return transform_named(transform).unfold(core_fourier, slices)
 
@@ -83,20 +85,20 @@ def _unfold(blocks: Tensor, slices: int, transform: SliceTransform) -> Tensor:
 
 
 def _column_signs(transform: SliceTransform, slices: int, blocks: Tensor) -> Tensor:
-    """The signs of these first blocks of ``col``: (blocks, 1, 1) in their dtype."""
+    """The signs of the first ``len(blocks)`` blocks of ``col``: (len(blocks), 1, 1) in the dtype of ``blocks``."""
     return column_signs(transform, slices).to(blocks)[: len(blocks), None, None]
 
 
 def fold_rows(R: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
-    """R -> ``row``, block f holding part f of the spectrum.
+    """Fold R into ``row``: r rows for each block of its spectrum.
 
     Args:
         R: (S, r, in).
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
-        blocks: Only so many of the first blocks; None: all S.
+        blocks: How many of the first blocks to keep; None: all S.
 
     Returns:
-        (r*S, in), or r times as many rows as blocks; in its dtype.
+        (r*blocks, in) in the dtype of R, with S blocks where ``blocks`` is None.
     """
     return _fold(R, transform_named(transform), blocks).flatten(0, 1)
 
@@ -105,27 +107,27 @@ def unfold_rows(row: Tensor, slices: int, transform: str = "dft", blocks: int | 
     """The inverse of :func:`fold_rows`.
 
     Args:
-        row: (r*S, in), or r times as many rows as blocks.
-        slices: S, how many slices there are.
+        row: (r*blocks, in).
+        slices: S, the number of slices.
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
-        blocks: How many blocks it has; None: all S.
+        blocks: How many blocks ``row`` has; None: all S.
 
     Returns:
-        (S, r, in), in its dtype.
+        (S, r, in), in the dtype of ``row``.
     """
     return _unfold(row.unflatten(0, (blocks or slices, -1)), slices, transform_named(transform))
 
 
 def fold_columns(C: Tensor, transform: str = "dft", blocks: int | None = None) -> Tensor:
-    """C -> ``col``, block f holding part f of the spectrum, imaginary parts negated.
+    """Fold C into ``col``: c columns for each block of its spectrum, imaginary parts negated.
 
     Args:
         C: (S, out, c).
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
-        blocks: Only so many of the first blocks; None: all S.
+        blocks: How many of the first blocks to keep; None: all S.
 
     Returns:
-        (out, c*S), or c times as many columns as blocks; in its dtype.
+        (out, c*blocks) in the dtype of C, with S blocks where ``blocks`` is None.
     """
     along = transform_named(transform)
     folded = _fold(C, along, blocks)
@@ -136,13 +138,13 @@ def unfold_columns(col: Tensor, slices: int, transform: str = "dft", blocks: int
     """The inverse of :func:`fold_columns`.
 
     Args:
-        col: (out, c*S), or c times as many columns as blocks.
-        slices: S, how many slices there are.
+        col: (out, c*blocks).
+        slices: S, the number of slices.
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
-        blocks: How many blocks it has; None: all S.
+        blocks: How many blocks ``col`` has; None: all S.
 
     Returns:
-        (S, out, c), in its dtype.
+        (S, out, c), in the dtype of ``col``.
     """
     parts = col.unflatten(1, (blocks or slices, -1)).transpose(0, 1)
     along = transform_named(transform)
@@ -150,20 +152,20 @@ def unfold_columns(col: Tensor, slices: int, transform: str = "dft", blocks: int
 
 
 def join_rows(rows: Sequence[Tensor], blocks: int) -> Tensor:
-    """The folded form of [R1; R2; ...] from those of R1, R2, ..., each of so many blocks."""
+    """Fold [R1; R2; ...], given the folded forms of R1, R2, ..., each of ``blocks`` blocks."""
     return torch.cat([row.unflatten(0, (blocks, -1)) for row in rows], 1).flatten(0, 1)
 
 
 def join_columns(columns: Sequence[Tensor], blocks: int) -> Tensor:
-    """The folded form of [C1 C2 ...] from those of C1, C2, ..., each of so many blocks."""
+    """Fold [C1 C2 ...], given the folded forms of C1, C2, ..., each of ``blocks`` blocks."""
     return torch.cat([col.unflatten(1, (blocks, -1)) for col in columns], 2).flatten(1)
 
 
 def slice_product(a: Tensor, b: Tensor, transform: str = "dft") -> Tensor:
-    """The product of slice tensors under a transform: the t-product, its DCT twin, or slice by slice."""
+    """The product of slice tensors under a transform: the t-product, its analogue for the DCT, or slice by slice."""
     return transform_named(transform).product(a, b)
 
 
 def slice_product_at(a: Tensor, b: Tensor, layers: range, transform: str = "dft") -> Tensor:
-    """Only the slices ``layers`` of :func:`slice_product`: (S, m, p), (S, p, n) -> (len(layers), m, n)."""
+    """The slices ``layers`` of :func:`slice_product` alone: (S, m, p), (S, p, n) -> (len(layers), m, n)."""
     return transform_named(transform).product_at(a, b, layers)

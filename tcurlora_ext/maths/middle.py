@@ -1,4 +1,4 @@
-"""The middle product: B_l block by block, and its products as batched products of PyTorch, one a kind of block.
+"""The middle product: the blocks of B_l, and the products with B_l as two batched products, of singles and of pairs.
 
 Shapes: h (T, r*S); m and p (T, n, c*S), tokens first; core (S, c, r), folded.
 """
@@ -14,10 +14,10 @@ from .transforms.base import phases_on
 
 
 class MiddleBlocks:
-    """B_l for some layers of a stack, block by block: what stands between h and m.
+    """The blocks of the block-diagonal B_l, with m = h B_l^T, for ``num_slices`` slices l of a stack.
 
-    ``single`` (num_slices, blocks, c, r) and ``pair`` (num_slices, pairs, 2c, 2r), in the dtype of ``core_fourier``.
-    ``phases`` are those of :func:`phases_on` for these layers where the caller holds them.
+    The blocks are ``single`` (num_slices, blocks, c, r) and ``pair`` (num_slices, pairs, 2c, 2r), in the dtype of
+    ``core_fourier``. ``phases`` is the result of :func:`phases_on` for these slices, for a caller that has it already.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MiddleBlocks:
         self.pair = torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)
 
     def core_gradient(self, single: Tensor, pair: Tensor) -> Tensor:
-        """The gradient of the core (S, c, r) from those of ``single`` and ``pair``: the phases taken back."""
+        """The gradient of the core (S, c, r) from the gradients of ``single`` and ``pair``, by the conjugate phases."""
         _, c, r = self.core_shape
         alone = (self._single * single).sum(0)
         gradient = alone.new_empty(self.core_shape)
@@ -60,9 +60,9 @@ class MiddleBlocks:
 
 
 class BatchedMiddle:
-    """The middle product of a call: its blocks in ``dtype``, with the scale folded in.
+    """The middle product of one call of the operator: its blocks in ``dtype``, multiplied by the scale.
 
-    ``phases`` as :class:`MiddleBlocks` takes them.
+    ``phases`` is passed on to :class:`MiddleBlocks`.
     """
 
     def __init__(self, factors: Factors, dtype: torch.dtype, phases: tuple[Tensor, ...] | None = None) -> None:
@@ -70,7 +70,7 @@ class BatchedMiddle:
         self.slices, self.c, self.r = core.shape
         self.n, self.scale = factors.num_slices, factors.scale
         self.blocks = MiddleBlocks(core, factors.first_slice, self.n, factors.transform, phases)
-        # Matrices of one batched product: (blocks, n*c, r) and (pairs, n*2c, 2r).
+        # One matrix per block, for all n slices at once: (blocks, n*c, r) and (pairs, n*2c, 2r).
         self.single = (self.scale * self.blocks.single).transpose(0, 1).flatten(1, 2).to(dtype)
         self.pair = (self.scale * self.blocks.pair).transpose(0, 1).flatten(1, 2).to(dtype)
 
@@ -85,7 +85,7 @@ class BatchedMiddle:
         """The inverse of :meth:`_split`, a new tensor (T, ..., S*width)."""
         single = single.movedim(0, -2)
         pairs = pair.movedim(0, -2).flatten(-2).unflatten(-1, (-1, width))
-        # The first block stands alone; behind the pairs the last one of an even S, and of the DCT all others.
+        # Order: the first single block, the pairs, then further single blocks: S/2 for even S, all others for the DCT.
         return torch.cat([single[..., :1, :], pairs, single[..., 1:, :]], -2).flatten(-2)
 
     def forward(self, h: Tensor) -> Tensor:

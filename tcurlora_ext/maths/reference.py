@@ -1,4 +1,4 @@
-"""The definition, written as it stands in the paper and nothing else: slow, dense and easy to believe.
+"""The definition as the paper writes it: slow and dense, but easy to check by reading.
 
 Every fast form of this package is tested against these functions in float64. ``C`` is (S, out, c), ``core`` (the
 paper's U) (S, c, r), ``R`` (S, r, in). Source: tCURLoRA, arXiv 2501.02227v3, Eq. 2.
@@ -35,7 +35,7 @@ def delta_weights(C: Tensor, core: Tensor, R: Tensor, scale: float = 1.0) -> Ten
         C: (S, out, c).
         core: U (S, c, r).
         R: (S, r, in).
-        scale: One number.
+        scale: Multiplies the result.
 
     Returns:
         dW (S, out, in).
@@ -65,7 +65,7 @@ def tcur_linear(
         R: (S, r, in).
         first_slice: The layer's first slice, from 0.
         num_slices: How many slices it has.
-        scale: One number.
+        scale: Multiplies dW.
 
     Returns:
         (..., num_slices*out).
@@ -83,7 +83,7 @@ def cur_reconstruction(weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor
         columns: Indices of input features.
 
     Returns:
-        (S, out, in), W itself where the chosen block has W's rank in every frequency.
+        (S, out, in). This is W itself where ``W[:, rows, columns]`` has the rank of W in every frequency.
     """
     C, R = weights[:, :, columns], weights[:, rows, :]
     return circular_convolution(circular_convolution(C, tpinv(C[:, rows, :])), R)

@@ -1,25 +1,26 @@
 """Which columns (input features) and rows (output features) of a weight tensor become C and R.
 
-Weights are (S, out, in), slices first; scores are float64. ``S_k`` below is the k-th slice of the DFT along the slices,
-all S frequencies counted. The rules, by name:
+Weights are (S, out, in), slices first; scores are float64. Below, ``S_k`` is frequency k of the DFT along the slices,
+and sums over k run over all S frequencies. The rules by name:
 
 ``norm``
-    The paper's: the c columns of largest ``sum_k |S_k[:, j]|``, then the r rows of largest ``sum_k |S_k[i, columns]|``
-    on those columns. tCURLoRA, arXiv 2501.02227.
+    The paper's rule: the c columns with the largest ``sum_k |S_k[:, j]|``, then the r rows with the largest
+    ``sum_k |S_k[i, columns]|`` on those columns. tCURLoRA, arXiv 2501.02227.
 ``activation``
-    As ``norm``, but every ``W_l[:, j]`` counts times the root mean square of input feature j of layer l, from
-    calibration inputs. Wanda's score (Sun et al. 2023, arXiv 2306.11695), for tubes.
+    As ``norm``, but every ``W_l[:, j]`` is first multiplied by the root mean square of input feature j of layer l,
+    measured on calibration inputs. It carries Wanda's score (Sun et al. 2023, arXiv 2306.11695) over to stacks.
 ``norm-sampled``
-    Drawn without replacement, probability proportional to the squared norm over the whole tube. Drineas, Kannan,
-    Mahoney 2006; Tarzanagh and Michailidis 2018 for tensors.
+    Drawn at random without replacement, with probabilities proportional to the squared norm over all slices. Drineas,
+    Kannan, Mahoney 2006; Tarzanagh and Michailidis 2018 for tensors.
 ``inverse-norm``
-    Drawn with the inverse of that probability, as CURLoRA does (arXiv 2408.14572).
+    Drawn at random with the inverse of that probability, as CURLoRA does (arXiv 2408.14572).
 ``leverage``
-    Largest statistical leverage: squared rows of the leading c (r) singular vectors, summed over k.
+    The largest statistical leverage scores: squared entries of the leading c (columns) or r (rows) singular vectors,
+    summed over the vectors and over k.
 ``deim``
     Discrete empirical interpolation on the leading singular vectors of the two unfoldings. Sorensen and Embree 2016.
 ``uniform``
-    Drawn at random, all alike.
+    Drawn at random, with equal probabilities.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from torch import Tensor
 
 from .tproduct import self_conjugate_frequencies
 
-CHUNK = 64  # columns whose spectrum is held at a time: 64 of a (48, 768, 768) tensor are 38 MB of complex128
+CHUNK = 64  # columns whose spectrum is in memory at a time: 64 columns of (48, 768, 768) take 38 MB of complex128
 
 
 class Selection(NamedTuple):
-    """Chosen rows and columns, best first, and why.
+    """The chosen rows and columns, best first, with their scores.
 
     Attributes:
         rows: Indices of output features, (r,) int64.
         columns: Indices of input features, (c,) int64.
-        row_scores: Scores of the rows under the rule, (r,) float64.
-        column_scores: Scores of the columns, (c,) float64.
+        row_scores: Scores that the rule gave the rows, (r,) float64.
+        column_scores: Scores that the rule gave the columns, (c,) float64.
     """
 
     rows: Tensor
@@ -68,16 +69,16 @@ def select(
         weights: (S, out, in), any floating dtype and device.
         c: How many columns, no more than in.
         r: How many rows, no more than out.
-        rule: Its name.
-        seed: Of the rules that draw; they draw on the CPU, so that it is the same for every device.
-        inputs: Root mean squares of the input features (S, in), for ``activation`` and no other.
+        rule: The name of the rule.
+        seed: Seed of the rules that draw at random. They draw on the CPU, so that every device gives the same choice.
+        inputs: Root mean squares of the input features (S, in); required by ``activation``, refused by other rules.
 
     Returns:
         The choice, on the device of the weights.
 
     Raises:
-        ValueError: The rule is unknown, c or r does not fit, or ``inputs`` are missing, of another shape or not asked
-            for.
+        ValueError: The rule is unknown, c or r does not fit, or ``inputs`` are missing, of another shape, or given to
+            a rule that takes none.
     """
     if rule not in RULES:
         raise ValueError(f"selection rule {rule!r} is unknown, expected one of {', '.join(RULES)}")
@@ -86,7 +87,7 @@ def select(
         raise ValueError(f"cannot choose {c} of {in_features} columns and {r} of {out_features} rows")
     if (inputs is None) == (rule == "activation"):
         found = "no calibration inputs" if inputs is None else "calibration inputs"
-        raise ValueError(f"selection {rule!r} found {found}; they are for 'activation', which cannot do without")
+        raise ValueError(f"selection {rule!r} found {found}; 'activation' needs them, other rules take none")
     if inputs is not None and inputs.shape != (slices, in_features):
         raise ValueError(f"calibration inputs have shape {tuple(inputs.shape)}, expected {(slices, in_features)}")
     draw = _Draw(weights.detach(), c, r, torch.Generator().manual_seed(seed), inputs)
@@ -94,7 +95,7 @@ def select(
 
 
 def _frequency_weights(slices: int, like: Tensor) -> Tensor:
-    """How often each of the frequencies 0..S//2 stands in the full spectrum: (S//2 + 1,)."""
+    """How often each of the frequencies 0..S//2 occurs in the full spectrum, with its conjugate: (S//2 + 1,)."""
     weights = torch.full((slices // 2 + 1,), 2.0, dtype=torch.float64, device=like.device)
     weights[self_conjugate_frequencies(slices)] = 1.0
     return weights
@@ -105,7 +106,7 @@ def column_scores(weights: Tensor, inputs: Tensor | None = None) -> Tensor:
 
     Args:
         weights: (S, out, in).
-        inputs: (S, in): the weights count times these, slice by slice.
+        inputs: (S, in), by which the columns of every slice are multiplied first; None: by nothing.
 
     Returns:
         (in,) float64.
@@ -124,7 +125,7 @@ def row_scores(weights: Tensor, columns: Tensor) -> Tensor:
 
     Args:
         weights: (S, out, in).
-        columns: Indices of the columns that count.
+        columns: Indices of the columns to sum over.
 
     Returns:
         (out,) float64.
@@ -145,7 +146,7 @@ def _norm(draw: _Draw) -> Selection:
 
 
 def _sampled(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``count`` different indices, the probability of each draw proportional to the scores (Gumbel top-k)."""
+    """Draw ``count`` different indices with probabilities proportional to the scores (Gumbel top-k)."""
     noise = torch.rand(scores.shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
     keys = scores.cpu().log() - (-noise.log()).log()
     order = torch.sort(keys, descending=True, stable=True).indices[:count].to(scores.device)
@@ -153,7 +154,7 @@ def _sampled(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Te
 
 
 def _tube_energy(weights: Tensor, dim: int) -> Tensor:
-    """Squared norm over the slices and the other side: of rows (dim=1) or columns (dim=2), float64."""
+    """Squared norms of the rows (dim=1) or of the columns (dim=2), each over all slices, float64."""
     other = 3 - dim
     return torch.linalg.vector_norm(weights, dim=(0, other), dtype=torch.float64).square()
 
@@ -166,7 +167,7 @@ def _norm_sampled(draw: _Draw) -> Selection:
 
 def _inverse_norm(draw: _Draw) -> Selection:
     def inverse(energy: Tensor) -> Tensor:
-        # A feature of norm zero has no inverse; it also carries nothing, so it is never preferred to the others.
+        # A feature of norm zero has no inverse. As it adds nothing to dW, it gets the lowest probability, zero.
         return torch.where(energy > 0, 1.0 / energy, torch.zeros_like(energy))
 
     columns, of_columns = _sampled(inverse(_tube_energy(draw.weights, 2)), draw.c, draw.generator)
@@ -197,7 +198,7 @@ def _leverage(draw: _Draw) -> Selection:
 
 
 def _leading_vectors(weights: Tensor, count: int) -> Tensor:
-    """Leading right singular vectors of the slices stacked by rows: (S, m, n) -> (n, count) float64."""
+    """The leading right singular vectors of the slices stacked by rows: (S, m, n) -> (n, count) float64."""
     gram = torch.zeros(weights.shape[2], weights.shape[2], dtype=torch.float64, device=weights.device)
     for matrix in weights:
         gram.addmm_(matrix.double().mT, matrix.double())
@@ -205,7 +206,7 @@ def _leading_vectors(weights: Tensor, count: int) -> Tensor:
 
 
 def _interpolation_points(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """DEIM: one index a vector, where the vector is worst explained by those before it; the score is that error."""
+    """DEIM: one index per vector, where interpolation by the vectors before it has its largest error, the score."""
     points: list[int] = []
     errors: list[Tensor] = []
     for j in range(vectors.shape[1]):

@@ -1,4 +1,4 @@
-"""The spectrum of a stack, and how much of its energy every tubal rank holds."""
+"""The spectrum of a stack, and how much of its energy an approximation of a given tubal rank keeps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .transforms import transform_named
 def spectrum(tensor: Tensor, transform: str = "dft") -> tuple[Tensor, Tensor]:
     """The orthonormal slice transform of a tensor by frequency.
 
-    Of conjugate frequencies of the DFT one stands for both: S//2 + 1 of them. S for the DCT and for the identity.
+    The DFT gives S//2 + 1 frequencies, one of each conjugate pair. The DCT and the identity give S.
 
     Args:
         tensor: (S, m, n), real.
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
 
     Returns:
-        The frequencies (S//2 + 1 or S, m, n), and how often each counts in the energy.
+        The frequencies (S//2 + 1 or S, m, n), and the weight of each in the energy, 2 for one of a conjugate pair.
     """
     return transform_named(transform).spectrum(tensor)
 
@@ -27,8 +27,8 @@ def inverse_spectrum(blocks: Tensor, slices: int, transform: str = "dft") -> Ten
     """The inverse of :func:`spectrum`.
 
     Args:
-        blocks: (S//2 + 1 or S, m, n); the DFT's may be the first few, the others are zero.
-        slices: S, how many slices there are.
+        blocks: (S//2 + 1 or S, m, n). The DFT's may be fewer: missing ones are taken as zero.
+        slices: S, the number of slices.
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
 
     Returns:
@@ -38,17 +38,16 @@ def inverse_spectrum(blocks: Tensor, slices: int, transform: str = "dft") -> Ten
 
 
 def energy_by_rank(weights: Tensor, transform: str = "dft", frequencies: int | None = None) -> Tensor:
-    """What the i-th singular direction of all frequencies holds: ``sum_k sigma_i(W_k)^2``, W_k being a slice of the
-    spectrum.
+    """The energy of the i-th singular direction, ``sum_k sigma_i(W_k)^2`` over the frequencies W_k of the weights.
 
-    The first r numbers add up to the energy ``sum_l |W_l|^2`` that the best approximation of tubal rank r keeps (Kilmer
-    and Martin 2011), all of them to that of the weights. Takes the eigenvalues of one matrix a frequency, as wide as
-    the smaller side, and memory for the weights twice in double precision.
+    The first r entries add up to the energy ``sum_l |W_l|^2`` that the best approximation of tubal rank r keeps (Kilmer
+    and Martin 2011), and all entries to the energy of the weights. The cost is the eigenvalues of one matrix per
+    frequency, as wide as the smaller side of a weight, and memory for two copies of the weights in float64.
 
     Args:
         weights: W (S, out, in).
         transform: ``"dft"``, ``"dct"`` or ``"identity"``.
-        frequencies: Only k below this; None: all.
+        frequencies: Sum over the k below this alone; None: over all.
 
     Returns:
         (min(out, in),) float64.

@@ -1,8 +1,8 @@
 """The t-product algebra of third-order tensors, slices first.
 
 A tensor of shape (S, m, n) is S frontal slices of shape (m, n). The t-product ``A * B`` convolves the slices
-circularly, ``(A * B)_l = sum_{i + j = l mod S} A_i B_j``, which a DFT along the slices turns into one matrix product a
-frequency. Source: Kilmer and Martin, "Factorization strategies for third-order tensors", 2011.
+circularly, ``(A * B)_l = sum_{i + j = l mod S} A_i B_j``, which a DFT along the slices turns into one matrix product
+per frequency. Source: Kilmer and Martin, "Factorization strategies for third-order tensors", 2011.
 
 Real tensors give real results: only the frequencies 0..S//2 are computed, the others are their conjugates. Tensors are
 float32 or float64, on any device, and differentiable where PyTorch's operations are.
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 class TSVD(NamedTuple):
-    """``A = U * S * ttranspose(V)``, the result of :func:`tsvd`; k = min(m, n).
+    """The result of :func:`tsvd`, with ``A = U * S * ttranspose(V)`` and k = min(m, n).
 
     Attributes:
         U: (S, m, k), with orthonormal columns in every frequency.
         S: (S, k, k), diagonal in every frequency.
-        V: (S, n, k), as U.
+        V: (S, n, k), with orthonormal columns in every frequency.
     """
 
     U: Tensor
@@ -36,7 +36,7 @@ def _check(name: str, tensor: Tensor) -> None:
 
 
 def _half_spectrum(tensor: Tensor) -> Tensor:
-    # The transform leaves the frequency innermost in memory, where a batched product is 25 times slower.
+    # rfft leaves the frequency as the innermost dimension in memory, for which a batched product is 25 times slower.
     return torch.fft.rfft(tensor, dim=0).contiguous()
 
 
@@ -103,8 +103,8 @@ def tpinv(a: Tensor, rtol: float | None = None) -> Tensor:
 
     Args:
         a: (S, m, n).
-        rtol: Cut-off for singular values, relative to the largest of the same frequency (default of
-            :func:`torch.linalg.pinv`: max(m, n) times the machine epsilon).
+        rtol: Cut-off for singular values, relative to the largest of the same frequency. None: the default of
+            :func:`torch.linalg.pinv`, max(m, n) times the machine epsilon.
 
     Returns:
         (S, n, m).
@@ -117,7 +117,7 @@ def tpinv(a: Tensor, rtol: float | None = None) -> Tensor:
 
 
 def tsvd(a: Tensor) -> TSVD:
-    """The reduced t-SVD of a real tensor: one SVD a frequency.
+    """The reduced t-SVD of a real tensor: one SVD per frequency.
 
     In a self-conjugate frequency (0, and S/2 for even S) the spectrum is real and so are its factors, which keeps all
     three results real.
@@ -146,12 +146,12 @@ def tsvd(a: Tensor) -> TSVD:
 
 
 def self_conjugate_frequencies(slices: int) -> list[int]:
-    """The frequencies k with k = -k (mod S), whose spectrum of real slices is real.
+    """The frequencies k with k = -k (mod S), at which the spectrum of real slices is real.
 
     Args:
-        slices: S, how many slices there are.
+        slices: S, the number of slices.
 
     Returns:
-        0, and S/2 where S is even.
+        [0], or [0, S/2] for even S.
     """
     return [0, slices // 2] if slices % 2 == 0 else [0]

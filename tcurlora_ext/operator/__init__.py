@@ -1,1 +1,1 @@
-"""How it is computed: the registered operators, their backends and the functional form."""
+"""How the adapter is computed: the registered operators, their backends and the functional form."""

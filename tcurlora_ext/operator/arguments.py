@@ -1,6 +1,6 @@
-"""The flat arguments of ``torch.ops.tcurlora.*``: their schema, and how they become those of a backend.
+"""The flat arguments of ``torch.ops.tcurlora.*``: their schema, and their conversion to the arguments of a backend.
 
-The list itself is :class:`tcurlora_ext.maths.contract.Factors`; in C++ it is csrc/operator.h.
+:class:`tcurlora_ext.maths.contract.Factors` lists the adapter's arguments; csrc/operator.h is the same list in C++.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tcurlora_ext.maths.contract import Factors, Gradients
 
 from .backends import Backend
 
-SHARED = Factors._fields[:-1]  # what stands before ``needs``; the transform is an option, behind it
+SHARED = Factors._fields[:-1]  # the arguments before ``needs``; the transform is an option and follows it
 FACTORS = ", ".join(f"{get_type_hints(Factors)[name].__name__} {name}" for name in SHARED)
 OPTIONS = 'str transform="dft", str backend="auto"'
 GRADIENTS = "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dcol, Tensor dcore, Tensor drow)"
@@ -31,20 +31,20 @@ def backward_schema(name: str, options: str = OPTIONS) -> str:
 
 
 def forward_arguments(*rest: Any) -> tuple[Factors, str]:
-    """What follows x, weight and bias, trailing defaults left out: the factors, and the backend's name."""
+    """Parse the arguments after x, weight and bias, of which trailing defaults may be missing: factors and backend."""
     factors, backend = rest[: len(Factors._fields)], rest[len(Factors._fields) :]
     return Factors(*factors), *(backend or ("auto",))
 
 
 def backward_arguments(*rest: Any) -> tuple[Factors, list[bool], str]:
-    """What follows g, x, h and weight: as of forward, with the gradients that are asked for behind the scale."""
+    """Parse the arguments after g, x, h and weight: those of forward, with ``needs`` after the scale."""
     at = len(SHARED)
     factors, backend = forward_arguments(*rest[:at], *rest[at + 1 :])
     return factors, rest[at], backend
 
 
 def forward_of(backend: Backend) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A backend's ``forward`` with the operator's arguments."""
+    """A function with the operator's flat arguments that calls a backend's ``forward``."""
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
         return backend.forward(x, weight, bias, forward_arguments(*rest)[0])
@@ -53,7 +53,7 @@ def forward_of(backend: Backend) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def backward_of(backend: Backend) -> Callable[..., Gradients]:
-    """A backend's ``backward`` with the operator's arguments."""
+    """A function with the operator's flat arguments that calls a backend's ``backward``."""
 
     def backward(g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, *rest: Any) -> Gradients:
         factors, needs, _ = backward_arguments(*rest)

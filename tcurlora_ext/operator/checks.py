@@ -1,4 +1,4 @@
-"""What the operator refuses before anything is computed, whatever the backend."""
+"""The checks of the operator's arguments, before anything is computed, for all backends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tcurlora_ext.maths.contract import Factors
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> None:
-    """Raise ValueError where shapes, dtypes, devices or slices do not fit together; nothing is computed."""
+    """Raise ValueError where shapes, dtypes, devices or slices do not fit together."""
     col, core, row, _, n, *_ = factors
     if weight.dim() != 2 or col.dim() != 2 or row.dim() != 2 or core.dim() != 3:
         raise ValueError(
@@ -44,7 +44,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> N
 
 
 def check_slices(factors: Factors) -> None:
-    """Raise ValueError unless the layer's slices lie in the stack's."""
+    """Raise ValueError unless the layer's slices are slices of the stack."""
     slices, first, n = factors.core.shape[0], factors.first_slice, factors.num_slices
     if n < 1 or first < 0 or first + n > slices:
         raise ValueError(f"slices {first}..{first + n - 1} asked for, the core has 0..{slices - 1}")

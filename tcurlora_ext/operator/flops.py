@@ -1,6 +1,6 @@
-"""What PyTorch's FLOP counter (``torch.utils.flop_counter``) counts for ``torch.ops.tcurlora``: base and adapter.
+"""The counts of PyTorch's FLOP counter (``torch.utils.flop_counter``) for ``torch.ops.tcurlora``: base and adapter.
 
-The count is that of :mod:`tcurlora_ext.maths.flops` for every backend: they are compared by the same work.
+The count is that of :mod:`tcurlora_ext.maths.flops` for every backend, so that backends are compared on the same work.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from tcurlora_ext.maths.flops import CallFlops
 
 
 def forward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
-    """FLOPs of ``tcurlora::forward``, whose tensors the counter passes by their shapes."""
+    """FLOPs of ``tcurlora::forward``; the counter passes shapes in place of tensors."""
     call = _named(torch.ops.tcurlora.forward.default, given, named)
     flops = _call(call["x"], call)
     return flops.base_product() + flops.forward()
 
 
 def backward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
-    """FLOPs of ``tcurlora::backward``, whose tensors the counter passes by their shapes."""
+    """FLOPs of ``tcurlora::backward``; the counter passes shapes in place of tensors."""
     call = _named(torch.ops.tcurlora.backward.default, given, named)
     flops = _call(call["g"], call)
     return flops.base_backward(call["needs"]) + flops.backward(call["needs"], keeps_h=call["h"] is not None)
 
 
 def _named(operator: Any, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names of the operator's schema, defaults filled in."""
+    """The arguments of a call by their names in the operator's schema, defaults included."""
     arguments = operator._schema.arguments
     defaults = {one.name: one.default_value for one in arguments}
     return defaults | dict(zip((one.name for one in arguments), given, strict=False)) | named
@@ -43,17 +43,17 @@ def _call(rows: tuple[int, ...], call: dict[str, Any]) -> CallFlops:
 
 
 def register_if_imported() -> None:
-    """Have the counter count the operators where its module is imported already."""
+    """Register the operators with the FLOP counter if its module is already imported."""
     if "torch.utils.flop_counter" in sys.modules:
         register()
 
 
 @lru_cache(maxsize=1)
 def register() -> None:
-    """Have the counter count the operators.
+    """Register the operators with the FLOP counter.
 
-    Imports the counter, and with it Triton where that is installed: 0.2 s, four times what this package takes. So it is
-    called when a stack is made, not when this package is imported.
+    This imports the counter, and with it Triton where that is installed. It takes 0.2 s, four times the import of this
+    package, and therefore happens when a stack is built, not when this package is imported.
     """
     from torch.utils import flop_counter
 

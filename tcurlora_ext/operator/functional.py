@@ -1,7 +1,7 @@
 """The functional form of a TCUR layer.
 
-Shapes, in the folding of :mod:`tcurlora_ext.maths.folding`: ``col`` (out, c*S), ``core_fourier`` (S, c, r), ``row``
-(r*S, in). A layer has ``num_slices`` slices of the stack from ``first_slice`` on, stacked by rows.
+Shapes of the folded factors (:mod:`tcurlora_ext.maths.folding`): ``col`` (out, c*S), ``core_fourier`` (S, c, r),
+``row`` (r*S, in). A layer's weight is ``num_slices`` slices of the stack from ``first_slice`` on, stacked by rows.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ def tcur_linear(
 ) -> Tensor:
     """``x W^T + bias + scale * m col^T`` with ``h = x row^T`` and ``m = h B_l^T``: ``torch.ops.tcurlora.linear``.
 
-    Tensors are float64, float32, bfloat16 or float16. Under autocast it behaves as ``nn.Linear``. Gradients reach every
-    tensor that asks for one; a second derivative is refused.
+    Tensors are float64, float32, bfloat16 or float16. Under autocast it behaves as ``nn.Linear``. It is differentiable
+    once, with respect to every tensor: a second derivative raises RuntimeError.
 
     Args:
-        x: (..., in); any leading shape, also empty or not contiguous.
+        x: (..., in); any leading shape. It may be empty or not contiguous.
         weight: (num_slices*out, in), in the dtype of x.
         bias: (num_slices*out,) in the dtype of x, or None.
         col: (out, c*S), in the dtype of x.
-        core_fourier: (S, c, r), in any floating dtype, such as float32 beside a bfloat16 x.
+        core_fourier: (S, c, r), in any floating dtype, such as float32 with a bfloat16 x.
         row: (r*S, in), in the dtype of x.
         first_slice: The layer's first slice, from 0.
-        num_slices: How many slices it has.
-        scale: Multiplies the adapter's part.
+        num_slices: How many slices the layer has.
+        scale: Multiplies the delta ``m col^T``.
         backend: A name of :func:`tcurlora_ext.backends`, or ``"auto"``.
-        transform: ``"dft"`` or ``"dct"``: the folding that col, row and the core are in.
+        transform: ``"dft"`` or ``"dct"``: the transform by which col, row and the core are folded.
 
     Returns:
-        (..., num_slices*out) in the dtype of x; under autocast in its dtype.
+        (..., num_slices*out) in the dtype of x, or in autocast's dtype where that is enabled.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit, slices are not in the core, or a name is unknown.
+        ValueError: Shapes, dtypes or devices do not fit, a slice is not in the core, or a name is unknown.
         RuntimeError: The backend that was asked for does not work on this device.
     """
     return torch.ops.tcurlora.linear.default(
@@ -68,10 +68,10 @@ def tcur_delta(
     scale: float,
     transform: str = "dft",
 ) -> Tensor:
-    """The adapter's part of :func:`tcurlora_ext.functional.tcur_linear` alone, ``scale * m col^T``.
+    """The delta of :func:`tcurlora_ext.functional.tcur_linear` alone, ``scale * m col^T``.
 
-    For an adapter that reads another x than the base does, as with dropout. PyTorch operations whatever the backend,
-    under autograd and autocast like any others; h is kept for the core's gradient.
+    It serves an adapter whose x differs from the base's, as with dropout. It uses PyTorch operations for every backend,
+    and autograd and autocast treat it as such; autograd saves h for the core's gradient.
 
     Args:
         x: (..., in).
@@ -79,15 +79,15 @@ def tcur_delta(
         core_fourier: (S, c, r), in any floating dtype.
         row: (r*S, in), in the dtype of x.
         first_slice: The layer's first slice, from 0.
-        num_slices: How many slices it has.
+        num_slices: How many slices the layer has.
         scale: Multiplies the result.
         transform: ``"dft"`` or ``"dct"``.
 
     Returns:
-        (..., num_slices*out) in the dtype of x; under autocast in its dtype.
+        (..., num_slices*out) in the dtype of x, or in autocast's dtype where that is enabled.
 
     Raises:
-        ValueError: Slices are not in the core, or the transform is unknown.
-        RuntimeError: Shapes, dtypes or devices do not fit, as PyTorch's products say.
+        ValueError: A slice is not in the core, or the transform is unknown.
+        RuntimeError: Shapes, dtypes or devices do not fit; PyTorch's matrix products raise it.
     """
     return decomposition.delta(x, Factors(col, core_fourier, row, first_slice, num_slices, scale, transform))

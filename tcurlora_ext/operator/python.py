@@ -1,6 +1,7 @@
-"""``torch.ops.tcurlora`` from Python, where the C++ extension is not built: schemas, autograd, autocast, the choice.
+"""``torch.ops.tcurlora`` in Python, for installations without the C++ extension.
 
-csrc/operator.cpp and csrc/autograd.cpp are the same in C++.
+It has schemas, autograd, autocast and the choice of a backend; csrc/operator.cpp and csrc/autograd.cpp are the same in
+C++.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, weight, _, col, core, row, *rest = inputs
     needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = ctx.needs_input_grad[:6]
     h = output[1]
-    # h holds T*r*S numbers, x T*in: for the gradients of core and col either will do, so the smaller one stays.
+    # h has T*r*S elements, x has T*in. Either suffices for the gradients of core and col, so the smaller one is saved.
     prefers_x = row.shape[0] > row.shape[1]
     needs_h = needs_core or needs_col
     saves_x = needs_weight or needs_row or (needs_h and prefers_x)
@@ -86,7 +87,7 @@ def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
 
 
 def _autocast(device_type: str) -> Any:
-    """nn.Linear's rule: floating tensors other than float64 go to the autocast dtype; the core stays as it is."""
+    """Cast as nn.Linear does: floating tensors other than float64 to the autocast dtype. The core keeps its dtype."""
 
     def linear(
         x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Tensor, row: Tensor, *rest: Any
@@ -106,7 +107,7 @@ def _autocast(device_type: str) -> Any:
 
 
 def _without_autocast(operator: Any, device_type: str) -> Any:
-    """The operator as it is: its dtypes are settled, also where a backward pass runs inside autocast."""
+    """Call the operator with autocast off: its arguments are already cast, also in a backward pass under autocast."""
 
     def call(*arguments: Any) -> Any:
         with torch.amp.autocast(device_type, enabled=False):

@@ -1,13 +1,15 @@
 """The operators ``torch.ops.tcurlora.*``: from the C++ extension where it is built, from Python otherwise.
 
-``linear``    the differentiable one: y only.
-``forward``   -> (y, h); differentiable with respect to every tensor, h is not.
-``backward``  -> (dx, dweight, dbias, dcol, dcore, drow), an empty tensor where ``needs`` says no.
+``linear``    -> y; the operator that layers call.
+``forward``   -> (y, h); y is differentiable with respect to every tensor argument, h is not differentiable.
+``backward``  -> (dx, dweight, dbias, dcol, dcore, drow); an empty tensor for each that ``needs`` does not ask for.
 
 ``backend`` is "auto" or the name of an implementation: "eager", "native" or "triton". For the core's gradient the
 smaller of h and x is saved.
-The shape-only fakes, which torch.compile needs, what torch.func's transforms see (``linear`` written out) and what
-PyTorch's FLOP counter counts are the same for both.
+
+Both forms, C++ and Python, share what is registered here: the fake implementations for torch.compile, which compute
+shapes only, ``linear`` in PyTorch operations for the transforms of torch.func, and the counts of PyTorch's FLOP
+counter.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) ->
     factors, _ = forward_arguments(*rest)
     check(x, weight, bias, factors)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    # Not torch.Size.numel(), which would make a symbolic number of tokens the one of the first call.
+    # Not torch.Size.numel(), which would fix a symbolic number of tokens to that of the first call.
     return y, x.new_empty(prod(x.shape[:-1]), factors.row.shape[0])
 
 
@@ -75,7 +77,7 @@ else:
 tell_names()
 torch.library.register_fake("tcurlora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tcurlora::backward", _backward_fake, lib=_library)
-# This key comes before every transform of torch.func (vmap, grad, jvp), none of which can look into a C++ autograd
-# function: they get the operator written out in PyTorch's operations.
+# This key has priority over every transform of torch.func (vmap, grad, jvp). They cannot differentiate or batch a C++
+# autograd function, so they get the operator as PyTorch operations.
 _library.impl("linear", _decomposed, "FuncTorchDynamicLayerFrontMode")
 flops.register_if_imported()

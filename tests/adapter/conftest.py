@@ -1,4 +1,4 @@
-"""A small network with the names of MONAI's blocks, and what tests do to adapted models."""
+"""A small network with the names of MONAI's blocks, and helpers for tests of adapted models."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def config() -> tcur.TCURConfig:
 
 @pytest.fixture
 def adapted(network: Network, config: tcur.TCURConfig) -> Network:
-    """Adapted, with cores that change the output."""
+    """An adapted network with cores that change the output."""
     tcur.inject(network, config)
     return _train(network)
 
@@ -101,7 +101,7 @@ def train() -> Callable[..., Any]:
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """All that an error must leave as it was: modules, parameters, buffers, their values, flags and identity."""
+    """What an error must not change: modules, parameters and buffers, with their values, flags and identities."""
     state: dict[str, Any] = {f"module {n}": (id(m), type(m), m.training) for n, m in model.named_modules()}
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, t in tensors:

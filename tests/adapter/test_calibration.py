@@ -17,7 +17,7 @@ CONFIG = tcur.TCURConfig(rank=2, selection="activation")
 
 
 def inputs_of(model: Any, name: str, batches: list[Tensor]) -> Tensor:
-    """All tokens that a module reads, seen from outside."""
+    """All input tokens of a module, recorded by a hook of the test's own."""
     seen: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(
         lambda module, args, out: seen.append(args[0].flatten(0, 1))
@@ -79,7 +79,7 @@ def test_inject_chooses_by_the_rule_slice_by_slice(network: Any, x: Tensor) -> N
 
 
 def test_inputs_decide(network: Any) -> None:
-    """The same weights, another input: another choice."""
+    """With the same weights, other inputs lead to another choice."""
     calibration = tcur.calibrate(network, CONFIG, [torch.randn(2, 5, 6)])
     for feature in (1, 6):
         loud = {name: rms.clone() for name, rms in calibration.items()}
@@ -122,7 +122,8 @@ def test_a_calibration_that_does_not_fit_is_refused_and_changes_nothing(
 
 def test_a_calibration_for_another_rule_is_refused(network: Any, x: Tensor) -> None:
     calibration = tcur.calibrate(network, CONFIG, [x])
-    with pytest.raises(ValueError, match="selection 'norm' found calibration inputs; they are for 'activation'"):
+    message = "selection 'norm' found calibration inputs; 'activation' needs them, other rules take none"
+    with pytest.raises(ValueError, match=message):
         tcur.inject(network, tcur.TCURConfig(rank=2), calibration)
 
 

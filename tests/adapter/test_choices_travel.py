@@ -1,4 +1,4 @@
-"""Every choice of docs/choosing.md through what is done to an adapter: files, plans, states, merging, inspection."""
+"""Every choice of docs/choosing.md with all that uses an adapter: files, plans, state dicts, merging, inspection."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config(request: pytest.FixtureRequest) -> tcur.TCURConfig:
 
 
 def inject(model: nn.Module, config: tcur.TCURConfig) -> nn.Module:
-    """With calibration inputs where the configuration wants some."""
+    """Inject with calibration inputs where the configuration needs them."""
     if config.selection != "activation":
         return tcur.inject(model, config)
     return tcur.inject(model, config, tcur.calibrate(model, config, [torch.randn(2, 5, 6).exp()]))

@@ -1,4 +1,4 @@
-"""Whole adapted models under torch.compile and autocast: one graph for all batches, the same numbers."""
+"""Whole adapted models under torch.compile and autocast: one graph for all batches, the same results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(params=[vit, llama], ids=lambda make: make.__name__)
 def job(request: pytest.FixtureRequest, train: Callable[..., Any]) -> tuple[nn.Module, Callable[[int], Tensor]]:
-    """An adapted model and its inputs by the size of the batch."""
+    """An adapted model, and a function from a batch size to its inputs."""
     model, inputs = request.param()
     return train(tcur.inject(model.eval(), tcur.TCURConfig(rank=2))), inputs
 
@@ -124,7 +124,7 @@ def test_inductor_compiles_a_model(adapted: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_loses_no_more_than_in_the_plain_model(job: Any, compiled: bool) -> None:
-    """Against float32: dtype and error of the merged model, whose layers are nn.Linear."""
+    """Dtype and error against float32 are compared with those of the merged model, whose layers are nn.Linear."""
     model, inputs = job
     plain, x = tcur.plain_copy(model, merged=True), inputs(8)
     with torch.no_grad():

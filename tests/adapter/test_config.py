@@ -1,4 +1,4 @@
-"""The configuration: what it refuses and how it travels in a file."""
+"""The configuration: what it refuses and how it is converted to JSON and back."""
 
 from __future__ import annotations
 
@@ -55,19 +55,20 @@ def test_only_stacks_by_shape_or_role_are_cut_into_blocks(stack_by: Any) -> None
 
 
 def test_a_budget_or_ranks_by_name() -> None:
-    with pytest.raises(ValueError, match=r"budget is 100 and rank_pattern \{'a': 2\}: expected one"):
+    with pytest.raises(ValueError, match=r"budget is 100 and rank_pattern \{'a': 2\}: expected one of the two"):
         tcur.TCURConfig(budget=100, rank_pattern={"a": 2})
 
 
 def test_raw_factors_have_no_rule_to_stabilise() -> None:
-    with pytest.raises(ValueError, match=r"rank_stabilised is a form of the default rule, found scale 1\.0"):
+    with pytest.raises(ValueError, match=r"rank_stabilised changes the default scale rule, found scale 1\.0, not None"):
         tcur.TCURConfig(scale=1.0, rank_stabilised=True)
 
 
 @pytest.mark.parametrize("options", [{"transform": "dct"}, {"transform": "identity"}, {"core_domain": "slice"}])
 def test_low_frequencies_are_those_of_a_core_in_the_fourier_domain(options: dict[str, Any]) -> None:
     found = next(iter(options.values()))
-    with pytest.raises(ValueError, match=f"frequencies are those of a core in the Fourier domain.*'{found}'"):
+    expected = "frequencies is 2, expected transform 'dft' and core_domain 'fourier' with it"
+    with pytest.raises(ValueError, match=f"{expected}, found transform .*'{found}'"):
         tcur.TCURConfig(frequencies=2, **options)
 
 

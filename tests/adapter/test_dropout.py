@@ -1,4 +1,4 @@
-"""Dropout on the adapter's input: in training only, and never on what the base sees."""
+"""Dropout on the adapter's input: in training only, and never on the base's input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.export and ONNX: with the operator in it, in plain products, and merged; run where they are meant to run."""
+"""torch.export and ONNX: exported with the operator, as PyTorch operations, and merged; run by torch or onnxruntime."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def vit() -> nn.Module:
 
 
 class First(nn.Module):
-    """MONAI's ViT gives its last tokens and those of every block; an exported file gives one tensor here."""
+    """MONAI's ViT without its second result, the tokens of every block: exported files have one output here."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ def test_onnxruntime_computes_the_same_merged_or_not(model: nn.Module, tmp_path:
         # PyTorch's own domain would need its operators there.
         assert {node.domain for node in graph.node} == {""}
         sizes[merged] = sum(tensor.ByteSize() for tensor in graph.initializer)
-    # The unmerged file has col and row of every stack once, not once a layer; the blocks of B take at most twice the
-    # core a slice.
+    # The unmerged file has col and row of every stack once, not once per layer; the blocks of B take at most twice
+    # the core per slice.
     stacks = tcur.stacks(model).values()
     own = sum(4 * (stack.col.numel() + stack.row.numel()) for stack in stacks)
     blocks = sum(4 * 2 * stack.core.numel() * stack.slices for stack in stacks)

@@ -1,4 +1,4 @@
-"""Adapter files: what they hold, that they appear whole or not at all, and what is refused."""
+"""Adapter files: what they contain, that they are never written in part, and which are refused."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_no_rubbish(
 
 
 def test_the_path_never_holds_a_part(adapted: Any, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kill at the moment before the rename would leave: the old file, whole."""
+    """A process killed just before the rename leaves the old file, complete."""
     path = tcur.save_adapter(adapted, tmp_path / "f.safetensors")
     before, seen = path.read_bytes(), []
     real = os.fsync

@@ -1,4 +1,4 @@
-"""Fingerprints tell weights apart, and know roundings."""
+"""Fingerprints differ between different weights, and agree for rounded copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The default scale carries over: one learning rate moves a stack as far as it moves LoRA, in networks of any size."""
+"""The default scale: at one learning rate, the first step of a stack is as long as LoRA's, in networks of any size."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def uneven_spectrum() -> tuple[nn.Module, Tensor]:
 
 
 def parallel_features() -> tuple[nn.Module, Tensor]:
-    """Weights whose columns, and rows, share a direction: the worst that large ranks meet."""
+    """Weights whose columns, and rows, share a direction: the worst case for large ranks."""
     model = nn.Sequential(*[nn.Linear(96, 96) for _ in range(4)])
     for layer in model:
         assert isinstance(layer, nn.Linear)
@@ -83,7 +83,7 @@ def test_first_adam_step_is_within_a_factor_three_of_loras(make, domain: str, ra
 
 
 def steps_by_rank(make: Callable[[], tuple[nn.Module, Tensor]], **options: Any) -> list[list[float]]:
-    """RMS change of each stack in the first Adam step, for r = 1, 2, 4, ... 64: a list a rank."""
+    """RMS change of each stack in the first Adam step, for r = 1, 2, 4, ..., 64: one list per rank."""
     found = []
     for rank in (1, 2, 4, 8, 16, 32, 64):
         torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_without_it_large_ranks_step_further_on_correlated_weights() -> None:
 
 
 def test_raw_factors_are_not_portable() -> None:
-    """The paper's raw form is an option, and without the rule the same step differs by more than a factor of ten."""
+    """Without the rule, in the paper's raw form, the lengths of the same step differ by more than a factor of ten."""
     torch.manual_seed(0)
     steps = []
     for make in (deep_narrow, single_wide):

@@ -1,4 +1,4 @@
-"""Cores of the lowest frequencies: what they compute, how few numbers they are, and what all frequencies have too."""
+"""Cores of the lowest frequencies: results, numbers of parameters, and all that works with all frequencies."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_the_change_is_the_definition_on_whole_columns_and_rows(slices: int, kep
 
 @BACKENDS
 @COUNTS
-def test_every_layer_and_its_gradients_are_those_of_the_dense_change(slices: int, kept: int, backend: str) -> None:
-    """One slice a layer, and a fused layer of two."""
+def test_every_layer_and_its_gradients_are_those_of_the_dense_delta(slices: int, kept: int, backend: str) -> None:
+    """For layers of one slice, and for a fused layer of two."""
     stack, W = stack_of(slices, kept, backend=backend)
     for first, n in [(layer, 1) for layer in range(slices)] + [(slices - 2, 2)]:
         own = slice(first, first + n)

@@ -17,7 +17,7 @@ from tcurlora_ext.adapter.layer.linear import TCURLayer
 
 
 def plain_output(model: nn.Module, x: Tensor) -> Tensor:
-    """Of frozen weights: PyTorch multiplies a tensor that asks for a gradient in other steps, with other last bits."""
+    """The output with frozen weights: with requires_grad PyTorch may compute a product with other last bits."""
     return copy.deepcopy(model).requires_grad_(False)(x)
 
 
@@ -43,7 +43,7 @@ def test_slices_are_named_in_order(network: Any, config: tcur.TCURConfig) -> Non
     assert layer.stack is stack is network.blocks[0].attn.qkv.stack
 
 
-def test_every_layer_computes_its_own_dense_change(adapted: Any) -> None:
+def test_every_layer_computes_its_own_dense_delta(adapted: Any) -> None:
     for name, layer in adapted.named_modules():
         if isinstance(layer, TCURLayer):
             x = torch.randn(3, layer.in_features)
@@ -131,7 +131,7 @@ def test_a_removed_adapter_leaves_no_trace_in_a_layer(network: Any, config: tcur
 
 
 @pytest.mark.parametrize("call", [tcur.merge, tcur.unmerge, tcur.remove, tcur.summary])
-def test_a_plain_model_is_told_so(network: Any, call: Callable[[nn.Module], Any]) -> None:
+def test_a_model_without_adapter_is_refused(network: Any, call: Callable[[nn.Module], Any]) -> None:
     with pytest.raises(ValueError, match="Network is not adapted; call inject"):
         call(network)
 
@@ -239,7 +239,7 @@ def test_a_module_under_two_names_is_replaced_in_both_and_is_one_slice() -> None
 
 
 def test_the_projection_of_multihead_attention_is_not_adapted() -> None:
-    """Its parent multiplies with the weight itself: an adapter there would silently do nothing."""
+    """Its parent uses the weight without calling the layer: an adapter there would silently have no effect."""
     model = nn.ModuleDict({"self_attn": nn.MultiheadAttention(8, 2), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 8)})})
     kind = type(model["self_attn"].out_proj)
     tcur.inject(model, tcur.TCURConfig(rank=2))
@@ -251,7 +251,7 @@ def test_the_projection_of_multihead_attention_is_not_adapted() -> None:
 
 
 def test_a_transformer_encoder_layer_is_refused(state_of: Any, assert_unchanged: Any) -> None:
-    """In eval mode it hands its weights to one fused operator: an adapter in it would silently do nothing."""
+    """In eval mode it passes its weights to one fused operator: an adapter in it would silently have no effect."""
     model = nn.ModuleDict({"first": nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "mlp": nn.Linear(8, 8)})
     before = state_of(model)
     with pytest.raises(ValueError, match=r"first\.linear1: first is an nn\.TransformerEncoderLayer"):
@@ -268,7 +268,7 @@ def test_a_core_of_the_wrong_model_is_not_reached_through_a_copy_of_the_config()
     assert not next(iter(tcur.stacks(second).values())).core.any()
 
 
-def test_a_linear_as_the_whole_model_is_told_what_to_do() -> None:
+def test_a_linear_layer_as_the_whole_model_is_refused_with_advice() -> None:
     with pytest.raises(ValueError, match="match none"):
         tcur.inject(nn.Linear(4, 4), tcur.TCURConfig(rank=1, target_modules=".*"))
 

@@ -1,4 +1,4 @@
-"""The layer as the nn.Linear that it is."""
+"""TCURLinear behaves as nn.Linear wherever code expects one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_signature_begins_as_that_of_nn_linear() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("slices", [1, 2, 3])
-def test_it_computes_base_and_change(slices: int, bias: bool) -> None:
+def test_it_computes_base_and_delta(slices: int, bias: bool) -> None:
     layer = tcur.TCURLinear(6, 12, bias, rank=(3, 2), slices=slices)
     x = torch.randn(2, 5, 6)
     plain = nn.functional.linear(x, layer.weight, layer.bias)
@@ -119,7 +119,7 @@ def test_its_own_state_loads_with_the_core() -> None:
     assert second.stack.core is core
 
 
-def test_another_base_under_a_trained_core_is_told() -> None:
+def test_another_base_under_a_trained_core_gives_a_warning() -> None:
     layer = trained(tcur.TCURLinear(6, 12, rank=2))
     factors = layer.stack.col.clone()
     with pytest.warns(UserWarning, match="changed under a trained core"):
@@ -129,7 +129,7 @@ def test_another_base_under_a_trained_core_is_told() -> None:
 
 @pytest.mark.parametrize("trainable", ["core", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_base_under_a_trained_core_is_not_told(trainable: str, dtype: torch.dtype) -> None:
+def test_the_same_base_under_a_trained_core_gives_none(trainable: str, dtype: torch.dtype) -> None:
     layer = trained(tcur.TCURLinear(6, 12, rank=2, trainable=trainable)).to(dtype)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     plain = {name: before[name] for name in ("weight", "bias")}

@@ -1,4 +1,4 @@
-"""Putting adapter files onto models: equal bit for bit, or one error and nothing changed."""
+"""Loading adapter files onto models: equal bit for bit, or an error and nothing changed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def learn(model: nn.Module, x: Tensor) -> None:
-    """A few real steps, so that all that trains has moved."""
+    """Train for a few steps, so that all trained parameters change."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
     for _ in range(3):
         optimizer.zero_grad()
@@ -74,7 +74,7 @@ def test_save_and_load_give_the_output_bit_for_bit(
 def test_an_adapted_model_keeps_its_parameter_objects(
     network: Any, config: tcur.TCURConfig, train: Any, tmp_path: Path
 ) -> None:
-    """An optimizer that was made before goes on."""
+    """An optimizer created before loading still trains them."""
     tcur.save_adapter(train(tcur.inject(network, config)), tmp_path)
     values = {name: stack.core.detach().clone() for name, stack in tcur.stacks(network).items()}
     parameters = dict(network.named_parameters())
@@ -92,7 +92,7 @@ def saved(adapted: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def base(adapted: Any) -> Any:
-    """A plain model of the weights that the file was trained on."""
+    """A model without adapter, with the weights on which the file was trained."""
     return tcur.remove(copy.deepcopy(adapted)).requires_grad_(True)
 
 
@@ -132,7 +132,7 @@ def test_with_its_factors_a_file_loads_onto_other_base_weights(adapted: Any, mak
 def test_a_factor_file_can_be_saved_and_loaded_again(
     adapted: Any, make_network: Any, tmp_path: Path, x: Tensor
 ) -> None:
-    """The factors are of other weights than the base: saved without them, the file must not rebuild them wrongly."""
+    """The factors are not those of the base: a file saved without them must not rebuild them from the base."""
     tcur.save_adapter(adapted, tmp_path / "first", include_factors=True)
     other = make_network()
     twin = copy.deepcopy(other)
@@ -249,7 +249,7 @@ def test_factors_of_another_shape_are_refused(
 def test_a_base_that_trained_too_travels_with_the_adapter(
     network: Any, config: tcur.TCURConfig, x: Tensor, tmp_path: Path
 ) -> None:
-    """The adapted weights themselves unfrozen: C and R are those of the weights before."""
+    """With the adapted weights unfrozen, C and R are still those of the weights before training."""
     other = copy.deepcopy(network)
     tcur.inject(network, config)
     tcur.unfreeze(network, ["blocks"])

@@ -1,4 +1,4 @@
-"""Merging whole models: the same output, and the base back bit for bit."""
+"""Merging whole models: the same output, and the base restored bit for bit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_state_of_a_merged_model_is_that_of_the_unmerged_one(adapted: Any) -
 
 
 def test_loading_a_state_into_a_merged_model_is_refused(adapted: Any) -> None:
-    """As with any error of load_state_dict, what came before the layer is loaded; the layer and its base are not."""
+    """As with any error in load_state_dict, modules before the layer are loaded; the layer and its base are not."""
     other = {name: t + 1 if t.is_floating_point() else t for name, t in adapted.state_dict().items()}
     base = adapted.blocks[0].attn.qkv.weight.detach().clone()
     tcur.merge(adapted)
@@ -92,7 +92,7 @@ def test_loading_a_state_into_a_merged_model_is_refused(adapted: Any) -> None:
 
 
 class Tied(nn.Module):
-    """A language model's tied weights: the output layer multiplies with the embedding's matrix."""
+    """Tied weights as in a language model: the output layer has the embedding's weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Tied(nn.Module):
 
 
 class Twice(nn.Module):
-    """Two layers of one weight."""
+    """Two layers that share one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Twice(nn.Module):
     ids=["embedding", "layers"],
 )
 def test_tied_weights_merge_each_on_its_own(model: nn.Module, targets: list[str], x: Tensor, train: Any) -> None:
-    """The change belongs to the layer, not to all that share its weight."""
+    """dW belongs to one layer, not to all modules that share its weight."""
     train(tcur.inject(model, tcur.TCURConfig(rank=2, target_modules=targets)))
     before, y = {name: t.clone() for name, t in model.state_dict().items()}, model(x)
     tcur.merge(model)

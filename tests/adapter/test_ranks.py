@@ -1,4 +1,4 @@
-"""Ranks by name and within a budget."""
+"""Ranks by name, and within a parameter budget."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ def test_a_rank_that_does_not_fit_its_stack_is_named(network: Any) -> None:
         tcur.inject(network, tcur.TCURConfig(rank=2, rank_pattern={"linear1": 9}))
 
 
-def numbers(model: nn.Module) -> int:
+def core_parameters(model: nn.Module) -> int:
     return sum(stack.core.numel() for stack in tcur.stacks(model).values())
 
 
 @pytest.mark.parametrize("transform", ["dft", "dct", "identity"])
 @pytest.mark.parametrize("budget", [12, 60, 100, 10_000])
-def test_a_budget_bounds_the_numbers_of_all_cores(network: Any, budget: int, transform: str) -> None:
+def test_a_budget_bounds_the_parameters_of_all_cores(network: Any, budget: int, transform: str) -> None:
     tcur.inject(network, tcur.TCURConfig(budget=budget, transform=transform))
-    assert numbers(network) <= budget
+    assert core_parameters(network) <= budget
     for stack in tcur.stacks(network).values():
         c, r = stack.rank
         assert c == r
-        assert r == min(stack.shape) or numbers(network) + stack.slices * (2 * r + 1) > budget
+        assert r == min(stack.shape) or core_parameters(network) + stack.slices * (2 * r + 1) > budget
 
 
 def test_a_budget_follows_the_spectra_of_the_weights(make_network: Any) -> None:
-    """linear1 and linear2 alike in size: the one with a flat spectrum gets more than the one of rank one."""
+    """Of linear1 and linear2, equal in size, the one with a flat spectrum gets a larger rank than the rank-one one."""
     for flat, steep in (("linear1", "linear2"), ("linear2", "linear1")):
         model = make_network()
         for block in model.blocks:
@@ -73,11 +73,11 @@ def test_a_budget_follows_the_spectra_of_the_weights(make_network: Any) -> None:
         assert found[shape] > found[shape[::-1]]
 
 
-def test_a_budget_below_the_least_states_both_numbers_and_changes_nothing(
+def test_a_budget_below_the_least_names_both_budgets_and_changes_nothing(
     network: Any, state_of: Any, assert_unchanged: Any
 ) -> None:
     before = state_of(network)
-    with pytest.raises(ValueError, match="budget is 11 numbers, expected at least 12"):
+    with pytest.raises(ValueError, match="budget is 11 parameters, expected at least 12"):
         tcur.inject(network, tcur.TCURConfig(budget=11))
     assert_unchanged(network, before)
 

@@ -1,4 +1,4 @@
-"""What users do to models, done to adapted ones: copies, pickles, moves, state dicts. One core a stack stays one."""
+"""Adapted models copied, pickled, moved and loaded: every stack still has one core afterwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def assert_one_core_a_stack(model: nn.Module) -> None:
-    """Every layer uses the registered stack, and a change of its core reaches every layer."""
+    """Every layer uses the registered stack, and changing its core changes every layer."""
     stacks = tcur.stacks(model)
     layers = [layer for layer in model.modules() if isinstance(layer, TCURLayer)]
     assert {id(layer.stack) for layer in layers} == {id(stack) for stack in stacks.values()}
@@ -110,7 +110,7 @@ def test_an_optimizer_made_before_a_move_goes_on(adapted: Any, x: Tensor) -> Non
 def test_the_state_of_a_plain_model_loads_and_comes_back(
     network: Any, make_network: Any, config: tcur.TCURConfig, x: Tensor
 ) -> None:
-    """As with checkpoints of the base that come after the adapter was put on."""
+    """As for a checkpoint of the base that is loaded after injection."""
     other = make_network()
     expected = copy.deepcopy(other)
     tcur.inject(network, config)
@@ -132,7 +132,7 @@ def test_the_state_of_a_plain_model_loads_and_comes_back(
     assert torch.equal(back.requires_grad_(False)(x), network(x))
 
 
-def test_another_base_under_trained_cores_is_told(adapted: Any, make_network: Any) -> None:
+def test_another_base_under_trained_cores_gives_a_warning(adapted: Any, make_network: Any) -> None:
     with pytest.warns(UserWarning, match=r"base weights of .* changed under a trained core"):
         adapted.load_state_dict(make_network().state_dict())
 

@@ -1,4 +1,4 @@
-"""One stack: its change against the definition, its core in both domains, scale and trained factors."""
+"""One stack: its dW against the definition, its core in both domains, scale and trained factors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def weights(S: int = 5, out: int = 6, in_: int = 7) -> Tensor:
     return torch.randn(S, out, in_, dtype=torch.float64)
 
 
-def test_the_dense_change_equals_the_golden_one(golden: dict[str, Tensor]) -> None:
+def test_the_dense_delta_equals_the_golden_one(golden: dict[str, Tensor]) -> None:
     W = golden["W"]
     rank = golden["columns"].numel(), golden["rows"].numel()
     stack = tcur.TCURStack.from_weights(W, rank)
@@ -51,7 +51,7 @@ def test_the_dense_change_equals_the_golden_one(golden: dict[str, Tensor]) -> No
 
 
 @given(S=st.integers(1, 6), c=st.integers(1, 6), r=st.integers(1, 5), data=st.data())
-def test_the_layer_equals_its_dense_change(S: int, c: int, r: int, data: st.DataObject) -> None:
+def test_the_layer_equals_its_dense_delta(S: int, c: int, r: int, data: st.DataObject) -> None:
     transform = data.draw(st.sampled_from(list(TRANSFORMS)))
     domain = data.draw(st.sampled_from(["slice", "fourier"]))
     n = data.draw(st.integers(1, S))
@@ -70,7 +70,7 @@ def test_the_layer_equals_its_dense_change(S: int, c: int, r: int, data: st.Data
 
 
 @transforms
-def test_the_dense_change_is_the_definition_of_its_transform(transform: str) -> None:
+def test_the_dense_delta_is_the_definition_of_its_transform(transform: str) -> None:
     stack = stack_of(weights(), transform=transform, scale=2.0)
     C, U, R = stack.C, stack.core_slices(), stack.R
     if transform == "dft":

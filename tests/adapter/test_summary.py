@@ -1,4 +1,4 @@
-"""The numbers of an adapted model."""
+"""The summary of an adapted model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 import tcurlora_ext as tcur
 
 
-def test_the_numbers_of_a_small_network(network: Any) -> None:
+def test_the_summary_of_a_small_network(network: Any) -> None:
     before = sum(p.numel() for p in network.parameters())
     tcur.inject(network, tcur.TCURConfig(rank=(3, 2)))
     tcur.unfreeze(network, ["head"])
@@ -30,7 +30,7 @@ def test_the_numbers_of_a_small_network(network: Any) -> None:
         assert f"{stack.scale:.4g}" in str(found)
 
 
-def test_trained_numbers_are_those_of_the_parameters(network: Any) -> None:
+def test_trained_counts_are_those_of_the_parameters(network: Any) -> None:
     tcur.inject(network, tcur.TCURConfig(rank=2, trainable="all"))
     assert tcur.summary(network).trained == sum(p.numel() for p in network.parameters() if p.requires_grad)
 

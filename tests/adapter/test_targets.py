@@ -74,7 +74,7 @@ def test_stacks_in_runs_of_blocks(make_network: Any) -> None:
 
 
 def test_a_run_of_blocks_counts_the_blocks_that_are_adapted(make_network: Any) -> None:
-    """Where every other block is left out, two blocks are still two."""
+    """stack_blocks=2 means two blocks that are adapted, also where every other block is excluded."""
     found = stack_names(make_network(depth=8), target_modules=r"blocks\.[0246]\.mlp\.linear1", stack_blocks=2)
     assert [[name.split(".")[1] for name in names] for names in found.values()] == [["0", "2"], ["4", "6"]]
 

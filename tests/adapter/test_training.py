@@ -1,4 +1,4 @@
-"""Whole training jobs: the core moves, the base does not, and what is learned is what is saved and merged."""
+"""Whole training jobs: the core changes, the base does not, and saved and merged models compute what was learned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tcurlora_ext as tcur
 
 @pytest.fixture
 def task(make_network: Any) -> tuple[Any, Tensor, Tensor]:
-    """A base, inputs, and the outputs of a base changed as an adapter could change it."""
+    """A base, inputs, and target outputs of a base that an adapter can reproduce."""
     base = make_network()
     target = copy.deepcopy(base)
     tcur.inject(target, tcur.TCURConfig(rank=2))
@@ -42,7 +42,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float = 0.05) ->
 @pytest.mark.parametrize("domain", ["fourier", "slice"])
 @pytest.mark.parametrize("transform", ["dft", "dct", "identity"])
 def test_the_core_moves_in_training_and_the_base_does_not(task: Any, transform: str, domain: str) -> None:
-    """The flaw of the released code: its core is in no optimizer and no forward pass, so nothing is ever learned."""
+    """In the released code of the method the core is in no optimizer and no forward pass, so that it never learns."""
     model, x, y = task
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     tcur.inject(model, tcur.TCURConfig(rank=2, transform=transform, core_domain=domain))
@@ -66,7 +66,7 @@ def test_every_entry_of_every_core_gets_a_gradient(task: Any) -> None:
         assert bool((stack.core.grad != 0).all())
 
 
-def test_the_core_gradient_is_that_of_the_dense_change(task: Any) -> None:
+def test_the_core_gradient_is_that_of_the_dense_delta(task: Any) -> None:
     model, x, y = task
     model.double()
     x, y = x.double(), y.double()

@@ -1,4 +1,4 @@
-"""MONAI's and transformers' models with the default configuration, small and made here: nothing is downloaded."""
+"""MONAI's and transformers' models with the default configuration; small, random weights, nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ CONFIG = tcur.TCURConfig(rank=2)
 
 @pytest.fixture(params=MODELS, scope="module")
 def case(request: pytest.FixtureRequest) -> Iterator[tuple[Expected, nn.Module, dict[str, Any]]]:
-    """A frozen model in eval mode and its inputs, made once; tests work on copies."""
+    """A frozen model in eval mode and its inputs, built once; tests use copies."""
     torch.manual_seed(0)
     expected = MODELS[request.param]
     model, inputs = expected.make()
@@ -124,7 +124,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[tuple[Expected, nn.Module, 
 
 
 def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """One tensor that depends on all that the model computes."""
+    """One tensor that depends on every part of the model."""
     result = model(**inputs)
     tensors = result.to_tuple() if hasattr(result, "to_tuple") else result
     found: list[Tensor] = []
@@ -212,8 +212,8 @@ def test_remove_gives_the_plain_model_back(case: Any, trained: nn.Module) -> Non
     assert torch.equal(output(trained, inputs), output(plain, inputs))
 
 
-def test_every_layer_is_its_dense_change(case: Any, trained: nn.Module) -> None:
-    """Also GPT-2's, whose weights lie transposed."""
+def test_every_layer_is_its_dense_delta(case: Any, trained: nn.Module) -> None:
+    """Also for GPT-2, which stores its weights transposed."""
     for name, layer in trained.named_modules():
         if isinstance(layer, TCURLayer):
             matrix = layer.weight.T if isinstance(layer, TCURConv1D) else layer.weight
@@ -232,7 +232,7 @@ def test_towers_have_stacks_of_their_own() -> None:
 
 
 def test_the_fused_projection_of_unetr_is_three_slices_in_the_order_q_k_v() -> None:
-    """Each block of rows changes only what its slice says."""
+    """Each block of rows is changed by its own slice alone."""
     model, _ = unetr()
     tcur.inject(model, CONFIG)
     layer: Any = model.get_submodule("vit.blocks.3.attn.qkv")
@@ -255,7 +255,7 @@ def paper() -> nn.Module:
     return tcur.inject(nets.UNETR(1, 2, (32, 32, 32)), tcur.TCURConfig(rank=8))
 
 
-def test_the_paper_setting_has_three_stacks_and_4608_numbers(paper: nn.Module) -> None:
+def test_the_paper_setting_has_three_stacks_and_4608_parameters(paper: nn.Module) -> None:
     summary = tcur.summary(paper)
     assert {(s.slices, s.shape, s.rank) for s in summary.stacks} == {
         (48, (768, 768), (8, 8)), (12, (3072, 768), (8, 8)), (12, (768, 3072), (8, 8)),
@@ -266,7 +266,7 @@ def test_the_paper_setting_has_three_stacks_and_4608_numbers(paper: nn.Module) -
 
 
 def test_the_paper_setting_fits_a_small_file(paper: nn.Module, tmp_path: Path) -> None:
-    """4,608 float32 numbers are 18 KiB; indices, names and fingerprints come on top."""
+    """4,608 float32 parameters take 18 KiB; indices, names and fingerprints are added to that."""
     assert tcur.save_adapter(paper, tmp_path).stat().st_size < 64 * 1024
 
 

@@ -158,7 +158,7 @@ WRONG = {
     "batch": (["unetr", "--kwargs", SMALL, "--batch", "0"], "batch: found 0, expected a positive whole number"),
     "lora rank": (["unetr", "--kwargs", SMALL, "--lora-rank", "0"], "lora_rank is 0, expected a positive whole number"),
     "ranks": (["unetr", "--kwargs", SMALL, "--ranks", "0"], "ranks is 0, expected a positive whole number"),
-    "flops": (["unetr", "--ranks", "2", "--flops", "-1"], "flops is -1.0, expected a positive number a second"),
+    "flops": (["unetr", "--ranks", "2", "--flops", "-1"], "flops is -1.0, expected a positive number per second"),
     "rates without ranks": (["unetr", "--flops", "1e9"], "found --flops or --bandwidth without --ranks"),
     "nothing matched": (["unetr", "--kwargs", SMALL, "--target", "nothing"], "match none of the"),
     "bad regex": (["unetr", "--kwargs", SMALL, "--target-regex", "("], "target-regex: found '(', expected a regular"),

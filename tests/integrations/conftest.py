@@ -1,4 +1,4 @@
-"""For all tests of integrations."""
+"""Fixtures for all tests of integrations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported_is_no_garbage() -> Iterator[None]:
-    """accelerate collects garbage before every training: 1 s over all that is imported, and nothing of it is."""
+    """Exclude imported modules from garbage collection, which accelerate runs before every training: it takes 1 s."""
     gc.freeze()
     yield
     gc.unfreeze()

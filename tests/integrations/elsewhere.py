@@ -1,8 +1,8 @@
-"""A new process that loads what another has saved, and writes what the loaded models compute.
+"""Run in a new process: loads adapters that another process saved, and writes the outputs of the loaded models.
 
     PYTHONPATH=tests python -m integrations.elsewhere FOLDER
 
-FOLDER/<kind>, <entry> holds an adapter; the output to the examples goes into it as output.pt.
+Every folder "FOLDER/<kind>, <entry>" has an adapter; the output for the examples is written to it as output.pt.
 """
 
 from __future__ import annotations

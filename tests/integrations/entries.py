@@ -1,4 +1,4 @@
-"""The two ways onto a model, ``tcur.inject`` and PEFT, behind the same functions: a test of both takes an ``entry``."""
+"""The two ways to adapt a model, ``tcur.inject`` and PEFT, with one interface: tests of both take an ``entry``."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from tcurlora_ext.integrations.peft import TcurLoraConfig
 
 
 class Entry(Protocol):
-    """What a user does with an adapter. Models change in place; what is returned is what to go on with."""
+    """What users do with an adapter. Models may be changed in place; use the returned model afterwards."""
 
     def adapt(self, model: nn.Module, head: str | None = None, **options: Any) -> nn.Module:
-        """``head``: a module that trains, too. ``options``: rank, and those of TCURConfig that both entries have."""
+        """``head``: a module that also trains. ``options``: rank, and options of TCURConfig that both entries have."""
 
     def stacks(self, model: nn.Module) -> dict[str, tcur.TCURStack]: ...
 
     def trained(self, model: nn.Module) -> int:
-        """How many numbers train, as the entry counts them."""
+        """The number of trained parameters, as counted by the library."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """A sharded model is saved by all processes together."""
+        """Save an adapter; for a sharded model all processes call this."""
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module: ...
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """A plain model with W + dW."""
+        """A model of plain layers with W + dW."""
 
     def unload(self, model: nn.Module) -> nn.Module:
-        """The plain base."""
+        """The base model, without adapter."""
 
 
 class Inject:

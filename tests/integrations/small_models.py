@@ -1,4 +1,4 @@
-"""Small models of transformers, made from a configuration: nothing is downloaded. Their examples and training."""
+"""Small models of transformers with random weights (nothing is downloaded), their examples and their training."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Exa
 
 
 def base(kind: str) -> nn.Module:
-    """The same random weights every time, larger than the configurations' 0.02, so that the blocks matter."""
+    """The same random weights every time, larger than the configurations' 0.02, so that blocks affect the output."""
     torch.manual_seed(0)
     model = MODELS[kind][0]()
     with torch.no_grad():
@@ -107,7 +107,7 @@ def collate(batch: list[Example]) -> dict[str, Any]:
 
 
 def result(model: nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """What a model of this dtype says to all examples."""
+    """The output of a model of this dtype for all examples."""
     batch = {n: v.to(dtype) if n == "pixel_values" else v for n, v in collate(examples(kind)).items()}
     with torch.no_grad():
         return model.eval()(**batch)
@@ -123,7 +123,7 @@ def output(model: nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> T
 
 
 def trainer(model: nn.Module, kind: str, folder: Path, **options: Any) -> Any:
-    """All examples in every step of a process."""
+    """A Trainer whose every step takes all examples of a process."""
     settings = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": EXAMPLES, "learning_rate": 0.02,
         "per_device_eval_batch_size": EXAMPLES, "lr_scheduler_type": "constant", "use_cpu": True, "report_to": [],

@@ -36,7 +36,7 @@ def entry(request: pytest.FixtureRequest) -> Entry:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A copy of a trained model, which every kind and entry is trained for once."""
+    """A copy of a trained model; every kind and entry is trained once."""
     models: dict[tuple[str, int], nn.Module] = {}
 
     def trained(kind: str, entry: Entry) -> nn.Module:
@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture
 def reloaded(trained: Trained, tmp_path: Path) -> Trained:
-    """A trained model, saved and loaded onto its base."""
+    """A trained model after saving its adapter and loading it onto its base."""
 
     def reloaded(kind: str, entry: Entry) -> nn.Module:
         entry.save(trained(kind, entry), tmp_path)
@@ -63,7 +63,7 @@ CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs"
 
 
 def assert_same_cores(entry: Entry, found: nn.Module, expected: nn.Module) -> None:
-    """Bit for bit."""
+    """The cores are equal bit for bit."""
     for name, core in cores(entry, expected).items():
         assert torch.equal(cores(entry, found)[name], core), name
 
@@ -144,7 +144,7 @@ def test_the_best_model_is_loaded_at_the_end(entry: Entry, tmp_path: Path) -> No
 
 
 def test_what_save_model_saves_computes_the_same(entry: Entry, trained: Trained, tmp_path: Path) -> None:
-    """By inject the whole state of the model, through PEFT the adapter."""
+    """With inject it saves the whole state_dict, with PEFT the adapter."""
     model = trained("BERT", entry)
     trainer(model, "BERT", tmp_path).save_model()
     if entry is ENTRIES["peft"]:

@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that need not be there and reads what came out. Run as ``aot.py PART PARTS``."""
+"""Compiles kernels for a GPU, without having one, and analyses the result. Run as ``aot.py PART PARTS``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass
 class Compiled:
-    """What a compiled kernel uses of one program's share, and the matrix instructions in it."""
+    """The registers and memory that one program of a compiled kernel uses, and its matrix instructions."""
 
     registers: int
     stack: int
@@ -39,7 +39,7 @@ class Compiled:
 
 
 def source_of(one: Launch) -> Any:
-    """What Triton would compile for this launch: the types and the divisibility of its arguments."""
+    """The source that Triton compiles for this launch, with the types and the divisibility of its arguments."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(one.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -69,7 +69,7 @@ def source_of(one: Launch) -> Any:
 
 
 def compile_for(one: Launch, capability: int) -> Compiled:
-    """Compile for ``capability`` (80, 90) and look into the result."""
+    """Compile for ``capability`` (80, 90) and analyse the result."""
     return _compile(source_of(one), capability, one.num_warps, one.num_stages)
 
 
@@ -109,7 +109,7 @@ _RESULTS = re.compile(r"^(%[\w$.-]+)(?::(\d+))?\s*=\s*(.*)$")
 class _Flow:
     """Which values of a module's text reach which others, through loops, branches and shared memory.
 
-    Names are scoped: two regions beside each other may use the same ones, so every definition gets a number.
+    Names are scoped: two regions may use the same name, so every definition gets a number.
     """
 
     def __init__(self, module: str) -> None:
@@ -197,9 +197,10 @@ class _Flow:
 
 
 def transposed_dots(module: str) -> list[str]:
-    """Transpositions whose operand comes, through any operations, from the result of a dot.
+    """The transpositions whose operand depends, through any operations, on the result of a dot.
 
-    ``module`` is the text of Triton's own or its GPU dialect. A copy into shared memory in a transposed layout counts.
+    ``module`` is the text in Triton's own dialect or in its GPU dialect. A copy into shared memory
+    in a transposed layout counts as a transposition.
     """
     flow = _Flow(module)
     assert "tt.dot" not in module or flow.dots, "a dot was not recognised"
@@ -208,7 +209,7 @@ def transposed_dots(module: str) -> list[str]:
 
 
 def launches_of(spec: Spec) -> list[Launch]:
-    """The launches of a case on tensors without memory, as the operator makes them."""
+    """The launches of a case, as the operator makes them, on tensors without memory."""
     dtype, n = DTYPES[spec.dtype], spec.n
     one_tile = spec.kernel in ("fused", "fused_back")
     slices = spec.whole if one_tile else spec.S
@@ -257,7 +258,7 @@ ALIGNED = [["tt.divisibility", 16]]
 
 @triton.jit
 def transposed_result(x, y):
-    """A product of the transpose of a product: what no kernel may contain."""
+    """A product with the transpose of a product, which no kernel may contain."""
     i = tl.arange(0, 64)
     at = i[:, None] * 64 + i[None, :]
     a = tl.load(x + at)
@@ -267,7 +268,7 @@ def transposed_result(x, y):
 
 @triton.jit
 def spilling(x, y):
-    """An accumulator of 256 x 256 numbers in the registers of 128 threads."""
+    """An accumulator of 256 x 256 elements in the registers of 128 threads."""
     i = tl.arange(0, 256)
     k = tl.arange(0, 16)
     a = tl.load(x + i[:, None] * 16 + k[None, :])

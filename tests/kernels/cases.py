@@ -1,4 +1,4 @@
-"""Which kernels are compiled with which configurations, sizes and GPUs. Imports no Triton: any process may ask."""
+"""The kernels to compile, with their configurations, sizes and GPUs. It does not import Triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class Spec:
-    """One compilation: ``index`` is the configuration's place among those of the kernel in its table.
+    """One compilation; ``index`` is the configuration's index among those of the kernel in its table.
 
     T tokens, n slices of out x in, a stack of S slices, core blocks c x r; the fused kernels take ``whole`` slices in
     one tile. ``descriptors``: tiles through tensor descriptors.
@@ -65,7 +65,7 @@ def _table(table: str, dtype: str, forms: tuple[tuple[int, bool], ...] = FORMS, 
 
 
 def specs() -> list[Spec]:
-    """Every configuration of every table at UNETR's sizes for both GPUs, and the sizes that cost registers."""
+    """Every configuration of every table at UNETR's sizes for both GPUs, and sizes that need many registers."""
     desc = ((90, True),)
     odd = {"c": 3, "r": 5, "S": 7, "out": 513, "in_": 767, "T": 2047}
     pointers = ((80, False), (90, False))

@@ -1,6 +1,6 @@
-"""The kernels in Triton's interpreter against the float64 form. Run in a process of its own by test_interpreted.py.
+"""The kernels in Triton's interpreter against eager in float64. test_interpreted.py runs this in separate processes.
 
-TRITON_INTERPRET is read when a kernel is defined, so it is set before the process starts. bfloat16 is not here:
+TRITON_INTERPRET is read when a kernel is defined, so it is set before the process starts. bfloat16 is not tested here:
 Triton's interpreter adds and multiplies it wrongly.
 """
 
@@ -47,7 +47,7 @@ NAMES = ("x", "weight", "bias", "col", "core", "row")
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    """What is allocated and not written is NaN: outputs, m, p and the workspace among it."""
+    """Fill new tensors with NaN, so that elements that no kernel writes are seen: outputs, m, p and the workspace."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
@@ -57,7 +57,7 @@ def _poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
-    """The kernels that ran, in order."""
+    """The names of the kernels that ran, in order."""
     seen: list[launch.Launch] = []
     run = launch.Launch.run
 
@@ -74,7 +74,7 @@ def names(launched: list[launch.Launch]) -> list[str]:
 
 
 def take(monkeypatch: pytest.MonkeyPatch, table: configs.Table, descriptors: bool = True) -> None:
-    """Let the operator use this table whatever the rows, with or without tensor descriptors."""
+    """Let the operator use this table for any alignment of rows, with or without tensor descriptors."""
     monkeypatch.setattr(operator, "table_for", lambda name, aligned: table if aligned else configs.UNALIGNED)
     device = operator.Device("test", 3, descriptors)
     monkeypatch.setattr(operator, "device_of", lambda _: device)
@@ -96,10 +96,10 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def check(case: Any, dtype: torch.dtype, needs: list[bool] = ALL) -> tuple[Tensor, ...]:
-    """Every result against float64 on the same rounded tensors: at most twice the error of the eager form of the dtype.
+    """Compare every result with float64 on the same rounded tensors: at most twice the error of eager in the dtype.
 
-    Or its eps: where all rests on a few numbers (one token, one block) the eager form can be lucky, and each of them
-    has been rounded up to three times, as h, m and the result.
+    An error of eps is allowed, too: with few elements (one token, one block) eager can be exact by chance, and each
+    element has been rounded up to three times, as h, m and the result.
     """
     case = case.to(dtype)
     exact = case.to(torch.float64, torch.float64)
@@ -146,7 +146,7 @@ def test_forward_and_every_gradient(
 def test_q_over_several_tiles(
     launched: list[launch.Launch], sizes: tuple[int, ...], transform: str, dtype: torch.dtype
 ) -> None:
-    """UNETR's attention (q = 384, three fused slices), groups of 10 columns, and one group a tile."""
+    """UNETR's attention (q = 384, three fused slices), groups of 10 columns, and one group per tile."""
     *shape, T = sizes
     check(build(*shape, (T,), scale=0.1, transform=transform, seed=4), dtype)
     assert names(launched) == ["project", "expand", "project_back", "expand", "partial_gradient", "reduce_gradient"]
@@ -160,7 +160,7 @@ def test_q_over_several_tiles(
 def test_one_launch_where_all_groups_fit_one_tile(
     monkeypatch: pytest.MonkeyPatch, launched: list[launch.Launch], descriptors: bool, n: int, dtype: torch.dtype
 ) -> None:
-    """Without a gradient of row, which needs dh in memory. More than one tile of rows, of columns and of K."""
+    """Without a gradient of row, for which dh is stored. There are several tiles of rows, of columns and of K."""
     take(monkeypatch, ONE_LAUNCH, descriptors)
     check(build(6, 160, 96, 8, 8, 1, n, (130,), seed=5), dtype, [True, True, True, True, True, False])
     assert names(launched) == ["fused", "fused_back", "partial_gradient", "reduce_gradient"]
@@ -262,7 +262,7 @@ def _strided(tensor: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["transposed", "every second", "rows apart", "expanded"])
 @pytest.mark.parametrize("table", [ONE_LAUNCH, SEPARATE], ids=["one-launch", "separate"])
 def test_strides_change_nothing(monkeypatch: pytest.MonkeyPatch, table: configs.Table, kind: str) -> None:
-    """Of every operand; a transposed weight, as GPT-2's Conv1D has it, is not copied."""
+    """For the strides of every operand; a transposed weight, as GPT-2's Conv1D has it, is not copied."""
     take(monkeypatch, table)
     case = build(6, 64, 64, 4, 4, n=2, leading=(33,)).to(torch.float32)
     other = case.replaced(**{name: _strided(getattr(case, name), kind) for name in ("x", "weight", "col", "row")})
@@ -328,7 +328,7 @@ def test_float32_products_follow_the_setting_of_pytorch(setting: str, expected: 
 
 
 def test_the_registered_operators_with_this_backend() -> None:
-    """Schemas, fakes and autograd by opcheck; outputs must not share memory, whatever gradients are asked for."""
+    """Schemas, fakes and autograd by opcheck; outputs must not share memory, for any set of gradients."""
     case = build(S=6, n=2, backend="triton").to(torch.float32)
     torch.library.opcheck(torch.ops.tcurlora.linear.default, case.training("x", "core").arguments)
     y, h = torch.ops.tcurlora.forward(*case.arguments)

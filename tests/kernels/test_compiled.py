@@ -1,4 +1,4 @@
-"""Every kernel with every configuration of the tables, compiled for GPUs that need not be there."""
+"""Every kernel with every configuration of the tables, compiled for GPUs without having one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPECS = {spec.name: spec for spec in _load("cases").specs()}
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What came out, by the name of the case: Triton compiles in processes of its own, which do not interpret it."""
+    """Results by the name of the case, from separate processes in which Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "TRITON_DEFAULT_FP_FUSION": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), environment.get("PYTHONPATH", "")])

@@ -1,4 +1,4 @@
-"""Runs interpreted.py in processes that interpret Triton, which a process that has imported it otherwise cannot."""
+"""Runs interpreted.py in new processes: Triton interprets only if that was set before it was imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = {"one half": _ONE, "the other half": f"not ({_ONE})"}
 
 @pytest.fixture(scope="module")
 def finished() -> dict[str, tuple[int, str]]:
-    """Exit status and output of each part."""
+    """The exit status and output of each part."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py"), "-k"]

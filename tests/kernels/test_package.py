@@ -1,4 +1,4 @@
-"""The kernels' package without Triton: what it imports, its tables, and the phases it puts in memory."""
+"""The kernels' package without Triton: what it imports, its tables, and its phases."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_entry_claims_a_measurement() -> None:
 
 @pytest.mark.parametrize("S", [1, 2, 3, 6, 7, 12])
 def test_phases_are_those_of_the_definition(S: int) -> None:
-    """w exp(2 pi i k l / S) of frequency k in layer l; the entries of the DCT matrix."""
+    """w exp(2 pi i k l / S) for frequency k in slice l; for the DCT the entries of its matrix."""
     cpu = torch.device("cpu")
     table = phase_table(S, "dft", cpu)
     assert table.dtype == torch.float32

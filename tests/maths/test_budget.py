@@ -1,4 +1,4 @@
-"""Ranks within a budget: never above it, no room left that a stack could use, and where the energy is."""
+"""Ranks within a parameter budget: never above it, no stack could still grow, and larger where the energy is."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_the_total_is_within_the_budget_and_no_stack_could_still_grow(
     assert spread_budget(budget, slices, energies) == ranks
 
 
-def test_the_next_number_goes_where_it_holds_the_most_energy() -> None:
-    # Steps to rank 2 cost 3 and 6 numbers, to rank 3 the first 5: 9/3 > 12/6 > 5/5.
+def test_the_next_step_goes_where_a_parameter_holds_the_most_energy() -> None:
+    # Steps to rank 2 cost 3 and 6 parameters, the first stack's step to rank 3 costs 5: 9/3 > 12/6 > 5/5.
     energies = [[20.0, 9.0, 5.0], [20.0, 12.0, 1.0]]
     found = {budget: spread_budget(budget, [1, 2], energies) for budget in (3, 5, 6, 11, 12, 16, 17)}
     assert found == {3: [1, 1], 5: [1, 1], 6: [2, 1], 11: [3, 1], 12: [2, 2], 16: [2, 2], 17: [3, 2]}
@@ -48,7 +48,7 @@ def test_equal_stacks_stay_level_and_a_flat_one_gets_what_is_left() -> None:
 
 
 def test_a_budget_below_rank_one_everywhere_is_refused() -> None:
-    with pytest.raises(ValueError, match="budget is 59 numbers, expected at least 60: rank 1 for every stack"):
+    with pytest.raises(ValueError, match="budget is 59 parameters, expected at least 60: rank 1 for every stack"):
         spread_budget(59, [48, 12], [[1.0], [1.0]])
 
 

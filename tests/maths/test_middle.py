@@ -29,7 +29,7 @@ def of_core(core: Tensor, first: int, n: int, transform: str, dtype: torch.dtype
 
 
 @cases
-def test_between_row_and_col_it_is_the_dense_change(slices: int, first: int, n: int, transform: str) -> None:
+def test_between_row_and_col_it_is_the_dense_delta(slices: int, first: int, n: int, transform: str) -> None:
     columns, core, rows = double(slices, 6, C), double(slices, C, R), double(slices, R, 7)
     col, row = folding.fold_columns(columns, transform), folding.fold_rows(rows, transform)
     middle = BatchedMiddle(Factors(col, folding.fold_core(core, transform), row, first, n, SCALE, transform), col.dtype)

@@ -1,4 +1,4 @@
-"""The definition against golden vectors that were made without this package."""
+"""The definition against golden vectors that were computed without this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_delta_weights_equal_the_golden_ones(golden: dict[str, Tensor]) -> None:
 
 
 def test_forward_and_gradients_equal_the_golden_ones(golden: dict[str, Tensor]) -> None:
-    """By autograd through the dense definition: y, dx and dU of every slice."""
+    """y, dx and dU of every slice, by autograd through the dense definition."""
     W, x = golden["W"], golden["x"].clone().requires_grad_()
     U = golden["U"].clone().requires_grad_()
     zero = torch.zeros_like(W[0])

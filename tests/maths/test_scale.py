@@ -1,4 +1,4 @@
-"""The scale rule against what it promises, by brute force over random-sign steps."""
+"""The scale rule against its definition, by brute force over steps of random signs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_step_length_equals_the_sum_over_frequencies(slices: int) -> None:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("slices", [1, 4, 5])
 def test_step_length_is_the_root_mean_square_change_under_random_signs(slices: int, transform: str) -> None:
-    """The change is linear in U: over independent signs its mean square is the sum over the unit cores."""
+    """dW is linear in U: its mean square over independent signs is the sum over the unit cores."""
     C, R = factors(slices)
     shape = (slices, C.shape[2], R.shape[1])
     units = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
@@ -50,7 +50,7 @@ def test_the_default_scale_moves_a_layer_as_lora_of_rank_8_does(slices: int) -> 
 
 
 def correlated(slices: int) -> tuple[Tensor, Tensor]:
-    """Columns, and rows, that point in similar directions in every slice."""
+    """Factors whose columns (rows) point in similar directions in every slice."""
     C, R = factors(slices, inner=(4, 3))
     return C + 2 * C[:, :, :1], R + 2 * R[:, :1]
 
@@ -105,7 +105,7 @@ def test_the_stabilised_scale_and_the_default_are_one_at_rank_one() -> None:
     assert scale.default_scale(C, R, rank_stabilised=True) == pytest.approx(scale.default_scale(C, R))
 
 
-def test_normalised_factors_have_unit_norm_over_the_tube_and_keep_zeros_and_dtype() -> None:
+def test_normalised_factors_have_unit_norm_over_all_slices_and_keep_zeros_and_dtype() -> None:
     C, R = factors(4)
     C[:, :, 1] = 0
     R[:, 0, :] = 0

@@ -1,4 +1,4 @@
-"""Which rows and columns every rule takes, and what does not change its choice."""
+"""The rows and columns that every rule chooses, and what does not change its choice."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def tensor(slices: int = 4, out: int = 12, in_: int = 10, seed: int = 0) -> Tens
 
 
 def select(W: Tensor, c: int, r: int, rule: str = "norm", seed: int = 0) -> selection.Selection:
-    """With inputs of one size where the rule wants some."""
+    """Select with calibration inputs of ones where the rule needs inputs."""
     inputs = torch.ones(W.shape[0], W.shape[2]) if rule == "activation" else None
     return selection.select(W, c, r, rule, seed, inputs)
 
 
 def naive_norm(W: Tensor, c: int, r: int) -> tuple[list[int], list[int]]:
-    """The paper's rule by its formula, frequency by frequency."""
+    """The paper's rule, computed by its formula for one frequency after another."""
     spectrum = dft_slices(W)
     of_column = [sum(float(spectrum[k][:, j].norm()) for k in range(W.shape[0])) for j in range(W.shape[2])]
     columns = sorted(range(W.shape[2]), key=lambda j: -of_column[j])[:c]
@@ -167,7 +167,7 @@ def _drawn(W: Tensor, rule: str) -> tuple[list[int], list[int]]:
 
 
 def test_the_drawing_rules_prefer_what_they_say() -> None:
-    """One column and one row hold 4 times the energy of the others: shares 4/9 or (1/4)/(5 1/4), of 6."""
+    """One of 6 columns and one of 6 rows have more energy than the others, with known shares."""
     W = torch.ones(2, 6, 6, dtype=torch.float64)
     # Energies of columns: 6 a; with factor f on one row and column the totals are known exactly below.
     f = 3.0
@@ -205,7 +205,7 @@ def test_weights_that_are_all_zero_still_give_different_indices(rule: str) -> No
 
 
 def low_rank_with_noise_features(slices: int = 4, rank: int = 2) -> Tensor:
-    """Exact tubal rank 2; only few of the 14 columns and 12 rows carry the second direction."""
+    """A tensor of tubal rank 2, whose second direction is in few of its 14 columns and 12 rows."""
     left = torch.zeros(slices, 12, rank, dtype=torch.float64)
     right = torch.zeros(slices, rank, 14, dtype=torch.float64)
     left[0, :, 0], right[0, 0, :] = 1.0, 1.0
@@ -260,7 +260,11 @@ def test_counts_that_do_not_fit_are_refused(c: int, r: int) -> None:
     ("rule", "inputs", "message"),
     [
         ("activation", None, "selection 'activation' found no calibration inputs"),
-        ("norm", torch.ones(4, 10), "selection 'norm' found calibration inputs; they are for 'activation'"),
+        (
+            "norm",
+            torch.ones(4, 10),
+            "selection 'norm' found calibration inputs; 'activation' needs them, other rules take none",
+        ),
         ("activation", torch.ones(4, 9), r"calibration inputs have shape \(4, 9\), expected \(4, 10\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Arguments of one call of the operator, with the unfolded factors beside them."""
+"""The arguments of one call of the operator, together with the unfolded factors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BACKENDS = ["eager", "native"] + (["triton"] if not missing("triton", DEVICE.typ
 
 @dataclass(frozen=True)
 class Case:
-    """C (S, out, c), U (S, c, r) and R (S, r, in) in float64; the others as the operator takes them."""
+    """C (S, out, c), U (S, c, r) and R (S, r, in) in float64; the other fields are the operator's arguments."""
 
     C: Tensor
     U: Tensor
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """In the order of ``torch.ops.tcurlora.linear``."""
+        """The arguments in the order of ``torch.ops.tcurlora.linear``."""
         return (*self.tensors, self.first_slice, self.num_slices, self.scale, self.transform, self.backend)
 
     @property
@@ -58,17 +58,17 @@ class Case:
         return replace(self, **values)
 
     def to(self, dtype: torch.dtype, core: torch.dtype = torch.float32) -> Case:
-        """Rounded to a dtype, as a model of that dtype holds them."""
+        """The case with tensors cast to a dtype, as in a model of that dtype."""
         names = ("x", "weight", "bias", "col", "row")
         cast = {name: None if (t := getattr(self, name)) is None else t.to(dtype) for name in names}
         return replace(self, core=self.core.to(core), **cast)
 
     def training(self, *names: str) -> Case:
-        """With leaves that ask for a gradient."""
+        """The case with these tensors as leaves that require a gradient."""
         return replace(self, **{name: getattr(self, name).detach().clone().requires_grad_() for name in names})
 
     def reference(self) -> Tensor:
-        """The definition, dense and in float64, on the unfolded factors."""
+        """The result by the dense definition in float64, from the unfolded factors."""
         if self.transform == "dft":
             delta = reference.delta_weights(self.C, self.U, self.R, self.scale)
         else:
@@ -109,7 +109,7 @@ def build(
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every implementation that works here computes every case."""
+    """Every backend that works on this machine computes every case."""
     reason = missing(request.param, DEVICE.type)
     if reason:
         pytest.skip(reason)
@@ -117,7 +117,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 class LargestNew(TorchDispatchMode):
-    """The most elements of any tensor made inside that does not share memory with one made before."""
+    """Records the size of the largest tensor created within this context, views not counted."""
 
     def __init__(self, *known: Tensor | None) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def largest_new() -> type[LargestNew]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, Any, Any]:
-    """A case in float64 is none for the Triton kernels, which say so."""
+    """Skip cases in float64 for the Triton kernels, which refuse them."""
     try:
         return (yield)
     except Exception as error:  # opcheck wraps it

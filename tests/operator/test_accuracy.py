@@ -1,4 +1,4 @@
-"""How exact every backend is, for the output and every gradient, and that memory's former contents never matter."""
+"""The accuracy of every backend, for y and every gradient, and that no result depends on uninitialised memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def results_of(case: Any, g: Tensor) -> dict[str, Tensor]:
 
 
 def definition_of(case: Any, g: Tensor) -> dict[str, Tensor]:
-    """The same from the dense definition, in float64: through the unfolded factors to the folded ones."""
+    """The same by the dense definition in float64, with autograd through unfolding to the folded factors."""
     case = case.to(torch.float64, torch.float64).training(*NAMES)
     S = case.core.shape[0]
     C = folding.unfold_columns(case.col, S, case.transform)
@@ -58,7 +58,7 @@ def test_float64_equals_the_definition_to_1e_12_of_the_largest_entry(
 def test_a_shorter_dtype_errs_at_most_twice_as_much_as_the_eager_form(
     make_case: Callable[..., Any], S: int, c: int, r: int, n: int, T: int, transform: str, dtype: torch.dtype
 ) -> None:
-    """Against float64 on the same rounded inputs, in the Frobenius norm; eager of that dtype is the measure."""
+    """Errors are those against float64 on the same rounded inputs, in the Frobenius norm, compared with eager's."""
     case = make_case(S, 24, 20, c, r, S - n, n, (T,), scale=0.02, transform=transform, seed=S).to(dtype)
     g = torch.randn(T, n * 24).to(dtype)
     right = definition_of(case, g)
@@ -66,7 +66,7 @@ def test_a_shorter_dtype_errs_at_most_twice_as_much_as_the_eager_form(
     for name, expected in right.items():
         assert found[name].dtype == eager[name].dtype
         ours, theirs = ((result[name].double() - expected).norm() / expected.norm() for result in (found, eager))
-        # One eps on top, two roundings: of a core of 2 or 6 numbers, theirs may be exact by luck, and the order
+        # One eps (two roundings) is added: for a core of 2 or 6 elements, eager may be exact by chance, and the order
         # of sums depends on the CPU and its threads.
         slack = torch.finfo(found[name].dtype).eps
         assert ours <= 2 * theirs + slack, f"{name}: {ours:.1e}, eager {theirs:.1e}"

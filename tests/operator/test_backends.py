@@ -1,4 +1,4 @@
-"""What works here, what "auto" takes and why, and what is said where something does not work."""
+"""Which backends work on this machine, which one "auto" takes and why, and the messages for those that do not work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOME = Sizes(tokens=10, width=20, weight=30)
 
 @pytest.fixture
 def _fresh() -> Iterator[None]:
-    """What is remembered of devices and of the extension is forgotten before and after."""
+    """Clear the caches about devices and the extension before and after every test."""
 
     def forget() -> None:
         choice.choices.cache_clear()
@@ -100,7 +100,7 @@ RULES = (
         (torch.float64, Sizes(8, 128, 999), "the rest"),
     ],
 )
-def test_the_first_rule_that_speaks_of_the_call_decides(
+def test_the_first_rule_that_matches_a_call_decides(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sizes: Sizes, expected: str
 ) -> None:
     monkeypatch.setitem(choice.TABLE, "cpu", RULES)

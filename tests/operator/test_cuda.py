@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, no waiting for the device, large tensors. Skipped where there is none."""
+"""Tests that need a GPU: streams, graphs, no synchronisation, large tensors. They are skipped without one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def case(make_case: Callable[..., Any]) -> Any:
     return case
 
 
-def test_a_step_is_captured_in_a_graph_and_replayed_on_new_numbers(case: Any) -> None:
+def test_a_step_is_captured_in_a_graph_and_replayed_on_new_data(case: Any) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = training(case)
@@ -78,7 +78,7 @@ def test_tensors_of_another_than_the_current_device(case: Any) -> None:
 
 
 def test_nothing_of_the_size_of_a_weight_is_allocated(make_case: Callable[..., Any]) -> None:
-    """64 tokens of a 2,048 x 2,048 layer: the outputs and what lies between are a tenth of a weight."""
+    """64 tokens of a 2,048 x 2,048 layer: outputs and intermediate tensors are a tenth of the weight's size."""
     case = make_case(S=4, out=2048, in_=2048, c=4, r=4, leading=(64,)).to(torch.float16).training("x", "core")
     training(case)
     torch.cuda.reset_peak_memory_stats()
@@ -88,7 +88,7 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(make_case: Callable[..., A
 
 
 def test_offsets_beyond_32_bits(make_case: Callable[..., Any]) -> None:
-    """m (T, n, c*S) of more than 2^31 numbers: 90 million tokens of 24; the last rows are those of a short call."""
+    """m (T, n, c*S) of more than 2^31 elements: 90 million tokens of 24. The last rows equal those of a short call."""
     tokens, last = 90_000_000, 100
     if torch.cuda.mem_get_info()[0] < 20e9:
         pytest.skip("needs 20 GB of free memory")

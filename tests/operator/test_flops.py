@@ -1,4 +1,4 @@
-"""What PyTorch's FLOP counter says of the operators, against its own count of products written out."""
+"""PyTorch's FLOP counts for the operators, against its counts for the same products in PyTorch operations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = ("x", "weight", "bias", "col", "core", "row")
 
 
 def count(call: Callable[[], object]) -> int:
-    """PyTorch's count, with the in-place addmm that it leaves out."""
+    """PyTorch's count, with the in-place addmm added, which it does not count."""
 
     def addmm_(_: Any, a: tuple[int, int], b: tuple[int, int], **options: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
@@ -72,7 +72,7 @@ def test_backward_counts_the_products_of_every_set_of_gradients(
 
 
 def wide_products(case: Any) -> tuple[Tensor, ...]:
-    """The base and the adapter's wide products as plain PyTorch; sums and copies between them, which count nothing."""
+    """The base's and the adapter's wide products in PyTorch; sums and copies between them have no FLOPs."""
     x = case.x.flatten(0, -2)
     h = x @ case.row.T
     m = h.sum(-1, keepdim=True).expand(-1, case.num_slices * case.col.shape[1]).reshape(-1, case.col.shape[1])

@@ -60,7 +60,7 @@ def test_a_core_that_is_not_real_is_refused(make_case: Callable[..., Any], core:
         call(make_case().replaced(core=torch.zeros(5, 3, 2, dtype=core)))
 
 
-def test_whole_numbers_are_refused(make_case: Callable[..., Any]) -> None:
+def test_integers_are_refused(make_case: Callable[..., Any]) -> None:
     case = make_case()
     whole = {name: getattr(case, name).long() for name in ("x", "weight", "bias", "col", "row")}
     with pytest.raises(ValueError, match=r"x is torch\.int64"):

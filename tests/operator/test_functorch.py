@@ -1,4 +1,4 @@
-"""The operator under torch.func: vmap, grad, jvp and what is made of them, against loops and the definition."""
+"""The operator under torch.func: vmap, grad, jvp and their compositions, against loops and the definition."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_grad_is_that_of_autograd(make_case: Callable[..., Any], options: dict[s
 
 @cases
 def test_jvp_and_hessian_are_those_of_the_definition(make_case: Callable[..., Any], options: dict[str, Any]) -> None:
-    """In the bias, the weight and x, which the definition takes as they are."""
+    """For x and the weight, which the definition takes directly."""
     case = make_case(**options)
     for name in ("x", "weight"):
         at, along = getattr(case, name), torch.randn_like(getattr(case, name))
@@ -83,7 +83,7 @@ def test_gradients_of_every_example(make_case: Callable[..., Any]) -> None:
 
 
 def test_autocast_is_that_of_nn_linear_there(make_case: Callable[..., Any]) -> None:
-    """Whose products stay in float32 under vmap (PyTorch 2.13 on a CPU); those of the adapter do not."""
+    """Under vmap, nn.Linear computes in float32 (PyTorch 2.13 on a CPU); the adapter's products do not."""
     case = make_case(S=4, out=16, in_=16, leading=(8,)).to(torch.float32)
     linear = nn.Linear(16, 16)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
@@ -100,7 +100,7 @@ def test_slices_outside_the_stack_are_refused_there_too(make_case: Callable[...,
 
 
 def test_outside_torch_func_the_operator_is_called(make_case: Callable[..., Any]) -> None:
-    """The transforms leave nothing behind: what follows them has the operator's own backward, which has no second."""
+    """After a transform, calls have the operator's own backward again, which has no second derivative."""
     case = make_case().training("x", "core")
     vmap(lambda x: call(case, x=x))(case.x)
     (gradient,) = torch.autograd.grad(call(case).square().sum(), case.x, create_graph=True)

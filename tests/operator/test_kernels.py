@@ -75,7 +75,7 @@ def test_any_shape_gives_the_definition_forward_and_backward(
     bias: bool,
     transform: str,
 ) -> None:
-    """S of 1, 2, odd and even; c unlike r; no, one or more leading dimensions, some of them 0; fused slices."""
+    """S is 1, 2, odd or even; c and r differ; zero or more leading dimensions, also of size 0; fused slices."""
     S, out, in_ = shape
     c, r = data.draw(st.integers(1, in_), "c"), data.draw(st.integers(1, out), "r")
     n = data.draw(st.integers(1, min(S, 3)), "n")
@@ -95,7 +95,7 @@ def test_any_shape_gives_the_definition_forward_and_backward(
 
 
 def strided(x: Tensor, kind: str) -> Tensor:
-    """The same numbers in another memory layout."""
+    """The same values in another memory layout."""
     if kind == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if kind == "every second":
@@ -117,7 +117,7 @@ def test_a_non_contiguous_input_or_gradient_changes_nothing(make_case: Callable[
 
 
 def test_non_contiguous_weight_and_factors_change_nothing(make_case: Callable[..., Any]) -> None:
-    """GPT-2's Conv1D passes the transpose of its weight, a stack of the identity transform blocks of col."""
+    """GPT-2's Conv1D passes its weight transposed, and the identity transform passes blocks of col."""
     case = make_case(n=2).training("x", "core")
     other = case.replaced(**{name: strided(getattr(case, name), "transposed") for name in ("weight", "col", "row")})
     y, expected = call(other), call(case)
@@ -193,9 +193,9 @@ def test_no_tensor_of_the_size_of_a_weight_is_made(
 def test_half_precision_errs_no_more_than_twice_a_plain_linear_of_that_dtype(
     make_case: Callable[..., Any], dtype: torch.dtype, n: int
 ) -> None:
-    """Against float64 on the same rounded inputs; the yardstick is the dense form with dW rounded to the dtype.
+    """Errors against float64 on the same rounded inputs are compared with those of nn.Linear with W + dW in the dtype.
 
-    Two, because the adapter rounds h and m where the dense form rounds W + dW.
+    The factor is two because the adapter rounds both h and m, and nn.Linear rounds W + dW.
     """
     exact = make_case(S=6, out=48, in_=64, c=4, r=4, n=n, leading=(64,), scale=0.02, seed=3)
     half = exact.to(dtype)
@@ -230,7 +230,7 @@ def test_half_precision_errs_no_more_than_twice_a_plain_linear_of_that_dtype(
 
 
 def test_the_core_gradient_of_half_precision_is_summed_in_float32(make_case: Callable[..., Any]) -> None:
-    """4096 equal contributions: a running sum in float16 or bfloat16 would stop growing far below."""
+    """4096 equal contributions: a running sum in float16 or bfloat16 would stop growing much earlier."""
     case = make_case(S=1, out=1, in_=1, c=1, r=1, leading=(4096,), scale=1.0).to(torch.bfloat16).training("core")
     ones = torch.ones_like
     case = case.replaced(x=ones(case.x), col=ones(case.col), row=ones(case.row))
@@ -243,7 +243,7 @@ def test_the_core_gradient_of_half_precision_is_summed_in_float32(make_case: Cal
 def test_a_core_of_any_dtype_gets_a_gradient_of_its_own(
     make_case: Callable[..., Any], dtype: torch.dtype, core: torch.dtype
 ) -> None:
-    """Wider or narrower than the data."""
+    """For cores of a wider or a narrower dtype than that of the data."""
     case = make_case(S=6, n=2).to(dtype, core).training("x", "core")
     right = case.to(torch.float64, torch.float64).replaced(backend="eager").training("x", "core")
     call(case).sum().backward()
@@ -270,7 +270,7 @@ def test_factors_of_the_identity_transform_are_not_for_the_operator(make_case: C
 def test_backends_agree_on_sizes_that_fill_and_overflow_their_tiles(
     make_case: Callable[..., Any], S: int, c: int, r: int, n: int, T: int, transform: str, dtype: torch.dtype
 ) -> None:
-    """Rows of tokens beyond one tile and one partial sum, columns of 16 and less, against the eager form in float64."""
+    """With more tokens than one tile or partial sum has, and with 16 or fewer columns, against eager in float64."""
     exact = make_case(S, 24, 20, c, r, S - n, n, (T,), scale=0.1, transform=transform, seed=7)
     case = exact.to(dtype, torch.promote_types(dtype, torch.float32)).training("x", "core")
     right = case.to(torch.float64, torch.float64).replaced(backend="eager").training("x", "core")

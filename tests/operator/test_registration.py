@@ -58,7 +58,7 @@ def test_opcheck_of_backward(make_case: Callable[..., Any], options: dict[str, A
 def test_the_fakes_agree_with_the_real_operators(
     make_case: Callable[..., Any], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Shapes, dtypes and layout, for every combination of gradients asked for."""
+    """Shapes, dtypes and strides agree for every combination of gradients."""
     case = make_case(**options).to(dtype)
     fake = case.replaced(**{n: None if (t := getattr(case, n)) is None else t.to("meta") for n in NAMES})
 
@@ -97,7 +97,7 @@ def test_backward_asked_for_one_gradient_gives_that_of_all(make_case: Callable[.
 @pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="the profiler's view of the CPU's allocator")
 @pytest.mark.parametrize("n", [1, 3])
 def test_no_backend_allocates_a_weight(make_case: Callable[..., Any], n: int) -> None:
-    """By the allocator, whatever the implementation: no piece of memory of out x in numbers, forward or backward."""
+    """As seen by the allocator, for every backend: no block of memory for out x in elements, in forward or backward."""
     out, in_, T = 150, 170, 11
     case = make_case(S=5, out=out, in_=in_, n=n, leading=(T,)).training("x", "core")
 
@@ -142,7 +142,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_as_one_graph_it_gives_the_same_numbers(make_case: Callable[..., Any], compiler: str) -> None:
+def test_compiled_as_one_graph_it_gives_the_same_results(make_case: Callable[..., Any], compiler: str) -> None:
     case = make_case(S=6, n=2, leading=(3, 5))
     plain = Layer(case)
     compiled = torch.compile(copy.deepcopy(plain), fullgraph=True, backend=compiler)
@@ -161,7 +161,7 @@ def test_compiled_as_one_graph_it_gives_the_same_numbers(make_case: Callable[...
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_autograd_gives_the_same_gradients(make_case: Callable[..., Any]) -> None:
-    """With other slices in a second call, which must not be taken for those of the first."""
+    """A second call has other slices, for which the compiled graph must not use those of the first."""
     for first in (0, 2):
         eager, compiled = (make_case(S=6, n=2, first=first).training("x", "core") for _ in range(2))
         torch.ops.tcurlora.linear(*eager.arguments).square().sum().backward()
@@ -219,7 +219,7 @@ def test_a_backward_inside_autocast_gives_the_bits_of_one_outside(make_case: Cal
 
 
 def saved(case: Any) -> list[Tensor]:
-    """The tensors that the operator keeps for its backward."""
+    """The tensors that the operator saves for its backward."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         torch.ops.tcurlora.linear(*case.arguments)
@@ -276,7 +276,7 @@ def test_gradients_are_right_and_given_to_those_that_ask(
 
 
 def test_the_second_derivative_is_refused(make_case: Callable[..., Any]) -> None:
-    """Not computed, and never silently taken for zero."""
+    """It raises an error instead of silently being zero."""
     case = make_case().training("x", "core")
     y = torch.ops.tcurlora.linear(*case.arguments)
     (gradient,) = torch.autograd.grad(y.square().sum(), case.x, create_graph=True)

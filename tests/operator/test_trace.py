@@ -1,4 +1,4 @@
-"""The stages of the operator in a profile, under the names of the maths."""
+"""The stages of the operator in a profile, with the names of the maths."""
 
 from __future__ import annotations
 

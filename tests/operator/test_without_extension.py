@@ -1,4 +1,4 @@
-"""The operators as Python registers them, where the extension is not built: every other test of this folder again."""
+"""The operators as registered from Python, without the extension: runs all other tests of this folder again."""
 
 from __future__ import annotations
 

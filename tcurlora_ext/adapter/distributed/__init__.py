@@ -1,1 +1,1 @@
-"""Parameters spread over several processes."""
+"""Models whose parameters are sharded over several processes."""

@@ -1,6 +1,6 @@
-"""An adapted model on several processes: FSDP2 around its blocks, the cores in a group of their own.
+"""An adapted model on several processes: FSDP2 around its blocks, with the cores in a group of their own.
 
-DDP and accelerate need nothing from here: they see an ordinary model of which few parameters train.
+DDP and accelerate need nothing from this module: to them an adapted model is a model with few trained parameters.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ from torch import nn
 
 from tcurlora_ext.adapter.stack import TCURStack
 
-# What the cores' group takes over from the options of the other groups. It keeps its dtype, and stays gathered.
+# The options that the cores' group shares with the other groups. It keeps its own dtype and stays gathered.
 _SHARED = ("mesh", "offload_policy")
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], **options: Any) -> nn.Module:
     """Shard an adapted model by FSDP2, in place: ``fully_shard`` on every block, then on the model.
 
-    Every process calls it, on a model of the same weights and adapter, before it makes the optimizer.
+    Every process calls it before creating the optimizer, on a model with the same weights and adapter.
 
-    All blocks read the cores, so these are a group of their own: gathered as the model is called, there until the end
-    of backward, reduced once, and in their own dtype whatever ``mp_policy`` says. In the model's group they would be
-    cast to its dtype, and refused beside trained parameters of another one.
+    All blocks use the cores, so the cores are a group of their own. They are gathered when the model is called, stay
+    gathered until the end of backward and are reduced once, in their own dtype whatever ``mp_policy`` says. In the
+    model's group they would be cast to its dtype, and FSDP would refuse trained parameters of another dtype there.
 
     Args:
-        model: One that :func:`inject` adapted, or PEFT's around one (``get_peft_model``); not merged.
-        blocks: The modules gathered one at a time, such as ``model.model.layers`` of a Llama.
-        **options: Those of ``torch.distributed.fsdp.fully_shard``: mesh, mp_policy, reshard_after_forward, ...
-            The cores' group takes over mesh and offload_policy alone.
+        model: A model adapted by :func:`inject` or by PEFT (``get_peft_model``); not merged.
+        blocks: The modules to gather one at a time, such as ``model.model.layers`` of a Llama.
+        **options: Options of ``torch.distributed.fsdp.fully_shard``: mesh, mp_policy, reshard_after_forward, ...
+            Of these, mesh and offload_policy apply to the cores' group too.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: The model is not adapted, a layer is merged, or a block is not a module of it; nothing is changed.
+        ValueError: The model is not adapted, a layer is merged, or a block is not a module of the model; nothing is
+            changed.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -61,7 +62,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], **options: Any) -> nn.M
     model.register_forward_pre_hook(lambda *_: cores.unshard())
 
     def release(*_: object) -> None:
-        # No backward pass will do it; the next call would see values from before an optimizer's step.
+        # Without a backward pass FSDP does not release them, and a later call would use values from before a step.
         if not torch.is_grad_enabled():
             cores.reshard()
 

@@ -1,4 +1,4 @@
-"""Adapter files: what they hold, how they are written and put onto a model."""
+"""Adapter files: their format, and how they are saved and loaded."""
 
 from .format import read_adapter
 from .loading import load_adapter

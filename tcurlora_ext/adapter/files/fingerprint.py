@@ -1,9 +1,9 @@
-"""A fingerprint of base weights, so that an adapter is not put on other weights than it was trained on.
+"""A fingerprint of base weights, so that an adapter is loaded only onto the weights on which it was trained.
 
-For every slice W_l (out, in): its Frobenius norm and a few sums ``u^T W_l v`` with fixed signs u and v, all float64.
-A change of any entry by d changes each sum by d, and sums of the same numbers agree to rounding, so a comparison is as
-exact as a hash within one dtype. Unlike a hash it also says how far weights are from each other, which lets an adapter
-trained on float32 weights be put on the same weights in bfloat16.
+It has, for every slice W_l (out, in), the Frobenius norm and a few sums ``u^T W_l v`` with fixed sign vectors u and v,
+all in float64. A change of any entry by d changes each sum by d or -d, and sums of the same entries agree up to
+rounding, so within one dtype a comparison is as exact as that of a hash. Unlike a hash it also shows how far two
+weights are apart: an adapter trained on float32 weights can be loaded onto the same weights in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PROBES = 4
 
 
 def fingerprint(weights: Tensor) -> Tensor:
-    """(S, out, in) -> (S, 1 + PROBES) float64 on the CPU: norm, then sums divided by the norm."""
+    """The fingerprint of weights (S, out, in): (S, 1 + PROBES) float64 on the CPU, the norm, then sums over norm."""
     _, out_features, in_features = weights.shape
     left, right = _signs(out_features, 0).to(weights.device), _signs(in_features, 1).to(weights.device)
     result = []
@@ -28,7 +28,7 @@ def fingerprint(weights: Tensor) -> Tensor:
 
 
 def _signs(length: int, salt: int) -> Tensor:
-    """(length, PROBES) of +-1, the same everywhere: bits of a 64-bit integer hash, free of any random generator."""
+    """Signs (length, PROBES), +1 or -1, from a 64-bit integer hash: no random generator whose stream may change."""
     mask = (1 << 64) - 1
     values = []
     for i in range(length * PROBES):
@@ -40,9 +40,9 @@ def _signs(length: int, salt: int) -> Tensor:
 
 
 def mismatch(saved: Tensor, found: Tensor, saved_dtype: str, found_dtype: torch.dtype) -> list[int]:
-    """The slices whose weights differ by more than their dtypes explain."""
+    """The indices of the slices whose fingerprints differ by more than rounding to their dtypes explains."""
     dtypes = {saved_dtype, str(found_dtype).removeprefix("torch.")}
-    # Between dtypes rounding errors are independent: a sum over the matrix moves by about eps/sqrt(12) norms.
+    # Rounding errors between dtypes are independent: they change a sum over the matrix by about eps/sqrt(12) norms.
     eps = max(torch.finfo(getattr(torch, name)).eps for name in dtypes)
     tolerance = 1e-9 if len(dtypes) == 1 else 2 * eps
     close = torch.isclose(saved, found, rtol=tolerance, atol=tolerance)

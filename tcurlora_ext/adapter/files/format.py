@@ -1,11 +1,11 @@
-"""Adapter files: one safetensors file, whose header holds the description as JSON. Loading runs no code from it.
+"""Adapter files: one safetensors file with a description as JSON in its header. Loading runs no code from the file.
 
-Tensors:  ``core.<stack>`` (S, c, r) in its core_domain, or (fewer, c, r) with ``frequencies``, ``rows.<stack>``,
-``columns.<stack>`` int64, ``trained.<name>`` for every parameter of the model that trains beside the cores,
+Tensors:  ``core.<stack>`` (S, c, r) in its core_domain, or (fewer, c, r) with ``frequencies``; ``rows.<stack>`` and
+``columns.<stack>``, int64; ``trained.<name>`` for every parameter of the model that trains besides the cores;
 ``state.<name>`` for the buffers of modules that own such a parameter; with ``include_factors`` also ``col.<stack>`` and
 ``row.<stack>``.
-Header:   ``tcurlora`` -> format version, configuration, and for each stack the names of its slices, scale, dtype and
-fingerprint of the base weights.
+Header:   ``tcurlora`` -> format version, configuration, and for every stack the names of its slices, its scale, and
+the dtype and fingerprint of its base weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEADER = "tcurlora"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter file says: its description and its tensors by name."""
+    """The content of an adapter file: its description, and its tensors by name."""
 
     path: Path
     config: TCURConfig
@@ -44,7 +44,10 @@ class AdapterFile:
 
 
 def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
-    """Read an adapter file. Raises FileNotFoundError, or ValueError for a truncated, foreign or inconsistent one."""
+    """Read an adapter file.
+
+    Raises FileNotFoundError where there is none, ValueError where it is truncated, inconsistent or no adapter file.
+    """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path
     if not path.exists():
@@ -76,13 +79,13 @@ def _check_stack(name: str, stack: Mapping[str, Any], tensors: Mapping[str, Tens
     for kind, indices in (("rows", rows), ("columns", columns)):
         if indices.dtype != torch.int64 or indices.dim() != 1 or int(indices.min()) < 0:
             raise ValueError(f"{kind}.{name} are {indices.dtype} {tuple(indices.shape)}, expected indices from 0")
-    numbers = {
+    shapes = {
         "scale": (),
         "fingerprint": (len(stack["names"]), 1 + PROBES),
         "row_scores": rows.shape,
         "column_scores": columns.shape,
     }
-    for entry, shape in numbers.items():
+    for entry, shape in shapes.items():
         found = torch.tensor(stack[entry], dtype=torch.float64)
         if found.shape != shape or (entry == "scale" and not bool(torch.isfinite(found))):
             raise ValueError(

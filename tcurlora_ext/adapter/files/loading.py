@@ -1,4 +1,4 @@
-"""Put an adapter file onto a model."""
+"""Loading an adapter file onto a model."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from .format import AdapterFile, read_adapter
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Put an adapter file onto a model, in place. No code of the file is run.
+    """Load an adapter file onto a model, in place. No code from the file is run.
 
     Args:
-        model: A plain model, which is adapted as the file says, or one adapted with the same stacks, which takes over
-            the file's values.
-        path: A file of :func:`save_adapter`, or its folder.
+        model: A model without adapter, which is then adapted as the file says; or a model adapted with the same
+            stacks, which then gets the file's values.
+        path: A file written by :func:`save_adapter`, or its folder.
 
     Returns:
         The model itself.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not whole, a module or parameter is missing, quantised or of another shape, the base
-            weights are not those of the file (unless it holds the factors), a layer is merged, or the model is sharded
-            over processes; nothing is changed.
+        ValueError: The file is damaged; a module or parameter is missing, quantised or of another shape; the base
+            weights are not those on which the adapter was trained (unless the file holds the factors); a layer is
+            merged; or the model is sharded over processes. Nothing is changed.
     """
     file = read_adapter(path)
     refuse_sharded(model, f"load {file.path} before shard(model)")
@@ -62,7 +62,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list[Target]:
-    """The modules of a stack's slices: consecutive ``name[0]``, ``name[1]``, ... are one fused module."""
+    """The modules of a stack, given the names of its slices: ``name[0]``, ``name[1]``, ... are one fused module."""
     members: list[Target] = []
     for slice_name in names:
         name = slice_name.partition("[")[0]
@@ -89,7 +89,7 @@ def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list
 
 
 def _others(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
-    """What else the file sets: (parameter or buffer of the model, value)."""
+    """What the file sets besides the stacks: (parameter or buffer of the model, value)."""
     found = []
     for kind, here in (("trained", dict(model.named_parameters())), ("state", dict(model.named_buffers()))):
         for name, value in file.under(kind).items():
@@ -105,7 +105,7 @@ def _others(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
 
 
 def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
-    """The file's stack over the model's base weights."""
+    """Build a stack of the file on the model's base weights."""
     described, config = file.stacks[name], file.config
     core, rows, columns = (file.tensors[f"{kind}.{name}"] for kind in ("core", "rows", "columns"))
     try:

@@ -1,4 +1,4 @@
-"""Writing the adapter of a model to a file; what it holds is said in :mod:`tcurlora_ext.adapter.files.format`."""
+"""Saving the adapter of a model; :mod:`tcurlora_ext.adapter.files.format` describes the content of the file."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .format import FORMAT, HEADER
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors: bool = False) -> Path:
-    """Write the adapter of a model to a file, in safetensors.
+    """Save the adapter of a model to a safetensors file.
 
-    It holds r*c*S numbers a stack, the chosen indices, what else trains (a decoder, a head), and a fingerprint of the
-    base weights. Where C and R are trained, or are not those of the base weights as they are now, it holds them too.
-    The file appears whole or not at all: an older one stays until the new one is written.
+    The file holds r*c*S core parameters per stack, the chosen indices, all other parameters that train (a decoder, a
+    head), and a fingerprint of the base weights. It also holds C and R where they are trained, or where they are not
+    the columns and rows of the present base weights. A file at ``path`` is replaced only when the new one is complete.
 
-    Of a model sharded over processes every process calls this and gathers the base weights of one stack at a time; the
-    first one writes, and all return when the file is there.
+    For a model sharded over processes, every process calls this. They gather the base weights of one stack at a time,
+    the first process writes the file, and all processes return when it is written.
 
     Args:
         model: An adapted model, merged or not.
-        path: The file, or a folder that is there, for ``adapter.safetensors`` in it. Missing parents are made.
-        include_factors: Save C and R in any case, so that the file loads onto other base weights too.
+        path: The file, or an existing folder, which then gets ``adapter.safetensors``. Missing parents are created.
+        include_factors: Save C and R in any case, so that the file can be loaded onto other base weights too.
 
     Returns:
         The path of the file.
@@ -62,7 +62,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     tensors |= {f"trained.{name}": p for name, p in _trained_beside(model)}
     tensors |= {f"state.{name}": b for name, b in _buffers_beside(model)}
     header = {"format": FORMAT, "config": container.config.to_json(), "stacks": description}
-    # A tensor that two names share (tied weights) is written under both: safetensors refuses shared memory.
+    # A tensor with two names (tied weights) is copied and saved under both: safetensors refuses shared memory.
     content = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
     sharded = sharded_parameter(model) is not None
     if not sharded or distributed.get_rank() == 0:
@@ -77,7 +77,7 @@ def _trained_beside(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _buffers_beside(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers (running statistics) of the modules that own a trained parameter: training changes them too."""
+    """Buffers (running statistics) of modules that own a trained parameter: training changes them as well."""
     owners = {name.rpartition(".")[0] for name, _ in _trained_beside(model)}
     persistent = model.state_dict().keys()
     return ((n, b) for n, b in model.named_buffers() if n.rpartition(".")[0] in owners and n in persistent)

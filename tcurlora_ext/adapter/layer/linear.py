@@ -1,4 +1,4 @@
-"""Layers that hold a frozen weight and use a stack: drop-in forms of ``nn.Linear`` and of transformers' ``Conv1D``."""
+"""Adapted layers, with a frozen weight and slices of a stack, in the place of ``nn.Linear`` and ``Conv1D``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .quantised import refuse_quantised
 
 
 class TCURLayer(nn.Module):
-    """What every adapted layer has. Subclasses say how their weight lies in memory.
+    """The base class of adapted layers. Subclasses define how the weight is stored.
 
     Attributes:
-        weight: The frozen W of the layer, W + dW where merged.
+        weight: The frozen weight W of the layer; W + dW where merged.
         bias: The frozen bias (num_slices*out,), or None.
-        stack: The :class:`tcurlora_ext.TCURStack` it uses: a child module where the layer owns it (``from_linear``), a
-            plain reference where layers share it (:func:`tcurlora_ext.inject`), so that a shared core is registered
-            once.
+        stack: The :class:`tcurlora_ext.TCURStack` whose slices the layer uses. It is a child module where the layer
+            owns it (``from_linear``). Where several layers share it (:func:`tcurlora_ext.inject`), it is a reference
+            that is not registered as a child, so that a shared core is registered once.
         first_slice: Index in the stack of the first slice of this layer's weight.
         num_slices: How many slices the weight has, stacked by rows.
         base: W as it was before :meth:`merge`; None where the layer is not merged.
@@ -36,27 +36,30 @@ class TCURLayer(nn.Module):
     stack: TCURStack
     first_slice: int
     num_slices: int
-    base: Tensor | None  # the weight as it was before merge(); None where the layer is not merged
+    base: Tensor | None
 
     def as_matrix(self, stored: Tensor) -> Tensor:
-        """A weight as the layer stores it -> (num_slices*out, in), and the other way round; shares memory.
+        """Convert a weight as stored into a matrix (num_slices*out, in), or such a matrix into its stored form.
 
         Args:
-            stored: The weight, or the matrix.
+            stored: The weight, or the matrix; the result shares its memory.
         """
         return stored
 
     def weight_slices(self) -> Tensor:
-        """The base weight, also where merged, as slices (num_slices, out, in), sharing memory; gathered if sharded."""
+        """The base weight W as slices (num_slices, out, in), also where merged.
+
+        It shares memory with the layer's, unless W is sharded over processes: then it is gathered.
+        """
         base = self.weight.detach() if self.base is None else self.base
         return self.as_matrix(whole(base)).unflatten(0, (self.num_slices, -1))
 
     @classmethod
     def adopt(cls, plain: nn.Module) -> Self:
-        """A layer of this class with the parameters, hooks and attributes of a plain one.
+        """A layer of this class with the parameters, hooks and attributes of a plain layer.
 
         Args:
-            plain: The plain layer, which is left as it is and shares its parameters.
+            plain: The plain layer. It is not changed, and its parameters are shared.
         """
         layer = cls.__new__(cls)
         layer.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in plain.__dict__.items()})
@@ -64,10 +67,10 @@ class TCURLayer(nn.Module):
         return layer
 
     def restore(self, plain_type: type[nn.Module]) -> nn.Module:
-        """The inverse of :meth:`adopt`: a plain layer with the weight as it is now.
+        """The inverse of :meth:`adopt`: a plain layer with the present weight.
 
         Args:
-            plain_type: Its class.
+            plain_type: The class of the plain layer.
         """
         plain = plain_type.__new__(plain_type)
         own = ("stack", "first_slice", "num_slices", "plain_weight")
@@ -80,11 +83,11 @@ class TCURLayer(nn.Module):
         return plain
 
     def attach(self, stack: TCURStack, first_slice: int, num_slices: int, owned: bool) -> None:
-        """Use some slices of a stack; the base weight and bias are frozen.
+        """Use some slices of a stack, and freeze weight and bias.
 
         Args:
             stack: The stack.
-            first_slice: Index of the layer's first slice in it.
+            first_slice: Index in the stack of the layer's first slice.
             num_slices: How many slices the layer's weight has.
             owned: Whether the stack becomes a child module of this layer.
         """
@@ -106,14 +109,15 @@ class TCURLayer(nn.Module):
         """``x (W + dW)^T + bias``.
 
         Args:
-            x: (..., in) of the weight's dtype, or of any under autocast; any leading shape, also empty or not
-                contiguous.
+            x: (..., in) in the weight's dtype, or in any dtype under autocast; any leading shape. It may be empty or
+                not contiguous.
 
         Returns:
-            (..., num_slices*out) in the dtype of x; under autocast in its dtype.
+            (..., num_slices*out) in the dtype of x, or in autocast's dtype where that is enabled.
 
         Raises:
-            ValueError: The shape, dtype or device of x does not fit (RuntimeError where merged, as ``nn.Linear``).
+            ValueError: The shape, dtype or device of x does not fit. A merged layer raises RuntimeError instead, as
+                ``nn.Linear`` does.
             RuntimeError: The backend that was asked for does not work on this device.
         """
         weight = self.as_matrix(self.weight)
@@ -122,12 +126,12 @@ class TCURLayer(nn.Module):
         return self.stack.adapt(x, weight, self.bias, self.first_slice, self.num_slices, self.training)
 
     def delta_weight(self) -> Tensor:
-        """This layer's dW, dense, scale included: (num_slices*out, in) in the core's dtype, differentiable."""
+        """This layer's dense dW, scale included: (num_slices*out, in), in the core's dtype; differentiable."""
         return self.layer_slices.delta_weight()
 
     @property
     def layer_slices(self) -> LayerSlices:
-        """Which slices of the stack are this layer's."""
+        """The slices of the stack that belong to this layer."""
         return LayerSlices(self.stack, self.first_slice, self.num_slices)
 
     @torch.no_grad()
@@ -135,7 +139,7 @@ class TCURLayer(nn.Module):
         """W + dW, summed in float64 and rounded once: (num_slices*out, in), a new tensor.
 
         Args:
-            dtype: Of the result.
+            dtype: The dtype of the result.
         """
         delta = self.layer_slices.delta_weight(torch.float64)
         return delta.add_(self.weight_slices().flatten(0, 1)).to(dtype)
@@ -144,7 +148,7 @@ class TCURLayer(nn.Module):
         """:meth:`summed_weight` in the weight's dtype.
 
         Raises:
-            ValueError: It is not finite.
+            ValueError: The sum is not finite.
         """
         total = self.summed_weight(self.weight.dtype)
         if not bool(torch.isfinite(total).all()):
@@ -152,7 +156,7 @@ class TCURLayer(nn.Module):
         return total
 
     def merge(self) -> None:
-        """Put W + dW in the place of W and keep W for :meth:`unmerge`. Without effect where merged.
+        """Replace W by W + dW and keep W for :meth:`unmerge`. Without effect on a merged layer.
 
         Raises:
             ValueError: W + dW is not finite; nothing is changed.
@@ -162,18 +166,18 @@ class TCURLayer(nn.Module):
 
     @torch.no_grad()
     def put_merged(self, total: Tensor) -> None:
-        """Make a weight of :meth:`merged_weight` the layer's.
+        """Replace the layer's weight by W + dW.
 
         Args:
-            total: (num_slices*out, in).
+            total: W + dW, the result of :meth:`merged_weight`, (num_slices*out, in).
         """
-        # A parameter of its own: another module may share this one (an embedding tied to an output layer).
+        # A new parameter: another module may share the old one (an embedding tied to an output layer).
         self.__dict__["plain_weight"] = self.weight
         self.base = self.weight.data
         self.weight = nn.Parameter(self.as_matrix(total).contiguous(), self.weight.requires_grad)
 
     def unmerge(self) -> None:
-        """Put W back, bit for bit. Without effect where not merged."""
+        """Restore W, bit for bit. Without effect on a layer that is not merged."""
         if self.base is not None:
             self.weight = self.__dict__.pop("plain_weight")
             self.weight.data = self.base
@@ -182,7 +186,7 @@ class TCURLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.base is not None:
-            # W and the core say all; W + dW and the core would count the change twice when loaded.
+            # W and the core define the layer. W + dW and the core would add dW a second time after loading.
             destination[prefix + "weight"] = self.base
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -199,22 +203,22 @@ class TCURLayer(nn.Module):
 class TCURLinear(TCURLayer, nn.Linear):
     """``nn.Linear`` with a t-CUR adapter: ``y = x (W + dW)^T + b``, W and b frozen, the stack's core trained.
 
-    As a layer of its own it has a stack of ``slices`` slices. Its keys are those of ``nn.Linear`` and ``stack.*``; a
-    plain Linear's state_dict loads into it, and rows and columns are then chosen from those weights.
+    A layer created by this constructor owns a stack of ``slices`` slices. Its state_dict has the keys of ``nn.Linear``
+    and ``stack.*``. It can load the state_dict of an ``nn.Linear``: it then chooses rows and columns of those weights.
 
     Args:
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the output, of all slices together.
-        bias: Whether it adds a bias.
+        bias: Whether the layer adds a bias.
         rank: r, or (c, r).
         slices: S: 1, or the number of row blocks of a fused projection, a divisor of ``out_features``.
-        device: Of all its tensors; not meta.
-        dtype: Of weight, bias and factors; the core is at least float32.
-        scale: None: unit-norm factors and the default rule; a number: raw factors times it.
-        **options: The others of :meth:`TCURStack.from_weights`.
+        device: The device of all its tensors; not meta.
+        dtype: The dtype of weight, bias and factors; the core is at least float32.
+        scale: None: unit-norm factors and the default rule; a number: raw factors, and this is the scale.
+        **options: The other options of :meth:`TCURStack.from_weights`.
 
     Raises:
-        ValueError: ``slices`` does not divide ``out_features``, or what :meth:`TCURStack.from_weights` refuses.
+        ValueError: ``slices`` does not divide ``out_features``, or :meth:`TCURStack.from_weights` refuses an argument.
     """
 
     def __init__(
@@ -241,15 +245,15 @@ class TCURLinear(TCURLayer, nn.Linear):
         """An adapted layer that shares a plain layer's parameters and freezes them.
 
         Args:
-            linear: The plain layer; it stays as it is, but for its frozen parameters.
+            linear: The plain layer; it is not changed, except that its parameters are frozen.
             rank: r, or (c, r).
-            slices: S, as for the class.
-            scale: As for the class.
-            **options: The others of :meth:`TCURStack.from_weights`.
+            slices: S, see :class:`TCURLinear`.
+            scale: See :class:`TCURLinear`.
+            **options: The other options of :meth:`TCURStack.from_weights`.
 
         Raises:
-            ValueError: ``slices`` does not divide the output features, or what :meth:`TCURStack.from_weights` refuses,
-                such as a weight that is not finite; a quantised layer.
+            ValueError: The layer is quantised, ``slices`` does not divide the output features, or
+                :meth:`TCURStack.from_weights` refuses an argument, such as a weight that is not finite.
         """
         refuse_quantised("linear", linear)
         layer = cls.adopt(linear)
@@ -267,7 +271,7 @@ class TCURLinear(TCURLayer, nn.Linear):
 class TCURConv1D(TCURLayer):
     """transformers' ``Conv1D`` (GPT-2) with a t-CUR adapter: a linear layer whose weight is stored as (in, out).
 
-    :func:`tcurlora_ext.inject` makes it.
+    :func:`tcurlora_ext.inject` creates it.
 
     Attributes:
         nx: Input features.

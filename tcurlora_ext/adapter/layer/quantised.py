@@ -1,4 +1,4 @@
-"""Linear layers whose weight is not a matrix of floating numbers, told by the weight: nothing has to be imported."""
+"""Quantised linear layers, recognised by their weight, without importing a quantisation library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the module's weight is packed integers (bitsandbytes) or a tensor made of such (torchao)."""
+    """Whether the module's weight is packed integers (bitsandbytes) or a tensor subclass around them (torchao)."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return False
@@ -15,10 +15,10 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def refuse_quantised(name: str, module: nn.Module) -> None:
-    """Raises ValueError where the module is quantised, with the way to adapt it."""
+    """Raise ValueError where the module is quantised; the message says how it can be adapted."""
     if is_quantised(module):
         raise ValueError(
             f"{name} is quantised: a {type(module).__name__} whose weight is a {type(module.weight).__name__}, "
-            "expected floating numbers. Through PEFT it can be adapted: get_peft_model(model, TcurLoraConfig(...)) of "
-            "tcurlora_ext.integrations.peft"
+            "expected a floating dtype. PEFT can adapt it: get_peft_model(model, TcurLoraConfig(...)) with "
+            "TcurLoraConfig from tcurlora_ext.integrations.peft"
         )

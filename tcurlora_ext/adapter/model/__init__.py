@@ -1,1 +1,1 @@
-"""Whole models: which layers are adapted, injection and removal, merging, export, what is trained."""
+"""Whole models: choosing the layers to adapt, injection and removal, merging, export, and what trains."""

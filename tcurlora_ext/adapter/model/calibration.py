@@ -1,4 +1,4 @@
-"""What the layers of a model read, for ``selection="activation"``."""
+"""Measuring the inputs of a model's layers, for ``selection="activation"``."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from .targets import Target, find_targets, watching
 
 
 def calibrate(model: nn.Module, config: TCURConfig, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Run the plain model on some batches and measure, for :func:`inject`, what its target modules read.
+    """Run the model on some batches and measure the inputs of its target modules, for :func:`inject`.
 
-    The model computes in eval mode, without gradients, and is left in the mode it was in.
+    The model runs in eval mode, without gradients; afterwards its mode is restored.
 
     Args:
         model: A model that is not adapted yet.
-        config: The configuration that :func:`inject` will get; it names the modules.
-        batches: Inputs of the model, as it will be used. A batch is the model's one argument, a tuple or list of all
-            its arguments, or a mapping of keyword arguments.
+        config: The configuration for :func:`inject`; it names the modules.
+        batches: Inputs of the kind that the model will get. A batch is the model's only argument, or a tuple or list
+            of all its arguments, or a mapping of keyword arguments.
 
     Returns:
-        Module name -> root mean square of each of its input features over all tokens of all batches, (in,) float64 on
-        the CPU.
+        Module name -> root mean square of every input feature of that module over all tokens of all batches, (in,)
+        float64 on the CPU.
 
     Raises:
-        ValueError: No module matches, one is never called, or an input is not finite.
+        ValueError: No module matches, a module is never called, or an input is not finite.
     """
     return input_sizes(model, find_targets(model, config), batches)
 
 
 @torch.no_grad()
 def input_sizes(model: nn.Module, targets: Sequence[Target], batches: Iterable[Any]) -> dict[str, Tensor]:
-    """As :func:`calibrate`, for the targets that a caller has found."""
+    """As :func:`calibrate`, for given targets."""
     squares: dict[str, Tensor] = {}
     tokens = dict.fromkeys((target.name for target in targets), 0)
 
@@ -74,7 +74,7 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def stack_inputs(members: Sequence[Target], calibration: Mapping[str, Tensor]) -> Tensor:
-    """The root mean squares of a stack, slice by slice: (S, in). Raises ValueError for a module without."""
+    """The root mean squares for the slices of a stack, (S, in). Raises ValueError for a module that has none."""
     slices = []
     for target in members:
         if target.name not in calibration:

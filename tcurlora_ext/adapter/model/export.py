@@ -1,4 +1,4 @@
-"""An adapted model without this package's operator: for exporters, and for run times that know PyTorch's alone."""
+"""Exported models: adapted models without this package's operator, for exporters and runtimes of PyTorch operations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ PHASES = ("phases_single", "phases_cos", "phases_sin")
 
 
 class ExportedStack(TCURStack):
-    """A stack whose layers compute ``x W^T + b + (h B^T) col^T``, ``h = x row^T``, in plain matrix products.
+    """A stack whose layers compute ``x W^T + b + (h B^T) col^T`` with ``h = x row^T`` as matrix products of PyTorch.
 
-    The blocks of B are made of the core in each call, a few operations on r*c*S numbers: all layers follow from one
-    parameter, so that another adapter of the same base is another core. Constants, which are not in the state_dict:
+    Each call computes the blocks of B from the core, in a few operations on r*c*S elements. The core stays the only
+    parameter of all layers, so that another adapter for the same base and indices is another core. Constants, as
+    buffers that are not in the state_dict:
 
-    phases_single, phases_cos, phases_sin   of B, for all slices
+    phases_single, phases_cos, phases_sin   the phases of B, for all slices
     fold   (S, S), the slice transform of a core in the domain "slice"
     """
 
@@ -35,7 +36,7 @@ class ExportedStack(TCURStack):
     @classmethod
     @torch.no_grad()
     def become(cls, stack: TCURStack) -> None:
-        """Turn a stack into an exported one in place, so that its container and its layers still hold it."""
+        """Turn a stack into an exported stack in place, so that its container and its layers keep their reference."""
         core = stack.core
         along = stack.options.along
         call = along.call_shape(stack.slices, 1, stack.blocks)
@@ -58,13 +59,13 @@ class ExportedStack(TCURStack):
 
 
 def plain_copy(model: nn.Module, merged: bool = False) -> nn.Module:
-    """A copy of an adapted model that computes in PyTorch's own operations, for ``torch.export`` and ``torch.onnx``.
+    """A copy of an adapted model that uses PyTorch operations alone, for ``torch.export`` and ``torch.onnx``.
 
     Args:
-        model: An adapted model; it stays as it is.
-        merged: False: every adapted layer is its base product and the adapter's three matrix products, as small as the
-            adapted model, and the cores are parameters under the names that they had. True: plain layers of W + dW, as
-            :func:`remove` leaves them after :func:`merge`.
+        model: An adapted model; it is not changed.
+        merged: False: every adapted layer computes its base product and the adapter's three matrix products. The copy
+            is as small as the adapted model, and its cores are parameters with the same names. True: the layers are
+            plain layers with weight W + dW, as after :func:`merge` and :func:`remove`.
 
     Returns:
         The copy, on the same device.
@@ -72,14 +73,14 @@ def plain_copy(model: nn.Module, merged: bool = False) -> nn.Module:
     Raises:
         ValueError: The model is not adapted, or a merged weight would not be finite.
     """
-    plain_model = copy.deepcopy(model)
+    exported = copy.deepcopy(model)
     if merged:
-        return remove(merge(plain_model))
-    layers = [layer for _, layer in adapted_layers(plain_model)]
+        return remove(merge(exported))
+    layers = [layer for _, layer in adapted_layers(exported)]
     if not layers:
         raise ValueError(f"{type(model).__name__} is not adapted; call inject(model) first")
     for layer in layers:
         layer.unmerge()
         if not isinstance(layer.stack, ExportedStack):
             ExportedStack.become(layer.stack)
-    return plain_model
+    return exported

@@ -1,4 +1,4 @@
-"""Adapt a whole model in place, and undo it."""
+"""Adapting a whole model in place, and undoing it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from .targets import Target, adapted_type, find_targets, group, placed, plain_ty
 def inject(
     model: nn.Module, config: TCURConfig | None = None, calibration: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Adapt a model in place: every parameter of it is frozen, one core a stack is trained.
+    """Adapt a model in place: all its parameters are frozen, and one core per stack is added, which trains.
 
-    The output is that of the plain frozen model, bit for bit, until a core is trained (up to the order of summation for
-    a fused projection with ``transform="identity"``).
+    Until a core is trained, the output equals that of the model without adapter bit for bit. A fused projection with
+    ``transform="identity"`` is an exception: its sums may be in another order.
 
     Args:
-        model: Any module, its weights in a floating dtype and on real devices.
-        config: By default ``TCURConfig()``: the paper's selection at rank 8, in the blocks that it knows by name.
-        calibration: What :func:`calibrate` returned, for ``selection="activation"`` and for no other.
+        model: Any module whose weights have a floating dtype and are not on the meta device.
+        config: By default ``TCURConfig()``: the paper's selection at rank 8, in the projections that it knows by name.
+        calibration: The result of :func:`calibrate`; required by ``selection="activation"``, refused by other rules.
 
     Returns:
         The model itself. Its stacks are registered at its root under ``tcur_stacks``.
 
     Raises:
-        ValueError: Nothing matches, a layer is adapted already or quantised, the model is sharded over processes,
-            shapes, devices or dtypes in a stack differ, the rank is larger than a side, a budget is too small, a
-            pattern matches nothing, calibration inputs are missing or not asked for, or weights are not finite. The
-            message names the module, and nothing is changed.
+        ValueError: Nothing matches; a layer is already adapted, or quantised; the model is sharded over processes;
+            shapes, devices or dtypes in a stack differ; the rank is larger than a side; a budget is too small; a
+            pattern matches nothing; calibration inputs are missing, or given to a rule that takes none; or weights are
+            not finite. The message names the module, and nothing is changed.
     """
     config = config or TCURConfig()
     refuse_sharded(model, "call inject(model) before it is sharded")
@@ -58,7 +58,7 @@ def inject(
 def attach(
     model: nn.Module, groups: dict[str, list[Target]], stacks: dict[str, TCURStack], config: TCURConfig
 ) -> nn.Module:
-    """Replace the targets by layers that use the stacks, whose slices are in the order of the targets."""
+    """Replace the targets by adapted layers; the slices of a stack are in the order of the group's targets."""
     layers: dict[int, TCURLayer] = {}
     for name, members in groups.items():
         for target, first in placed(members):
@@ -83,9 +83,9 @@ def build_stack(
     rank: Rank | None = None,
     calibration: Mapping[str, Tensor] | None = None,
 ) -> TCURStack:
-    """The stack of these members, of ``rank`` where that is not the configuration's.
+    """Build the stack of these targets, with ``rank`` in place of the configuration's where it is given.
 
-    Raises ValueError, naming stack and module, where their weights do not make one.
+    Raises ValueError with the names of stack and module where their weights cannot form a stack.
     """
     try:
         return TCURStack.with_options(
@@ -99,10 +99,10 @@ def build_stack(
 
 
 def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
-    """Train more than the cores.
+    """Train more parameters than the cores.
 
-    ``["decoder", "out"]`` trains UNETR's decoder5 to decoder2 and its output head. What trains is saved with the
-    adapter.
+    ``["decoder", "out"]`` trains UNETR's decoder5 to decoder2 and its output head. All parameters that train are saved
+    with the adapter.
 
     Args:
         model: An adapted model.
@@ -129,9 +129,9 @@ def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Put plain layers back, in place; parameters stay frozen or not as they are.
+    """Replace the adapted layers by plain layers, in place. No parameter is changed, frozen or unfrozen.
 
-    The weights stay as they are: those of a merged model hold the adapter, others are the base's.
+    The layers of a merged model keep W + dW; all others have the base weight W.
 
     Args:
         model: An adapted model.

@@ -1,4 +1,4 @@
-"""Merge the adapter of a whole model into its weights, and take it out again."""
+"""Merging the adapter of a whole model into its weights, and undoing it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ROUNDING_WARNING = 0.1
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Put W + dW in the place of every adapted W, in place. Layers that are merged stay as they are.
+    """Replace the weight W of every adapted layer by W + dW, in place. Layers already merged are not changed.
 
-    The sum is made in float64 and rounded once to the weights' dtype. W is kept for :func:`unmerge`: memory for the
-    adapted weights doubles until :func:`remove`.
+    The sum is computed in float64 and rounded once to the weights' dtype. W is kept for :func:`unmerge`, which doubles
+    the memory of the adapted weights until :func:`remove` is called.
 
     Args:
         model: An adapted model.
@@ -32,7 +32,7 @@ def merge(model: nn.Module) -> nn.Module:
             nothing is changed.
 
     Warns:
-        UserWarning: Rounding changes a dW by more than a tenth of its norm, as bfloat16 does to a small one.
+        UserWarning: Rounding changes a dW by more than a tenth of its norm, as happens to a small dW in bfloat16.
     """
     require_container(model)
     refuse_sharded(model, "save the adapter, load it onto the base in one process and merge there")
@@ -58,10 +58,10 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put every W back, bit for bit, in place.
+    """Restore every merged W, bit for bit, in place.
 
     Args:
-        model: An adapted model; layers that are not merged stay as they are.
+        model: An adapted model; layers that are not merged are not changed.
 
     Returns:
         The model itself.
@@ -77,7 +77,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def rounding_loss(layer: TCURLayer, merged: Tensor) -> float:
-    """``|(merged - W) - dW| / |dW|``, Frobenius norms: how much of a layer's dW rounding took away or added."""
+    """The change of a layer's dW by rounding, ``|(merged - W) - dW| / |dW|`` in Frobenius norms."""
     delta = layer.delta_weight().double()
     norm = delta.norm()
     error = (merged.double() - layer.weight_slices().flatten(0, 1) - delta).norm()

@@ -1,4 +1,4 @@
-"""Which rank every stack gets: one for all, by the names of its layers, or as a budget allows."""
+"""The rank of every stack: one for all stacks, by the names of its layers, or from a parameter budget."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .targets import Target, matches, slice_names, stacked_weights
 
 
 def stack_ranks(groups: Mapping[str, Sequence[Target]], config: TCURConfig) -> dict[str, tuple[int, int]]:
-    """(c, r) of every stack, by its name.
+    """The rank (c, r) of every stack, by the stack's name.
 
-    A budget needs the weights, all else their shapes alone. Raises ValueError where the budget is too small, where a
-    pattern of ``rank_pattern`` matches no layer, where layers of one stack match different ranks, or where a rank is
-    larger than the weights.
+    A budget needs the weights; without one their shapes suffice. Raises ValueError where the budget is too small, where
+    a pattern of ``rank_pattern`` matches no layer, where layers of one stack match different ranks, or where a rank is
+    larger than a side of the weights.
     """
     if config.budget is not None:
         return _within_budget(config.budget, groups, config)
@@ -44,12 +44,12 @@ def _is_meant(name: str, pattern: str) -> bool:
 
 
 def _rank_of(name: str, config: TCURConfig) -> tuple[int, int]:
-    """The rank of the first pattern that means this module, else ``config.rank``."""
+    """The rank of the first pattern that matches this module, else ``config.rank``."""
     return pair_of(next((rank for p, rank in config.rank_pattern.items() if _is_meant(name, p)), config.rank))
 
 
 def _common_rank(members: Sequence[Target], config: TCURConfig) -> tuple[int, int]:
-    """The rank of all members of a stack, which share one core."""
+    """The rank of a stack's members. Raises ValueError where they differ: the members share one core."""
     first, *others = [(target.name, _rank_of(target.name, config)) for target in members]
     odd = next((other for other in others if other[1] != first[1]), None)
     if odd is not None:

@@ -1,4 +1,4 @@
-"""What an adapted model is made of: its layers, and the stacks registered at its root."""
+"""The parts of an adapted model: its adapted layers, and the stacks registered at its root."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CONTAINER = "tcur_stacks"
 
 
 class TCURStacks(nn.ModuleDict):
-    """The stacks of a model, registered once at its root under ``tcur_stacks``, and its configuration.
+    """The stacks of a model, registered once at its root under ``tcur_stacks``, and the configuration of the adapter.
 
-    Called, it returns its input: an ``nn.Sequential`` that holds it computes what it did.
+    Its forward returns its input, so that an ``nn.Sequential`` to which it is added computes the same as before.
     """
 
     def __init__(self, stacks: dict[str, TCURStack], config: TCURConfig) -> None:
@@ -29,7 +29,7 @@ class TCURStacks(nn.ModuleDict):
 
 
 def find_container(model: nn.Module) -> TCURStacks | None:
-    """The container of an adapted model's stacks, wherever the adapted model sits in ``model``."""
+    """The container of the stacks of ``model``, or of an adapted model inside it; None where there is none."""
     return next((module for module in model.modules() if isinstance(module, TCURStacks)), None)
 
 
@@ -45,10 +45,10 @@ def stacks(model: nn.Module) -> dict[str, TCURStack]:
     """The stacks of an adapted model.
 
     Args:
-        model: An adapted model, or one that an adapted model is part of.
+        model: An adapted model, or a model that contains one.
 
     Returns:
-        Name -> stack, in the order in which the model registers their first layers; empty where nothing is adapted.
+        Name -> stack, in the registration order of their first layers; empty where nothing is adapted.
     """
     container = find_container(model)
     if container is None:
@@ -57,11 +57,11 @@ def stacks(model: nn.Module) -> dict[str, TCURStack]:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, TCURLayer]]:
-    """Names and layers of all adapted layers, in registration order."""
+    """All adapted layers with their names, in registration order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, TCURLayer))
 
 
 def base_weights(model: nn.Module, stack: TCURStack) -> Tensor:
-    """The base weights (S, out, in) of a stack's layers, also where these are merged; gathered where sharded."""
+    """The base weights (S, out, in) of a stack's layers, merged or not; gathered where they are sharded."""
     layers = [layer for _, layer in adapted_layers(model) if layer.stack is stack]
     return stacked_in_order((layer.first_slice, layer.weight_slices()) for layer in layers)

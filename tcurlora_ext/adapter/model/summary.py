@@ -1,4 +1,4 @@
-"""What an adapted model trains and holds, as a table."""
+"""The parameters and memory of an adapted model, as a table."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class StackSummary:
     """One stack of a :class:`Summary`.
 
     Attributes:
-        name: Of the stack.
-        slices: S, how many slices there are.
+        name: The stack's name.
+        slices: S, the number of slices.
         shape: (out, in) of a slice.
         rank: (c, r).
-        q: Width of h = x row^T: r numbers for each of the core's blocks, r in all without a transform.
-        scale: What C * U * R is multiplied by.
-        trained: Numbers that train in the stack.
-        bytes: What its core and factors take.
+        q: Width of h = x row^T: r times the number of the core's blocks; r without a transform.
+        scale: The factor of C * U * R.
+        trained: The number of trained parameters in the stack.
+        bytes: The memory of core and factors.
     """
 
     name: str
@@ -38,12 +38,12 @@ class StackSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The stacks of a model and its numbers; ``str()`` makes a table of it.
+    """The stacks of a model and its numbers of parameters; ``str()`` formats them as a table.
 
     Attributes:
-        stacks: One :class:`StackSummary` a stack.
-        trained_beside: Numbers that train beside the stacks (a head, a decoder).
-        frozen: Numbers of the model that do not train, C and R not counted.
+        stacks: One :class:`StackSummary` per stack.
+        trained_beside: The number of trained parameters outside the stacks (a head, a decoder).
+        frozen: The number of frozen parameters of the model; C and R are not counted.
     """
 
     stacks: tuple[StackSummary, ...]
@@ -52,7 +52,7 @@ class Summary:
 
     @property
     def trained(self) -> int:
-        """All trained numbers."""
+        """The number of all trained parameters."""
         return sum(stack.trained for stack in self.stacks) + self.trained_beside
 
     def __str__(self) -> str:
@@ -65,19 +65,19 @@ class Summary:
         share = self.trained / max(1, self.trained + self.frozen)
         return (
             f"{text_table(header, rows)}\n"
-            f"trained: {self.trained:,} of {self.trained + self.frozen:,} numbers ({share:.3%}), "
-            f"{self.trained - self.trained_beside:,} in cores, {self.trained_beside:,} beside them"
+            f"trained: {self.trained:,} of {self.trained + self.frozen:,} parameters ({share:.3%}), "
+            f"{self.trained - self.trained_beside:,} in stacks, {self.trained_beside:,} outside them"
         )
 
 
 def summary(model: nn.Module) -> Summary:
-    """Count what an adapted model trains and holds.
+    """Count the parameters and memory of an adapted model.
 
     Args:
         model: An adapted model.
 
     Returns:
-        Stacks, slices, q, trained numbers and bytes; print it for a table.
+        Stacks, slices, q, trained parameters and bytes; printed, it is a table.
 
     Raises:
         ValueError: The model is not adapted.

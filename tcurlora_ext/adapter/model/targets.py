@@ -17,7 +17,7 @@ from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer, TCURLinear
 from tcurlora_ext.adapter.layer.quantised import refuse_quantised
 
 # Attention and MLP projections as MONAI (UNETR, SwinUNETR, ViT) and transformers (ViT, BERT, CLIP, Llama, Qwen, GPT-2)
-# name them. Poolers, embeddings, heads and patch merging stay out.
+# name them. Poolers, embeddings, heads and patch merging do not match.
 DEFAULT_TARGETS = (
     r"(.*\.)?("
     r"(attn|self_attn|attention|self)\.(qkv|out_proj|proj|to_[qkv]|[qkvo]_proj|query|key|value|c_attn|c_proj)"
@@ -29,7 +29,7 @@ DEFAULT_TARGETS = (
 
 @dataclass(frozen=True)
 class Target:
-    """A module to adapt: ``slices`` weights of one shape, stacked by rows where it is a fused projection."""
+    """A module to adapt. Its weight is ``slices`` slices of one shape, stacked by rows in a fused projection."""
 
     name: str
     module: nn.Module
@@ -51,23 +51,23 @@ class Target:
 
     @property
     def tower(self) -> str:
-        """The path of the repeated blocks: all before the first number in the name."""
+        """The path of the module list that holds the blocks: the name up to its first number."""
         return self._around_numbers()[0]
 
     @property
     def role(self) -> str:
-        """The path within the block: all behind the last number in the name."""
+        """The path within the block: the name after its last number."""
         return self._around_numbers()[1]
 
     @property
     def block(self) -> str:
-        """The path of the block that it is in: all up to the last number in the name."""
+        """The path of the block: the name up to and including its last number."""
         return self.name[: len(self.name) - len(self.role)]
 
     def split(self, split_fused: Mapping[str, int]) -> Self:
-        """This projection as the slices that ``split_fused`` gives it by the last component of its name.
+        """This target with the number of slices that ``split_fused`` has for the last component of its name, or one.
 
-        Raises ValueError where its output features do not split into so many equal ones.
+        Raises ValueError where the output features cannot be split into this number of equal slices.
         """
         slices = split_fused.get(self.name.rsplit(".", 1)[-1], 1)
         out_features = self.shape[0] * self.slices
@@ -82,15 +82,15 @@ class Target:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D; told by its name, so that transformers need not be installed."""
+    """Whether this is transformers' Conv1D, recognised by its class name: transformers need not be installed."""
     return any(t.__name__ == "Conv1D" and t.__module__.startswith("transformers.") for t in type(module).__mro__)
 
 
 def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
-    """The class of the adapted layer for a module, None where there is none.
+    """The class of the adapted layer for a module; None where the module cannot be adapted.
 
-    Only ``nn.Linear`` itself: a subclass may compute with its weight in another way, or its parent may not call it
-    (``nn.MultiheadAttention.out_proj``), and the adapter would silently do nothing.
+    Subclasses of ``nn.Linear`` are not adapted: a subclass may use its weight in another way, or its parent may not
+    call it (``nn.MultiheadAttention.out_proj``), and the adapter would silently have no effect.
     """
     if type(module) is nn.Linear:
         return TCURLinear
@@ -107,7 +107,7 @@ def plain_type(layer: TCURLayer) -> type[nn.Module]:
 
 
 def matches(name: str, patterns: Sequence[str] | str | None) -> bool:
-    """Whether a module's name is meant: a regex for the whole name, or names and ends of names in whole components."""
+    """Whether a module's name matches: a regex for the whole name, or names, or ends of names in whole components."""
     if patterns is None:
         return False
     if isinstance(patterns, str):
@@ -117,12 +117,12 @@ def matches(name: str, patterns: Sequence[str] | str | None) -> bool:
 
 @contextmanager
 def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``note`` with the name and the input of every target that a forward pass inside calls."""
+    """Within this context, call ``note`` with the name and the input of every target that is called."""
 
-    def tell(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def hook(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         note(name, arguments[0])
 
-    handles = [target.module.register_forward_pre_hook(partial(tell, target.name)) for target in targets]
+    handles = [target.module.register_forward_pre_hook(partial(hook, target.name)) for target in targets]
     try:
         yield
     finally:
@@ -133,8 +133,8 @@ def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> 
 def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     """The modules that the configuration names, in registration order.
 
-    Raises ValueError where nothing matches, where nothing that matches can be adapted, where a layer that matches is
-    quantised, or where a fused projection does not split into the blocks asked for.
+    Raises ValueError where no module matches, where none of those that match can be adapted, where one of them is
+    quantised, or where a fused projection cannot be split as ``split_fused`` says.
     """
     wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     matching = [
@@ -150,10 +150,10 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
         )
     for name, module in model.named_modules():
         inside = {id(child) for child in module.children()} if isinstance(module, nn.TransformerEncoderLayer) else ()
-        by_passed = next((child for child, m in matching if id(m) in inside), None)
-        if by_passed is not None:
+        bypassed = next((child for child, m in matching if id(m) in inside), None)
+        if bypassed is not None:
             raise ValueError(
-                f"{by_passed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not "
+                f"{bypassed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not "
                 "call its linear layers; an adapter in it would do nothing"
             )
     for name, module in matching:
@@ -170,12 +170,12 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
 
 def _target(name: str, module: nn.Module, config: TCURConfig) -> Target:
     if "forward" in vars(module):
-        raise ValueError(f"{name}: its forward was replaced on the instance, an adapter in it would not be called")
+        raise ValueError(f"{name}: its forward was replaced on the instance; an adapter in it would not be called")
     return Target(name, module).split(config.split_fused)
 
 
 def placed(members: Iterable[Target]) -> Iterator[tuple[Target, int]]:
-    """A stack's members, each with the index of its first slice."""
+    """The members of a stack, each with the index of its first slice."""
     first = 0
     for target in members:
         yield target, first
@@ -183,7 +183,7 @@ def placed(members: Iterable[Target]) -> Iterator[tuple[Target, int]]:
 
 
 def slice_names(members: Sequence[Target]) -> list[str]:
-    """The module of every slice: a fused projection's name with the number of the block."""
+    """The name of every slice: that of its module, with the number of the row block for a fused projection."""
     return [t.name if t.slices == 1 else f"{t.name}[{block}]" for t in members for block in range(t.slices)]
 
 
@@ -196,7 +196,7 @@ def stacked_weights(name: str, members: Sequence[Target]) -> Tensor:
                 f"stack {name}: {target.name} has slices of {target.shape}, expected {members[0].shape} as "
                 f"{members[0].name}"
             )
-        weight = target.weight  # asked for once, and kept no longer than needed: it may be dequantised here
+        weight = target.weight  # read once and freed soon, because reading it may dequantise it
         if (weight.device, weight.dtype) != (first.device, first.dtype):
             raise ValueError(
                 f"stack {name}: {target.name} is {weight.dtype} on {weight.device}, expected {first.dtype} on "
@@ -211,7 +211,10 @@ def stacked_weights(name: str, members: Sequence[Target]) -> Tensor:
 
 
 def group(targets: list[Target], config: TCURConfig) -> dict[str, list[Target]]:
-    """Stacks by name. Raises ValueError where a function for ``stack_by`` puts different shapes into one stack."""
+    """The targets of every stack, by the stack's name.
+
+    Raises ValueError where a function for ``stack_by`` puts different shapes into one stack.
+    """
     groups: dict[object, list[Target]] = {}
     for target in targets:
         groups.setdefault(_key(target, config), []).append(target)
@@ -238,7 +241,7 @@ def _key(target: Target, config: TCURConfig) -> object:
 
 
 def _runs(groups: Mapping[Any, list[Target]], blocks: int) -> Iterator[tuple[object, list[Target]]]:
-    """Every group cut into runs of so many consecutive blocks; the last run of a group may have fewer."""
+    """Cut every group into runs of ``blocks`` consecutive blocks; the last run of a group may have fewer."""
     for (*key, shape), members in groups.items():
         order = list(dict.fromkeys(target.block for target in members))
         for run in range(0, len(order), blocks):
@@ -246,7 +249,7 @@ def _runs(groups: Mapping[Any, list[Target]], blocks: int) -> Iterator[tuple[obj
 
 
 def _names(groups: dict[object, list[Target]]) -> list[str]:
-    """A short name a stack, unique, without dots: its shape, with tower, role or key where that does not tell apart."""
+    """Short unique names of the stacks, without dots: shapes, with tower, role or key where shapes are not unique."""
     short = [f"{members[0].shape[0]}x{members[0].shape[1]}" for members in groups.values()]
     if len(set(short)) == len(short):
         return short

@@ -1,4 +1,4 @@
-"""Which layers of a stack have had their base weights loaded, for the stack to follow."""
+"""The layers whose base weights were loaded, so that their stack can take its factors from the new weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .slices import stacked_in_order
 
 
 class Reloaded(weakref.WeakValueDictionary[int, Any]):
-    """First slice -> layer, for the layers whose base weights were loaded after their stack's.
+    """First slice -> layer, for the layers whose base weights were loaded since their stack last took its factors.
 
-    References are weak, and a copied or unpickled stack starts with none.
+    The references are weak. A copied or unpickled stack starts with an empty dictionary.
     """
 
-    changed = False  # whether any of those weights became another one
+    changed = False  # whether loading changed any of those weights
 
     def weights(self, slices: int) -> Tensor | None:
-        """The base weights (S, out, in) of all layers in order, None unless all slices were loaded."""
+        """The base weights (S, out, in) in the order of the slices; None unless those of all slices were loaded."""
         if sum(layer.num_slices for layer in self.values()) != slices:
             return None
         return stacked_in_order((first, layer.weight_slices()) for first, layer in self.items())

@@ -1,4 +1,4 @@
-"""Which slices of a stack are a layer's, and what the layer computes with them."""
+"""The slices of a stack that belong to a layer, and what the layer computes with them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class LayerSlices(NamedTuple):
-    """Where a layer's weight stands in a stack: which slices, stacked by rows.
+    """The consecutive slices of a stack that are, stacked by rows, a layer's weight.
 
     Attributes:
         stack: The :class:`tcurlora_ext.TCURStack`.
-        first_slice: Index in it of the layer's first slice.
+        first_slice: Index in the stack of the layer's first slice.
         num_slices: How many slices the layer's weight has.
     """
 
@@ -31,11 +31,11 @@ class LayerSlices(NamedTuple):
         return range(self.first_slice, self.first_slice + self.num_slices)
 
     def adapt(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
-        """The stack's ``adapt`` for these slices."""
+        """:meth:`tcurlora_ext.TCURStack.adapt` for these slices."""
         return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices, training)
 
     def delta(self, x: Tensor, training: bool) -> Tensor:
-        """The stack's ``delta`` for these slices."""
+        """:meth:`tcurlora_ext.TCURStack.delta` for these slices."""
         return self.stack.delta(x, self.first_slice, self.num_slices, training)
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -47,6 +47,6 @@ def stacked_in_order(weights: Iterable[tuple[int, Tensor]]) -> Tensor:
     """The weights (S, out, in) of a stack from the weights (num_slices, out, in) of its layers.
 
     Args:
-        weights: For each layer the index of its first slice and its weight, in any order.
+        weights: The index of its first slice and the weight of every layer, in any order.
     """
     return torch.cat([weight for _, weight in sorted(weights, key=lambda layer: layer[0])])

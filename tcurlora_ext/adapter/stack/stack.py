@@ -1,4 +1,4 @@
-"""A stack: same-shaped frozen weights as slices of one tensor, and the one core they share."""
+"""A stack: same-shaped frozen weights as the slices of one tensor, and the core that they share."""
 
 from __future__ import annotations
 
@@ -21,32 +21,34 @@ from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
 from .factors import require_finite, require_stack, take_factors
 from .reloaded import Reloaded
 
-# Rules whose choice does not follow from base weights alone: they keep their rows and columns.
+# Rules that choose by more than the base weights: their rows and columns stay when other base weights are loaded.
 KEPT_CHOICES = ("activation", GIVEN)
 
 
 class TCURStack(nn.Module):
-    """``W' = W + scale * C * U * R`` for S weights of one shape; what its layers share. :meth:`from_weights` makes one.
+    """``W' = W + scale * C * U * R`` for S weights of one shape: the core and the factors that their layers share.
+
+    :meth:`from_weights` is the usual way to build one.
 
     Args:
         weights: W (S, out, in).
         selection: The chosen rows and columns.
-        options: How it is made, trained and computed; ``options.selection`` is the rule that chose.
-        names: Module of each slice, for messages and files.
+        options: How it is built, trained and computed; ``options.selection`` is the rule that chose.
+        names: The module of each slice, for messages and files.
 
     Attributes:
         options: The :class:`tcurlora_ext.adapter.options.StackOptions`.
         slices: S, the number of weights.
-        core: The parameter (S, c, r), with ``frequencies`` fewer blocks of it, real, at least float32, zero at the
-            start, in the options' ``core_domain``.
-        col: C folded, (out, c*S) in the weights' dtype: a frozen buffer, or with ``trainable="all"`` a parameter of at
+        core: The parameter (S, c, r), or (fewer, c, r) with ``frequencies``. It is real, at least float32, zero at
+            the start, and in the options' ``core_domain``.
+        col: C folded, (out, c*S): a frozen buffer in the weights' dtype, or with ``trainable="all"`` a parameter of at
             least float32; see :mod:`tcurlora_ext.maths.folding`.
-        row: R folded, (r*S, in), as ``col``.
-        rows: Chosen output features, r int64, best first.
-        columns: Chosen input features, c int64, best first.
+        row: R folded, (r*S, in), a buffer or parameter like ``col``.
+        rows: The chosen output features, (r,) int64, best first.
+        columns: The chosen input features, (c,) int64, best first.
         row_scores, column_scores: The scores by which the rule chose them, lists of floats.
-        scale: What C * U * R is multiplied by.
-        names: Module of each slice, in the order of the slices.
+        scale: The factor of C * U * R.
+        names: The module of each slice, in the order of the slices.
     """
 
     core: nn.Parameter
@@ -90,24 +92,25 @@ class TCURStack(nn.Module):
         names: Sequence[str] = (),
         **options: Any,
     ) -> TCURStack:
-        """The stack of some weights.
+        """Build the stack of some weights.
 
         Args:
             weights: (S, out, in), any floating dtype, on any device but meta.
             rank: r, or (c, r).
-            selection: A rule's name, see :mod:`tcurlora_ext.maths.selection`, or rows and columns chosen before, which
-                the stack keeps.
-            scale: A number: raw factors times it; None: unit-norm factors and the default rule.
-            inputs: (S, in), root mean squares of the input features, for the rule "activation" and no other.
-            names: Module of each slice, for messages and files.
+            selection: A rule's name, see :mod:`tcurlora_ext.maths.selection`; or rows and columns chosen beforehand,
+                which the stack keeps also when other base weights are loaded.
+            scale: A number: raw factors, and this is the scale; None: unit-norm factors and the default rule.
+            inputs: (S, in), root mean squares of the input features; required by the rule "activation", refused by
+                other rules.
+            names: The module of each slice, for messages and files.
             **options: ``alpha``, ``rank_stabilised``, ``dropout``, ``seed``, ``transform``, ``core_domain``,
                 ``trainable``, ``backend`` and ``frequencies``, as in :class:`TCURConfig`.
 
         Raises:
             TypeError: An option has an unknown name.
-            ValueError: Weights of another shape, empty, not floating, on meta or not finite; a rank larger than a side;
-                an option that :class:`TCURConfig` refuses; ``inputs`` missing, of another shape or not asked for;
-                factors that are all zero, with ``scale=None``.
+            ValueError: The weights have another shape, are empty, not floating, on meta or not finite; the rank is
+                larger than a side; :class:`TCURConfig` refuses an option; ``inputs`` are missing, of another shape, or
+                given to a rule that takes none; or a factor is all zero with ``scale=None``.
         """
         rule = selection if isinstance(selection, str) else GIVEN
         made = StackOptions(rank, selection=rule, scale=scale, **options)
@@ -123,7 +126,7 @@ class TCURStack(nn.Module):
         inputs: Tensor | None = None,
         names: Sequence[str] = (),
     ) -> TCURStack:
-        """As :meth:`from_weights`, for options that are one object.
+        """As :meth:`from_weights`, with the options as one object.
 
         Args:
             weights, inputs, names: As there.
@@ -144,12 +147,12 @@ class TCURStack(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """How many of the S blocks of the slice transform the core has, all or those of its lowest frequencies."""
+        """The number of the core's blocks, S, or fewer where it has only the lowest frequencies."""
         return self.options.blocks(self.slices)
 
     @property
     def normalised(self) -> bool:
-        """Whether columns of C and rows of R have unit norm over the stack."""
+        """Whether columns of C and rows of R have unit norm over all slices."""
         return self.options.normalised
 
     @property
@@ -185,20 +188,20 @@ class TCURStack(nn.Module):
         return folding.unfold_core(self.core, self.options.transform, self.slices)
 
     def core_fourier(self) -> Tensor:
-        """The orthonormal slice transform of U (S, c, r): what the operator takes; differentiable."""
+        """The orthonormal slice transform of U (S, c, r), as the operator takes it; differentiable."""
         if self.options.core_domain == "fourier":
             return self.core
         return folding.fold_core(self.core, self.options.transform)
 
     @torch.no_grad()
     def set_core_slices(self, core: Tensor) -> None:
-        """Set U, of which a core of low frequencies takes these alone.
+        """Set U. A core with ``frequencies`` keeps only the low frequencies of it.
 
         Args:
             core: (S, c, r), any floating dtype and device.
 
         Raises:
-            ValueError: It has another shape or values that are not finite.
+            ValueError: ``core`` has another shape or values that are not finite.
         """
         expected = (self.slices, *self.rank)
         if core.shape != expected:
@@ -221,15 +224,15 @@ class TCURStack(nn.Module):
         num_slices: int,
         training: bool = False,
     ) -> Tensor:
-        """``x W^T + bias`` plus the adapter, for some slices.
+        """``x W^T + bias`` plus the delta, for some slices.
 
         Args:
             x: (..., in).
             weight: (num_slices*out, in), the slices' weights stacked by rows, in the dtype of x.
             bias: (num_slices*out,) or None.
             first_slice: Index of the first of these slices in the stack.
-            num_slices: How many there are.
-            training: Whether the adapter's x goes through dropout; the base's does not.
+            num_slices: How many slices there are.
+            training: Whether dropout applies to the adapter's input; it never applies to the base's.
 
         Returns:
             (..., num_slices*out) in the dtype of x.
@@ -244,14 +247,15 @@ class TCURStack(nn.Module):
         return torch.cat([self._linear(x, part, part_bias, call) for call, part, part_bias in parts], -1)
 
     def delta(self, x: Tensor, first_slice: int, num_slices: int, training: bool = False) -> Tensor:
-        """The adapter's part of :meth:`adapt` alone, for what cannot be fused with the base product: a dropped x, a
-        quantised base, some rows of a batch.
+        """The delta, the adapter's part of the result of :meth:`adapt`, alone.
+
+        It is for what cannot be fused with the base product: dropout, a quantised base, some rows of a batch.
 
         Args:
             x: (..., in).
             first_slice: Index of the first of these slices in the stack.
-            num_slices: How many there are.
-            training: Whether x goes through dropout.
+            num_slices: How many slices there are.
+            training: Whether dropout applies to x.
 
         Returns:
             (..., num_slices*out) in the dtype of x.
@@ -265,7 +269,7 @@ class TCURStack(nn.Module):
     change = delta  # its name before 0.2
 
     def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[Factors]:
-        """What the operator takes for these slices: one call, or one a slice where the transform asks for it."""
+        """The operator's arguments for these slices: one call, or one per slice where the transform needs it."""
         core, col, row = self.core_fourier(), self.col, self.row
         if col.dtype != dtype:
             col, row = col.to(dtype), row.to(dtype)
@@ -279,11 +283,11 @@ class TCURStack(nn.Module):
         return tcur_linear(x, weight, bias, *call[:6], backend, call.transform)
 
     def delta_weights(self, layers: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """``scale * C * U * R``, dense and differentiable: for inspection, merging and tests, not the path of training.
+        """``scale * C * U * R``, dense and differentiable; for inspection, merging and tests, not used in training.
 
         Args:
             layers: Which slices; None: all S.
-            dtype: Of the computation and of the result; None: the core's.
+            dtype: The dtype of the computation and of the result; None: the core's.
 
         Returns:
             (S, out, in), or as many slices as asked for.
@@ -296,7 +300,7 @@ class TCURStack(nn.Module):
     # -- module machinery ---------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCURStack:
-        """As nn.Module's, but what is trained stays in at least float32 under ``.half()`` and ``.bfloat16()``."""
+        """As in nn.Module, but parameters stay at least float32 under ``.half()`` and ``.bfloat16()``."""
         trained = {id(p) for p in self.parameters()} | {id(p.grad) for p in self.parameters() if p.grad is not None}
 
         def wide(tensor: Tensor) -> Tensor:
@@ -324,7 +328,7 @@ class TCURStack(nn.Module):
     ) -> None:
         reloaded, self.reloaded = self.reloaded, Reloaded()
         if not any(key.startswith(prefix) for key in state_dict):
-            # The state of a model that is not adapted: the layers, which come before their stack, have it by now.
+            # A state_dict without adapter. The layers, registered before their stack, have loaded their weights by now.
             weights = reloaded.weights(self.slices)
             if weights is not None and reloaded.changed:
                 self.follow_base(weights)
@@ -341,7 +345,7 @@ class TCURStack(nn.Module):
 
     @torch.no_grad()
     def is_of(self, weights: Tensor) -> bool:
-        """Whether C and R are, bit for bit, the chosen columns and rows of some weights.
+        """Whether C and R are bit for bit the chosen columns and rows of ``weights``.
 
         Args:
             weights: (S, out, in).
@@ -351,13 +355,14 @@ class TCURStack(nn.Module):
 
     @torch.no_grad()
     def follow_base(self, weights: Tensor) -> None:
-        """Choose and take rows and columns anew where the base weights changed and U is still zero.
+        """Choose rows and columns and take C and R again where the base weights changed and U is still zero.
 
-        What the caller chose, or "activation" by calibration inputs that are gone, stays chosen, and is taken anew. A
-        core that is not zero belongs to the weights it was trained on: the factors stay, with a warning.
+        Indices that the caller gave, or that "activation" chose by calibration inputs, are kept, and only C and R are
+        taken again. A core that is not zero belongs to the weights it was trained on: then C and R stay, with a
+        warning.
 
         Args:
-            weights: The new ones, (S, out, in).
+            weights: The new base weights, (S, out, in).
 
         Warns:
             UserWarning: The core is not zero.
@@ -384,10 +389,10 @@ class TCURStack(nn.Module):
             self.scale = taken.scale
 
     def take_over(self, other: TCURStack) -> None:
-        """Copy the values of a stack of the same layout into this one: core, factors, indices, scale and scores.
+        """Copy the values of another stack into this one: core, factors, indices, scale and scores.
 
         Args:
-            other: The other stack.
+            other: A stack of the same shapes and options.
         """
         self.load_state_dict(other.state_dict())
         self.options = replace(self.options, scale=other.options.scale)

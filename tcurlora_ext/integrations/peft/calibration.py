@@ -1,4 +1,4 @@
-"""What the layers of a model read, for ``selection="activation"``."""
+"""Measuring the inputs of a model's layers, for ``selection="activation"``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from .targets import default_names, find_targets
 
 
 def calibrate(model: nn.Module, config: TcurLoraConfig, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Measure, for ``TcurLoraConfig.calibration``, what the modules that a configuration names read.
+    """Measure the inputs of the modules that a configuration names, for ``TcurLoraConfig.calibration``.
 
-    As :func:`tcurlora_ext.calibrate`; a PeftModel computes with its adapters disabled.
+    It works as :func:`tcurlora_ext.calibrate` does. A PeftModel runs with its adapters disabled.
 
     Args:
-        model: The model that the adapter will be put on.
-        config: Names the modules; it stays as it is.
-        batches: Inputs of the model, each its one argument, a tuple or list of all of them, or a mapping of keywords.
+        model: The model that will get the adapter.
+        config: Names the modules; it is not changed.
+        batches: Inputs of the model: each is its only argument, a tuple or list of all its arguments, or a mapping of
+            keyword arguments.
 
     Returns:
-        Module name -> root mean square of each of its input features, (in,) float64 on the CPU.
+        Module name -> root mean square of every input feature of that module, (in,) float64 on the CPU.
 
     Raises:
-        ValueError: No module matches, one is never called, or an input is not finite.
+        ValueError: No module matches, a module is never called, or an input is not finite.
     """
     if isinstance(model, PeftModel):
         with model.disable_adapter():

@@ -1,4 +1,4 @@
-"""The method's configuration, with the fields of PEFT's other methods and those of :class:`TCURConfig`."""
+"""The configuration of the method in PEFT: fields of PEFT's other methods, and fields of :class:`TCURConfig`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OF_STACKS = (
 
 
 def peft_type() -> PeftType:
-    """The member of ``PeftType`` for this method, added on the first call: PEFT has no other way in for a method."""
+    """The member of ``PeftType`` for this method, added on the first call: PEFT has no function to add one."""
     if TYPE not in PeftType.__members__:
         member = str.__new__(PeftType, TYPE)
         member._name_ = member._value_ = TYPE
@@ -47,39 +47,39 @@ def peft_type() -> PeftType:
 
 @dataclass
 class TcurLoraConfig(PeftConfig):
-    """How PEFT adapts a model by t-CUR. Fields that are not described here are those of ``PeftConfig``.
+    """The configuration of a t-CUR adapter in PEFT. Fields not described here are those of ``PeftConfig``.
 
     Args:
         r: Tubal rank, or (c, r): c columns and r rows of every stack.
-        alpha: Multiplies the default scale rule; 1.0 makes a step as long as one of LoRA. Without effect where
+        alpha: Multiplies the default scale rule; with 1.0 a step has the length of a step of LoRA. Without effect where
             ``scale`` is a number.
         target_modules: None: the projections that :func:`tcurlora_ext.inject` finds; else as in PEFT's LoRA: names,
             ends of names, a regex for the whole name, or ``"all-linear"``.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: As in PEFT's LoRA.
-        rank_pattern: End of a name, or regex -> rank in place of ``r``; one for all layers of a stack.
-        alpha_pattern: End of a name, or regex -> alpha in place of ``alpha``; one for all layers of a stack.
-        init_weights: True: U is zero, the model is unchanged; False: U is random.
+        rank_pattern: End of a name, or regex -> rank in place of ``r``. All layers of a stack need the same rank.
+        alpha_pattern: End of a name, or regex -> alpha in place of ``alpha``. All layers of a stack need the same.
+        init_weights: True: U is zero at the start, so that the model's output is unchanged; False: U is random.
         bias: Which biases train: ``"none"``, ``"all"`` or ``"tcurlora_only"`` (those of the adapted layers).
-        fan_in_fan_out: Whether weights are stored as (in, out). The layers' types say it: another value is corrected,
-            with a warning.
-        save_projection: C and R are saved too. False: only their indices and a fingerprint of the base, from whose
-            weights they are taken again on loading; other base weights are refused.
+        fan_in_fan_out: Whether weights are stored as (in, out). The types of the layers decide it: a different value
+            is corrected, with a warning.
+        save_projection: Whether C and R are saved. If not, their indices and a fingerprint of the base weights are
+            saved. Loading then takes C and R from the base weights, and refuses weights with another fingerprint.
         stack_by, stack_blocks, split_fused, selection, scale: As in :class:`tcurlora_ext.TCURConfig`.
         transform, frequencies, core_domain, backend, seed: As in :class:`tcurlora_ext.TCURConfig`.
-        dropout: Share of the adapter's input that is set to zero in training: LoRA's ``lora_dropout``.
-        rank_stabilised: A first step as long at any rank: what ``use_rslora`` is to LoRA.
-        budget: How many numbers all cores may have together, in place of ``r``. As the adapter is put on, the ranks
-            that it gives take its place here, in ``rank_pattern``.
-        calibration: For ``selection="activation"``: what :func:`calibrate` returned. A checkpoint has the indices that
-            were chosen by it and not the inputs themselves: in a configuration read from one this is empty, and a new
-            adapter of that is chosen by "norm".
+        dropout: Share of the adapter's input that is set to zero in training, as LoRA's ``lora_dropout``.
+        rank_stabilised: Make the first optimizer step equally long at every rank, as ``use_rslora`` does for LoRA.
+        budget: Parameter budget of all cores together, in place of ``r``. When the adapter is added to a model, the
+            resulting ranks are written to ``rank_pattern`` and this field is set to None.
+        calibration: The result of :func:`calibrate`, for ``selection="activation"``. A checkpoint has the indices
+            chosen by these inputs, but not the inputs: in a configuration read from a checkpoint this field is empty,
+            and a new adapter with that configuration chooses by "norm".
         trainable_token_indices, layer_replication: As in PEFT's LoRA.
-        ensure_weight_tying: As in PEFT's LoRA, of ``modules_to_save`` and tokens.
+        ensure_weight_tying: As in PEFT's LoRA, for ``modules_to_save`` and ``trainable_token_indices``.
 
     Raises:
-        ValueError: A value is unknown or out of range, options exclude each other as in
-            :class:`tcurlora_ext.TCURConfig`, ``layers_pattern`` stands without ``layers_to_transform``, or this beside
-            a regex for ``target_modules``.
+        ValueError: A value is unknown or out of range; options exclude each other as in
+            :class:`tcurlora_ext.TCURConfig`; ``layers_pattern`` is given without ``layers_to_transform``; or
+            ``layers_to_transform`` is given with a regex for ``target_modules``.
     """
 
     r: Rank = 8
@@ -126,7 +126,7 @@ class TcurLoraConfig(PeftConfig):
         self.rank_pattern = {name: _as_rank(rank) for name, rank in (self.rank_pattern or {}).items()}
         self.alpha_pattern = dict(self.alpha_pattern or {})
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given, expected layers_to_transform beside it")
+            raise ValueError("layers_pattern is given, expected layers_to_transform with it")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform is given with a regex for target_modules, expected a list of names")
         if self.bias not in BIAS:
@@ -138,7 +138,7 @@ class TcurLoraConfig(PeftConfig):
 
         Args:
             rank: r, or (c, r), of this stack.
-            alpha: Of this stack.
+            alpha: The alpha of this stack.
 
         Raises:
             ValueError: :class:`tcurlora_ext.TCURConfig` refuses a value.
@@ -146,11 +146,11 @@ class TcurLoraConfig(PeftConfig):
         return TCURConfig(rank=rank, alpha=alpha, **{name: getattr(self, name) for name in _OF_STACKS})
 
     def to_dict(self) -> dict[str, Any]:
-        """The values that are saved: all but the calibration inputs."""
+        """The values to save: all except the calibration inputs."""
         return super().to_dict() | {"calibration": None if self.calibration is None else {}}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As PEFT's; the model card that it wrote gets the import line without which the adapter does not load.
+        """As in PEFT, but the model card also gets the import line without which the adapter cannot be loaded.
 
         Args:
             save_directory: The folder.

@@ -1,4 +1,4 @@
-"""A saved adapter in the place of a loaded one: PEFT's own hot-swapping is for LoRA alone."""
+"""Replacing a loaded adapter by a saved one in place, which PEFT itself supports for LoRA only."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from .weighted import require_same
 def hotswap_adapter(
     model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
-    """Copy the values of a saved adapter into those of a loaded one: a compiled model computes on, as it is.
+    """Copy the values of a saved adapter into a loaded one, in place: a compiled model is not compiled again.
 
-    The new adapter is one of the same stacks and ranks; where its scale is another, its cores are multiplied instead.
-    The name and configuration stay.
+    Both adapters need the same stacks and ranks. The loaded adapter keeps its name, configuration and scale; where the
+    saved scale differs, the cores are multiplied by the ratio.
 
     Args:
         model: The model, compiled or not.
         model_name_or_path: The saved adapter.
         adapter_name: The loaded adapter.
-        torch_device: Where the values are read to, as for PEFT's function of this name.
-        **kwargs: Passed on to PEFT as it reads configuration and values.
+        torch_device: The device to which the values are read, as for PEFT's function of this name.
+        **kwargs: Passed on to PEFT's functions that read configuration and values.
 
     Raises:
-        ValueError: The two are not alike, the adapter is merged, or more is saved than stacks; nothing is changed.
+        ValueError: Stacks, ranks or options differ, the adapter is merged, or the checkpoint has more than stacks;
+            nothing is changed.
     """
     model = getattr(model, "_orig_mod", model)
     if adapter_name not in model.peft_config:
@@ -61,14 +62,14 @@ def hotswap_adapter(
 
 
 def _at_scale_of(stacks: dict[str, TCURStack], state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """A checkpoint for these stacks with their scales. Raises ValueError where it does not fit them."""
+    """Convert a checkpoint to the scales of these stacks. Raises ValueError where it does not fit them."""
     state = dict(state)
     own = {saved_key(name, kind): value for name, s in stacks.items() for kind, value in s.state_dict().items()}
     optional = {saved_key(name, kind) for name in stacks for kind in (*BASE, *FACTORS)}
     odd = (state.keys() ^ own.keys()) - optional
     if odd:
         raise ValueError(
-            f"{path}: {', '.join(sorted(odd)[:3])} in one of the two alone, expected the same stacks and no more"
+            f"{path}: only one of the adapters has {', '.join(sorted(odd)[:3])}, expected the same stacks and no more"
         )
     for key, value in own.items():
         if key in state and state[key].shape != value.shape:
@@ -76,7 +77,7 @@ def _at_scale_of(stacks: dict[str, TCURStack], state: dict[str, Tensor], path: s
     for name, stack in stacks.items():
         core, scale = saved_key(name, "core"), saved_key(name, "scale")
         if float(state[scale]) != stack.scale:
-            # A number in the compiled code, so that another one would be another code.
+            # Compiled code has the scale as a constant: another scale would need another compilation.
             state[core] = state[core] * (float(state[scale]) / stack.scale)
             state[scale] = own[scale]
     return state

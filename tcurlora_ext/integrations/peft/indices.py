@@ -1,7 +1,7 @@
-"""Checkpoints without C and R: the chosen indices, and a fingerprint of the base weights to take C and R from.
+"""Checkpoints without C and R: they have the chosen indices, and a fingerprint of the base weights.
 
-On disk, beside the core, ``rows``, ``columns`` and ``scale`` of a stack: ``tcurlora_fingerprint.<stack>`` and
-``tcurlora_base_dtype.<stack>``, an empty tensor of the base's dtype.
+For every stack such a checkpoint has the core, ``rows``, ``columns`` and ``scale``, ``tcurlora_fingerprint.<stack>``,
+and ``tcurlora_base_dtype.<stack>``, an empty tensor of the base's dtype.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ BASE = ("fingerprint", "base_dtype")
 
 
 def stack_key(adapter_name: str, stack: str, kind: str) -> str:
-    """The key in a PeftModel's state of what is saved of a stack."""
+    """The key of a stack's tensor in the state_dict of a PeftModel."""
     return f"base_model.tcurlora_core.{adapter_name}.{stack}.{kind}"
 
 
 def saved_key(stack: str, kind: str) -> str:
-    """The key in a checkpoint, which has no adapter's name."""
+    """The key of a stack's tensor in a checkpoint, without the adapter's name."""
     return f"base_model.tcurlora_{kind}.{stack}"
 
 
 def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tensor:
-    """The weights (S, out, in) that a stack's layers have in the model now, without any adapter."""
+    """The present base weights (S, out, in) of a stack's layers, without any merged adapter."""
     layers = [
         layer
         for layer in model.modules()
@@ -48,7 +48,7 @@ def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tenso
 def without_factors(
     model: nn.Module, stacks: dict[str, TCURStack], adapter_name: str, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state to save: C and R left out, and a fingerprint of the base weights in their place."""
+    """The state to save, with a fingerprint of the base weights in place of C and R."""
     state = dict(state)
     for name, stack in stacks.items():
         base = base_weights(model, stack, adapter_name)
@@ -62,9 +62,9 @@ def without_factors(
 def with_factors(
     model: nn.Module, stacks: dict[str, TCURStack], adapter_name: str, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The inverse: C and R are taken from the model's base weights by the saved indices.
+    """The inverse of :func:`without_factors`: C and R are taken from the model's base weights by the saved indices.
 
-    Raises ValueError where these are not the weights that the adapter was trained on.
+    Raises ValueError where these are not the weights on which the adapter was trained.
     """
     state = dict(state)
     for name, stack in stacks.items():

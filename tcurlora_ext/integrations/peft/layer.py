@@ -1,4 +1,4 @@
-"""A linear layer of a model with the adapters that PEFT put on it."""
+"""A linear layer of a model with the adapters that were added to it through PEFT."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
 
 
 class TcurLoraLinear(nn.Module, BaseTunerLayer):
-    """A base layer plus the active adapters. PEFT makes it; :class:`TcurLoraModel` gives it its slices.
+    """A base layer plus the active adapters. :class:`TcurLoraModel` creates it.
 
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, a quantised layer that PEFT can dequantise, or another
             tuner's layer around one of these.
         adapter_name: The first adapter.
-        slices: Where the layer's weight stands in this adapter's stack.
+        slices: The layer's slices in the stack of this adapter.
         inference_mode: Whether the adapter's core is frozen.
-        quantization_backend: PEFT's access to the weight of a quantised layer; None for a plain one.
+        quantization_backend: PEFT's access to the weight of a quantised layer; None for any other layer.
 
     Attributes:
-        tcurlora_core: Adapter -> its stack; not registered as a child, for the tuner has registered the stacks, once.
-        slices: Adapter -> which slices of the stack are this layer's.
+        tcurlora_core: Adapter -> its stack. It is not registered as a child: the tuner has registered every stack once.
+        slices: Adapter -> the layer's slices in its stack.
     """
 
     adapter_layer_names = ("tcurlora_core",)
@@ -67,12 +67,12 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         def __getattr__(self, name: str) -> Any: ...
 
     def update_layer(self, adapter_name: str, slices: LayerSlices, inference_mode: bool) -> None:
-        """Take an adapter, whose stack is on the device of the base layer.
+        """Add an adapter, whose stack is on the device of the base layer.
 
         Args:
             adapter_name: The adapter.
-            slices: Where the layer's weight stands in its stack.
-            inference_mode: Whether its core is frozen.
+            slices: The layer's slices in the stack of this adapter.
+            inference_mode: Whether the adapter's core is frozen.
         """
         self.slices[adapter_name] = slices
         self.tcurlora_core[adapter_name] = slices.stack
@@ -88,19 +88,19 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the parts of the active adapters, in its dtype.
+        """The base layer's output plus the deltas of the active adapters, in the dtype of the base layer's output.
 
         Args:
             x: (..., in).
             *args: Passed on to the base layer.
-            adapter_names: For every row of a mixed batch the adapter that computes it, ``"__base__"`` for none.
+            adapter_names: The adapter of every row of a mixed batch, ``"__base__"`` for none.
             **kwargs: Passed on to the base layer.
 
         Returns:
             (..., out).
 
         Raises:
-            ValueError: There are not as many names as rows, or adapters are merged.
+            ValueError: The number of names is not the number of rows, or adapters are merged.
         """
         if adapter_names is not None:
             self._check_rows(x, adapter_names)
@@ -113,7 +113,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         active = [self.slices[name] for name in self.active_adapters if name in self.slices]
-        if active and not args and not kwargs and self._is_plain(x):
+        if active and not args and not kwargs and self._can_fuse(x):
             base = self.get_base_layer()
             result = active.pop(0).adapt(x, self._as_matrix(base.weight), base.bias, self.training)
         else:
@@ -122,8 +122,8 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
             result = result + self._delta(slices, x, result.dtype)
         return result
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether the operator may compute the base product itself: nothing else happens in the base layer's call."""
+    def _can_fuse(self, x: Tensor) -> bool:
+        """Whether the operator may compute the base product too: calling the base layer would do nothing else."""
         base = self.base_layer
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return (
@@ -135,7 +135,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         )
 
     def _delta(self, slices: LayerSlices, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """An adapter's part, in the dtype of the base's result."""
+        """The delta of an adapter, in ``dtype``."""
         return slices.delta(self._cast_input_dtype(x, slices.stack.col.dtype), self.training).to(dtype)
 
     def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
@@ -150,7 +150,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
             )
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """One base product for the whole batch; every adapter adds its part to its own rows."""
+        """One base product for the whole batch, to whose rows every adapter adds its delta."""
         result = self.base_layer(x, *args, **kwargs)
         for adapter in dict.fromkeys(adapter_names):
             if adapter in self.slices:
@@ -161,17 +161,17 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
-        """A weight as the base layer stores it -> (out, in), and the other way round; shares memory."""
+        """Convert a weight as stored into a matrix (out, in), or such a matrix into its stored form; shares memory."""
         return stored.T if is_conv1d(self.get_base_layer()) else stored
 
     def get_base_weight(self) -> Tensor:
-        """The base layer's weight as it is now, dequantised."""
+        """The base layer's present weight, dequantised."""
         if self.quantization_backend is None:
             return super().get_base_weight()
         return dequantised(self.get_base_layer(), self.quantization_backend)
 
     def weight_slices(self, adapter_name: str) -> Tensor:
-        """The base weight, also where merged, as the slices that it has in an adapter's stack.
+        """The base weight W, also where merged, as slices of an adapter's stack.
 
         Args:
             adapter_name: The adapter.
@@ -183,7 +183,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         return self._as_matrix(whole(stored.detach())).unflatten(0, (self.slices[adapter_name].num_slices, -1))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """An adapter's dW, laid out and rounded as the base weight is.
+        """An adapter's dW, in the layout and dtype of the base weight.
 
         Args:
             adapter_name: The adapter.
@@ -193,17 +193,16 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W + dW in the place of W, summed over the adapters in float64 and rounded once; W is kept for
-        :meth:`unmerge`.
+        """Replace W by W + dW, summed over the adapters in float64 and rounded once.
 
-        A quantised base is dequantised, and the sum quantised again.
+        W is kept for :meth:`unmerge`. A quantised W is dequantised, and the sum is quantised again.
 
         Args:
             safe_merge: Check the sum before anything is changed.
             adapter_names: Which adapters; None: the active ones.
 
         Raises:
-            ValueError: The sum is not finite, with ``safe_merge``, or the layer is sharded over processes; nothing is
+            ValueError: The layer is sharded over processes, or with ``safe_merge`` the sum is not finite; nothing is
                 changed.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.slices]
@@ -223,7 +222,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters += new
 
     def unmerge(self) -> None:
-        """Put W back, bit for bit; a quantised W is quantised again."""
+        """Restore W, bit for bit. A quantised W is quantised again."""
         if self.unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -232,7 +231,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The change is additive and of low rank: PEFT may take a LoRA from it.
+        """True: dW is added to W and has low rank, so that PEFT can convert it into a LoRA adapter.
 
         Args:
             adapter_name: The adapter.

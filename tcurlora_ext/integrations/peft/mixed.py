@@ -1,4 +1,4 @@
-"""Mixed batches: ``adapter_names=`` says for every row of a batch which adapter computes it."""
+"""Mixed batches: ``adapter_names=`` names an adapter for every row of a batch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .layer import BASE, TcurLoraLinear
 
 @contextmanager
 def rows_for_adapters(tuner: BaseTuner, adapter_names: Sequence[str], num_beams: int | None) -> Iterator[None]:
-    """Within this context every layer of the tuner gets ``adapter_names``, one a row ("__base__": no adapter).
+    """Within this context every layer of the tuner gets ``adapter_names``, one per row ("__base__": no adapter).
 
-    Beam search repeats the rows of a batch, but not in the encoder of a model that has one. Raises ValueError in
-    training mode and for a name that no layer has.
+    Beam search repeats the rows of a batch, except in the encoder of an encoder-decoder model. Raises ValueError in
+    training mode, and for the name of an unknown adapter.
     """
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
@@ -45,7 +45,7 @@ def rows_for_adapters(tuner: BaseTuner, adapter_names: Sequence[str], num_beams:
 
 
 def _encoder_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of an encoder within the model; where there is none, transformers gives the model itself."""
+    """The modules of the model's encoder. Without one ``get_encoder`` returns the model itself: the result is empty."""
     encoder: Any = getattr(model, "get_encoder", lambda: None)()
     return list(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else []
 

@@ -1,4 +1,4 @@
-"""The tuner: what PEFT calls to put adapters on a model, and what holds their stacks."""
+"""The tuner: PEFT calls it to add adapters to a model, and it holds their stacks."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from .sharing import share_factors
 from .targets import base_of, default_names, find_groups, rank_pattern, stack_configs
 from .weighted import weighted_sum
 
-RANDOM_CORE = 0.1  # standard deviation of a core that is not to start at zero
+RANDOM_CORE = 0.1  # standard deviation of the core with init_weights=False
 
 
 class TcurLoraModel(BaseTuner):
-    """A model with t-CUR adapters. ``get_peft_model`` and ``PeftModel.from_pretrained`` make it.
+    """A model with t-CUR adapters. ``get_peft_model`` and ``PeftModel.from_pretrained`` create it.
 
     Attributes:
-        tcurlora_core: Adapter -> stack -> :class:`tcurlora_ext.TCURStack`: registered here once, used by the layers.
+        tcurlora_core: Adapter -> name of a stack -> :class:`tcurlora_ext.TCURStack`. Stacks are registered here once;
+            the layers use them by reference.
     """
 
     prefix = "tcurlora_"
@@ -56,7 +57,7 @@ class TcurLoraModel(BaseTuner):
         """
         return dict(cast("nn.ModuleDict", self.tcurlora_core[adapter_name]).items())  # type: ignore[arg-type]
 
-    # -- putting an adapter on ----------------------------------------------------------------------------------------
+    # -- adding an adapter --------------------------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: TcurLoraConfig, adapter_name: str) -> None:
         self.tcurlora_core = nn.ModuleDict()
@@ -65,16 +66,16 @@ class TcurLoraModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
     ) -> None:
-        """As PEFT's. After an error no stack of the adapter is left.
+        """As in PEFT. After an error the tuner has no stack of this adapter.
 
         Args:
-            model: The model that the adapter is put on.
+            model: The model to which the adapter is added.
             adapter_name: The adapter.
             *args: Passed on to PEFT.
-            low_cpu_mem_usage: Make the stacks on the meta device, for values that are loaded later.
+            low_cpu_mem_usage: Create the stacks on the meta device; their values are loaded later.
             **kwargs: Passed on to PEFT.
         """
-        # PEFT keeps the flags of what was there before, but looks for it only inside the model.
+        # PEFT restores requires_grad of earlier adapters, but only finds parameters in the layers, not those here.
         before = [(core, core.requires_grad) for core in self.tcurlora_core.parameters()]
         self._injected = (adapter_name, low_cpu_mem_usage)
         self._slices: dict[str, LayerSlices] = {}
@@ -95,9 +96,9 @@ class TcurLoraModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:
-        """Build the adapter's stacks, before any layer is replaced: they need all their layers at once."""
+        """Build the adapter's stacks before any layer is replaced: a stack needs all its layers at once."""
         adapter_name, on_meta = self._injected
-        refuse_sharded(model, "put adapters on before it is sharded")
+        refuse_sharded(model, "add adapters before it is sharded")
         self._replicate_layers(peft_config, model)
         groups = find_groups(model, peft_config)
         configs = stack_configs(groups, peft_config)
@@ -108,19 +109,19 @@ class TcurLoraModel(BaseTuner):
                 self._slices[target.name] = LayerSlices(stacks[name], first, target.slices)
         self.tcurlora_core[adapter_name] = nn.ModuleDict(stacks)
         if peft_config.budget is not None:
-            # On other base weights the budget may give other ranks, and the checkpoint would not fit.
+            # With other base weights the budget may give other ranks, which a checkpoint of this adapter would not fit.
             peft_config.rank_pattern = rank_pattern(groups, {name: stack.rank for name, stack in stacks.items()})
             peft_config.budget = None
 
     def _replicate_layers(self, config: TcurLoraConfig, model: nn.Module) -> None:
-        """For the first adapter, as it asks. Raises ValueError where a further one asks for something else."""
+        """Replicate layers for the first adapter. Raises ValueError where a later adapter has another list."""
         if config.layer_replication != self.layer_replication:
             raise ValueError(
-                f"layer_replication is {config.layer_replication}, expected {self.layer_replication} as of the model's "
-                "first adapter: all are on the same layers"
+                f"layer_replication is {config.layer_replication}, expected {self.layer_replication} as for the "
+                "model's first adapter: all adapters have the same layers"
             )
         if self.layer_replication and not self._replicated:
-            # What is wrong with the targets is said while nothing is changed.
+            # Raises for targets that do not fit, before anything is changed.
             stack_configs(find_groups(model, config), config)
             replicate_layers(model, self.layer_replication)
             self._replicated = True
@@ -128,13 +129,13 @@ class TcurLoraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         if self.layer_replication:
-            raise ValueError("cannot merge: replicated layers have one weight between them, and changes of their own")
+            raise ValueError("cannot merge: replicated layers share one weight, and each has a dW of its own")
 
     def share_with_the_others(self, stacks: dict[str, TCURStack]) -> None:
-        """Let an adapter's stacks use the C and R of other adapters that have the same.
+        """Let an adapter's stacks use C and R of other adapters where they are equal.
 
         Args:
-            stacks: Those of the adapter, by name.
+            stacks: The adapter's stacks, by name.
         """
         others = [stack for name in self.tcurlora_core for stack in self.stacks(name).values()]
         for stack in stacks.values():
@@ -160,17 +161,18 @@ class TcurLoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's also assigns weight and bias, which the layers here have, and merged trainable tokens do not take.
+        # PEFT's method also assigns weight and bias. The layers here find them in their base layer, and a layer with
+        # merged trainable tokens would refuse the assignment.
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cores are at least float32 from the start; without ``autocast_adapter_dtype`` they get the base's dtype."""
+        """Cast cores to the base's dtype unless ``autocast_adapter_dtype``, for which they are float32 already."""
         if not autocast_adapter_dtype:
             for stack in self.stacks(adapter_name).values():
                 stack.core.data = stack.core.data.to(stack.col.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; the adapter's stacks go with it.
+        """As in PEFT; the adapter's stacks are deleted too.
 
         Args:
             adapter_name: The adapter.
@@ -181,18 +183,18 @@ class TcurLoraModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter whose dW is the weighted sum of those of others, exactly.
+        """Add an adapter whose dW is exactly the weighted sum of the dW of other adapters.
 
-        Adapters may be on different layers, in stacks that are the same or have no layer in common. Scale and options
-        are the first's.
+        Two stacks of different adapters must have either all layers in common or none. The new adapter has the first
+        adapter's scale and options.
 
         Args:
-            adapters: Names of the others.
-            weights: One number for each of them.
+            adapters: Names of the adapters to sum.
+            weights: The weight of each of them.
             adapter_name: The new adapter.
-            combination_type: ``"linear"``, for adapters that chose the same columns and rows: the weighted sum of their
-                cores, at their rank. ``"cat"``, for any on the same layers: C = [C_1 C_2 ...], R = [R_1; R_2; ...] and
-                a core of blocks on the diagonal, whose rank is the sum of theirs.
+            combination_type: ``"linear"``: the weighted sum of the cores, for adapters that chose the same columns and
+                rows. ``"cat"``, for any choice: C = [C_1 C_2 ...], R = [R_1; R_2; ...] and a block-diagonal core; the
+                rank is the sum of the ranks.
 
         Raises:
             ValueError: The adapters have no such sum, a name is unknown or taken, or the rank becomes too large;
@@ -225,7 +227,7 @@ class TcurLoraModel(BaseTuner):
         self.load_state_dict(state, strict=False, assign=True)
         self.share_with_the_others(self.stacks(adapter_name))
 
-    # For ensure_weight_tying: PEFT has it for LoRA alone, though nothing in it is LoRA's.
+    # For ensure_weight_tying: PEFT defines this method for LoRA only, but nothing in it is specific to LoRA.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     # -- mixed batches ------------------------------------------------------------------------------------------------
@@ -274,16 +276,16 @@ class TcurLoraModel(BaseTuner):
 
 
 def _build(name: str, members: list[Target], of_stack: TCURConfig, config: TcurLoraConfig, on_meta: bool) -> TCURStack:
-    """A stack for these members; ``on_meta``: one without values, which are loaded later."""
+    """Build a stack of these targets; with ``on_meta`` on the meta device, for values that are loaded later."""
     if on_meta:
         return _blank(members, of_stack)
     if config.selection == "activation" and not config.calibration:
         if config.calibration is None:
             raise ValueError(
-                f"stack {name}: selection is 'activation' and calibration None, expected what calibrate(model, config, "
-                "batches) returned"
+                f"stack {name}: selection is 'activation' and calibration None, expected the result of "
+                "calibrate(model, config, batches)"
             )
-        of_stack = replace(of_stack, selection="norm")  # until the indices are loaded that activations chose
+        of_stack = replace(of_stack, selection="norm")  # the indices that "activation" chose are loaded afterwards
     stack = build_stack(name, members, of_stack, calibration=config.calibration or None)
     if not config.init_weights:
         nn.init.normal_(stack.core, std=RANDOM_CORE)
@@ -291,7 +293,7 @@ def _build(name: str, members: list[Target], of_stack: TCURConfig, config: TcurL
 
 
 def _blank(members: list[Target], config: TCURConfig) -> TCURStack:
-    """A stack of the right shapes on the meta device; nothing is chosen from the base weights, nor read of them."""
+    """A stack of the right shapes on the meta device, built without reading the base weights."""
     slices = sum(target.slices for target in members)
     ones = torch.ones((), dtype=members[0].weight.dtype).expand(slices, *members[0].shape)
     c, r = pair_of(config.rank)
@@ -300,7 +302,7 @@ def _blank(members: list[Target], config: TCURConfig) -> TCURStack:
 
 
 def _note_layout(config: TcurLoraConfig, target: nn.Module) -> None:
-    """Set ``fan_in_fan_out`` to what the layer is, which its type says, with the warning of PEFT's other methods."""
+    """Set ``fan_in_fan_out`` by the layer's type, with the warning that PEFT's other methods give."""
     base = base_of(target)
     transposed = is_conv1d(base)
     if config.fan_in_fan_out != transposed:

@@ -14,7 +14,7 @@ from tcurlora_ext.adapter.model.targets import Target
 
 @dataclass(frozen=True)
 class QuantisedTarget(Target):
-    """A target whose weight is dequantised each time that it is asked for."""
+    """A target whose weight is dequantised each time it is read."""
 
     backend: QuantizationBackend = None
 
@@ -29,8 +29,8 @@ class QuantisedTarget(Target):
 
 
 def backend_of(base_layer: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """PEFT's access to the weight of a quantised layer; None for a plain one."""
-    # How to quantise a merged weight is known to a model that transformers loaded, not to one that torchao changed.
+    """PEFT's access to the weight of a quantised layer; None for a layer that is not quantised."""
+    # A model quantised by transformers knows how to quantise a merged weight again; one quantised by torchao does not.
     known = {"get_apply_tensor_subclass": _unknown} | get_quantization_kwargs(model)
     return resolve_quantization_backend(base_layer, **known)
 
@@ -39,12 +39,13 @@ def dequantised(base_layer: nn.Module, backend: QuantizationBackend) -> Tensor:
     """The weight (out, in) as a plain tensor."""
     state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        # On some CPUs bitsandbytes keeps a 4 bit weight in a layout that dequantising misreads. Saving takes it back.
+        # On some CPUs bitsandbytes stores a 4 bit weight in a layout that its dequantisation misreads. Calling
+        # state_dict() restores the usual layout.
         base_layer.state_dict()
     return backend.get_base_weight(base_layer).detach()
 
 
 def _unknown() -> Any:
     raise TypeError(
-        "cannot merge: how to quantise the merged weight again is unknown, expected a model that transformers quantised"
+        "cannot merge: how to quantise the merged weight again is unknown, expected a model quantised by transformers"
     )

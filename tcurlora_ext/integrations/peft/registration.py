@@ -1,4 +1,4 @@
-"""Making the method known to PEFT."""
+"""Registration of the method with PEFT."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from .model import TcurLoraModel
 
 
 def register() -> None:
-    """Register the method under ``tcurlora``; without effect where it is registered."""
+    """Register the method under ``tcurlora``; without effect if it is already registered."""
     if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=PeftType(peft_type()).lower(), config_cls=TcurLoraConfig, model_cls=TcurLoraModel)

@@ -1,4 +1,4 @@
-"""Adapters that chose the same columns and rows of the same weights hold one C and one R between them."""
+"""Sharing C and R in memory between adapters that chose the same columns and rows of the same weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FACTORS = ("col", "row")
 
 
 def share_factors(stack: TCURStack, others: Iterable[TCURStack]) -> None:
-    """Use the C and R of the first of the others that has the same; they are frozen, and each stack keeps its core."""
+    """Let ``stack`` use C and R of the first other stack where they are equal. They are frozen; cores stay separate."""
     for other in others:
         pairs = [(getattr(stack, name), getattr(other, name)) for name in FACTORS]
         if all(own.device == its.device and not own.is_meta and torch.equal(own, its) for own, its in pairs):
@@ -25,7 +25,7 @@ def share_factors(stack: TCURStack, others: Iterable[TCURStack]) -> None:
 
 
 def _keep_from_the_others(stack: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before other values are loaded into a shared factor: a tensor of its own, or the other adapters would change."""
+    """Before a state_dict with different values is loaded, copy a shared factor: other adapters keep their values."""
     for name in FACTORS:
         new, own = state_dict.get(prefix + name), getattr(stack, name)
         if new is not None and not (new.shape == own.shape and torch.equal(new.to(own), own)):

@@ -1,4 +1,4 @@
-"""Which of a model's modules an adapter of PEFT takes, and the stacks they form."""
+"""The modules that a configuration of PEFT adapts, and the stacks that they form."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ T = TypeVar("T")
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The layer itself, within whatever PEFT has wrapped around it."""
+    """The layer itself, without the layers that PEFT has wrapped around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a base layer that is not quantised can be adapted: it is linear, and its parent calls it."""
-    # nn.MultiheadAttention reads the weight of its out_proj, of this type, and never calls it.
+    """Whether a base layer is a linear layer, not quantised, that its parent calls."""
+    # nn.MultiheadAttention reads the weight of its out_proj, which has this type, and never calls it.
     uncalled = type(module).__name__ == "NonDynamicallyQuantizableLinear"
     return (isinstance(module, nn.Linear) and not uncalled) or is_conv1d(module)
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The named modules without what lies inside PEFT's layers."""
+    """The named modules, except those inside PEFT's layers."""
     inside = None
     for name, module in model.named_modules():
         if not name or (inside is not None and name.startswith(inside)):
             continue
         yield name, module
         if isinstance(module, BaseTunerLayer):
-            inside = name + "."  # its children follow at once
+            inside = name + "."  # named_modules() gives the children of a module directly after it
 
 
 def is_supported(module: nn.Module, model: nn.Module) -> bool:
@@ -51,9 +51,9 @@ def is_supported(module: nn.Module, model: nn.Module) -> bool:
 
 
 def default_names(model: nn.Module) -> set[str]:
-    """What is adapted where the configuration names no modules, as ends of names: what follows the block's number.
+    """The ends of the names of the modules adapted by default: the parts after the block's number.
 
-    Raises ValueError where there is nothing.
+    Raises ValueError where the default matches no module.
     """
     names = {
         Target(name, base_of(module)).role
@@ -69,9 +69,9 @@ def default_names(model: nn.Module) -> set[str]:
 
 
 def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
-    """The modules that the configuration names, in registration order; "all-linear" in it is written out.
+    """The modules that the configuration names, in registration order; "all-linear" in it is replaced by the names.
 
-    Raises TypeError or ValueError where one cannot be adapted.
+    Raises TypeError or ValueError where a module cannot be adapted.
     """
     _maybe_include_all_linear_layers(config, model)
     return [
@@ -82,12 +82,12 @@ def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
 
 
 def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Target]]:
-    """The targets as stacks by name. Raises as :func:`find_targets`."""
+    """The targets of every stack, by the stack's name. Raises as :func:`find_targets`."""
     return group(find_targets(model, config), config.for_stack(config.r, config.alpha))
 
 
 def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraConfig) -> Target:
-    """The target for a module that the configuration names. Raises TypeError or ValueError where it cannot be one."""
+    """The target for a module that the configuration names. Raises TypeError or ValueError if it cannot be adapted."""
     base = base_of(module)
     if not is_supported(base, model):
         raise TypeError(
@@ -107,7 +107,7 @@ def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraCo
 def stack_configs(groups: Mapping[str, list[Target]], config: TcurLoraConfig) -> dict[str, TCURConfig]:
     """The configuration of every stack.
 
-    Raises ValueError where the patterns give the layers of a stack different ranks or alphas, and where the budget is
+    Raises ValueError where the patterns give the layers of a stack different ranks or alphas, or where the budget is
     too small.
     """
     ranks: Mapping[str, Rank]
@@ -124,7 +124,7 @@ def stack_configs(groups: Mapping[str, list[Target]], config: TcurLoraConfig) ->
 
 
 def rank_pattern(groups: Mapping[str, list[Target]], ranks: Mapping[str, tuple[int, int]]) -> dict[str, Rank]:
-    """The ``rank_pattern`` that gives every stack its own (c, r), whatever other names end like those of its layers."""
+    """A ``rank_pattern`` of whole module names that gives every stack its own rank (c, r)."""
     short = {name: c if c == r else (c, r) for name, (c, r) in ranks.items()}
     return {f"^{re.escape(target.name)}$": short[name] for name, members in groups.items() for target in members}
 

@@ -1,4 +1,4 @@
-"""A new adapter whose change is the weighted sum of those of others: exactly, and a t-CUR adapter like any other."""
+"""A new t-CUR adapter whose dW is exactly the weighted sum of the dW of other adapters."""
 
 from __future__ import annotations
 
@@ -31,22 +31,25 @@ def weighted_sum(
     stacks: Mapping[str, Mapping[str, TCURStack]],
     combination_type: str,
 ) -> tuple[TcurLoraConfig, dict[str, dict[str, Any]]]:
-    """The adapter with the change ``sum_i weights[i] * dW_i``: its configuration, and the tensors of each stack.
+    """The adapter with ``dW = sum_i weights[i] * dW_i``: its configuration, and the tensors of each stack.
 
-    "linear"  for adapters that chose the same columns and rows: the weighted sum of their cores, at their rank.
-    "cat"     for any on the same layers: C = [C_1 C_2 ...], R = [R_1; R_2; ...] and a core of blocks on the diagonal,
-              whose rank is the sum of theirs.
+    "linear"  for adapters that chose the same columns and rows: the weighted sum of the cores.
+    "cat"     for any choice: C = [C_1 C_2 ...], R = [R_1; R_2; ...] and a block-diagonal core; the rank is the sum of
+              the ranks.
 
-    Adapters may be on different layers, in stacks that are the same or have no layer in common. Scale and options are
-    the first's. Raises ValueError for all else, and where the rank becomes too large.
+    Two stacks of different adapters must have either all layers in common or none. The result has the first adapter's
+    scale and options.
 
     Args:
-        model: What the adapters are on.
-        adapters: Their names.
-        weights: One for each of them.
+        model: The model with the adapters.
+        adapters: Names of the adapters to sum.
+        weights: The weight of each of them.
         configs: Their configurations, by adapter.
-        stacks: Their stacks, by adapter and name.
+        stacks: Their stacks, by adapter and name of the stack.
         combination_type: "linear" or "cat".
+
+    Raises:
+        ValueError: The adapters have no such sum, or the rank becomes too large.
     """
     _check(adapters, weights, configs, combination_type)
     parts = [
@@ -74,12 +77,13 @@ def weighted_sum(
 
 
 def require_same(configs: dict[str, TcurLoraConfig]) -> None:
-    """Raise ValueError where the cores of adapters, given by name, mean different things."""
+    """Raise ValueError where options differ that decide what a core means, for configurations by adapter name."""
     first, *others = configs
     for other in others:
         for field in (*OF_THE_CORE, "scale"):
             here, there = (getattr(configs[name], field) for name in (first, other))
-            # Raw factors may have any scale; beside them those of unit norm cannot be told apart by their indices.
+            # Two numbers may differ: cores are multiplied by the ratio. None beside a number may not: the same indices
+            # then stand for different factors, of unit norm and raw.
             if here != there and (field != "scale" or None in (here, there)):
                 raise ValueError(f"{field} is {here!r} in adapter {first} and {there!r} in {other}, expected the same")
 
@@ -111,21 +115,21 @@ def _check(
 
 
 def _of_layers(stack: str, layers: list[str], parts: list[Part]) -> list[Part]:
-    """The parts over exactly these layers. Raises ValueError where another shares some of them."""
+    """The parts with exactly these layers. Raises ValueError where another part has some of them."""
     for name, _, other in parts:
         if other.names != layers and set(other.names) & set(layers):
             raise ValueError(
                 f"the layers {', '.join(other.names)} are a stack of adapter {name}, and {', '.join(layers)} would be "
-                f"stack {stack} of the sum, expected the same: stack_by='role' or 'none' makes stacks that agree"
+                f"stack {stack} of the sum, expected the same layers: stack_by='role' or 'none' makes stacks that agree"
             )
     own = [part for part in parts if part[2].names == layers]
     if not own:
-        raise ValueError(f"{layers[0]} has the end of an adapted layer's name and is in none of the adapters")
+        raise ValueError(f"{layers[0]} matches the name of an adapted layer, but no adapter has it")
     return own
 
 
 def _combined(parts: list[Part], combination_type: str) -> dict[str, Any]:
-    """The tensors of the stack that is the sum of the parts."""
+    """The tensors of the stack whose dW is the sum of the parts."""
     stacks = [stack for *_, stack in parts]
     scale = next((stack.scale for stack in stacks if stack.scale), 1.0)
     cores = [weight * stack.scale / scale * stack.core.detach() for _, weight, stack in parts]

@@ -1,7 +1,7 @@
-"""Transforms along the slices of a stack, one a file. A new one is a file here and a line in :data:`TRANSFORMS`.
+"""Transforms along the slices of a stack, one per file. A new one is a file here and an entry in :data:`TRANSFORMS`.
 
-What the C++ and Triton kernels compute with is spelled out there too (csrc/middle.h, kernels/middle.py); a transform
-that they do not know is computed in PyTorch's operations.
+The C++ and Triton kernels have the transforms that they compute with written out as well (csrc/middle.h,
+kernels/middle.py). Any other transform is computed in PyTorch operations.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TRANSFORMS: dict[str, SliceTransform] = {transform.name: transform for transform
 
 
 def transform_named(name: str) -> SliceTransform:
-    """The transform of a name. ValueError for an unknown one."""
+    """The transform of this name. Raises ValueError for an unknown one."""
     if name not in TRANSFORMS:
         raise ValueError(f"transform {name!r} is unknown, expected one of {', '.join(TRANSFORMS)}")
     return TRANSFORMS[name]
 
 
 def with_middle_product(name: str) -> SliceTransform:
-    """As :func:`transform_named`, for a folding that the operator computes with: all slices share the core."""
+    """As :func:`transform_named`, but also raises ValueError for a transform under which slices share no core."""
     known = [repr(one.name) for one in TRANSFORMS.values() if one.shares_core]
     if name not in TRANSFORMS or not TRANSFORMS[name].shares_core:
         raise ValueError(f"transform {name!r} has no middle product, expected {' or '.join(known)}")

@@ -1,4 +1,4 @@
-"""The discrete cosine transform along the slices: one core for all slices, whose S blocks do not couple."""
+"""The discrete cosine transform along the slices: one core for all slices, with S blocks that are not coupled."""
 
 from __future__ import annotations
 

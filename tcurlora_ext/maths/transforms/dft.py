@@ -1,7 +1,7 @@
 """The discrete Fourier transform along the slices, in real coordinates: the transform of the t-product.
 
-Frequency 0, then the real and the imaginary part of 1, 2, ..., then for even S frequency S/2: S blocks in all. The two
-parts of a frequency are coupled by its phase, which in layer l is exp(2 pi i k l / S).
+The S blocks are frequency 0, then the real and the imaginary part of frequencies 1, 2, ..., then for even S frequency
+S/2. The two parts of frequency k are coupled by its phase, which is exp(2 pi i k l / S) in slice l.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DFT(SliceTransform):
         return torch.cat([ends[0], pairs, *ends[1:]])
 
     def norms(self, slices: int) -> Tensor:
-        """Those of the unnormalised DFT."""
+        """The norms of the unnormalised DFT."""
         norms = torch.full((slices,), math.sqrt(slices / 2), dtype=torch.float64)
         norms[self.single_blocks(slices)] = math.sqrt(slices)
         return norms
@@ -77,14 +77,14 @@ class DFT(SliceTransform):
         return sum_over_blocks((a[(layer - torch.arange(slices)) % slices] for layer in layers), b)
 
     def spectrum(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Of conjugate frequencies one stands for both: S//2 + 1 of them, complex."""
+        """The S//2 + 1 complex frequencies 0..S//2; one of a conjugate pair has weight 2."""
         slices = len(tensor)
         weights = torch.full((slices // 2 + 1,), 2.0, dtype=tensor.dtype, device=tensor.device)
         weights[self_conjugate_frequencies(slices)] = 1.0
         return torch.fft.rfft(tensor, dim=0, norm="ortho"), weights
 
     def inverse_spectrum(self, frequencies: Tensor, slices: int) -> Tensor:
-        """Of the first few frequencies, too; the others are zero."""
+        """The inverse DFT. ``frequencies`` may be the first few alone: missing ones are taken as zero."""
         return torch.fft.irfft(frequencies, n=slices, dim=0, norm="ortho")
 
     def product_energy(self, slices: int) -> int:
@@ -99,17 +99,18 @@ class DFT(SliceTransform):
     def calls(
         self, col: Tensor, core: Tensor, row: Tensor, slices: int, first_slice: int, num_slices: int, scale: float
     ) -> list[Factors]:
-        """One call, or one a slice for a core of low frequencies."""
+        """One call for all slices, or one call per slice where the core has the lowest frequencies alone."""
         if core.shape[0] == slices:
             return [Factors(col, core, row, first_slice, num_slices, scale, self.name)]
         layers = range(first_slice, first_slice + num_slices)
         return [Factors(col, self.core_at(core, layer, slices), row, 0, 1, scale, self.name) for layer in layers]
 
     def core_at(self, core_fourier: Tensor, layer: int, slices: int) -> Tensor:
-        """The core of F slices that does in its slice 0 what a core of low frequencies does in slice ``layer`` of S.
+        """A core (F, c, r) for a stack of F slices, whose slice 0 then equals slice ``layer`` of the stack of S slices.
 
-        (F, c, r) -> (F, c, r) with F blocks kept of S: the phases of the layer, and the weights of S slices in place of
-        those of F. An operator that knows of one number of slices alone then computes with F of them.
+        ``core_fourier`` (F, c, r) has the F lowest of S blocks. The operator takes the number of slices from the number
+        of blocks, F. So the blocks are multiplied here by the phases of slice ``layer`` of S, and by the ratio of the
+        weights of S slices to those of F slices.
         """
         blocks = core_fourier.shape[0]
         single, cos, sin = phases_on(self, slices, layer, 1, core_fourier.device, core_fourier.dtype)
@@ -117,5 +118,5 @@ class DFT(SliceTransform):
         cos, sin = cos[0, :pairs], sin[0, :pairs]
         real, imaginary = core_fourier[1:].unflatten(0, (pairs, 2)).unbind(1)
         turned = torch.stack([cos * real - sin * imaginary, sin * real + cos * imaginary], 1).flatten(0, 1)
-        # Of the weights of S slices only the ratio to those of F is wanted, which the operator multiplies with.
+        # The operator multiplies by the weights of F slices, 1/sqrt(F) and sqrt(2/F): they are divided out here.
         return torch.cat([single[0, :1] * math.sqrt(blocks) * core_fourier[:1], turned * math.sqrt(blocks / 2)])

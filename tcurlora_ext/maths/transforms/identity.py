@@ -1,4 +1,4 @@
-"""No transform: every slice has a core of its own, as in CURLoRA. Layers call the operator with stacks of one slice."""
+"""No transform: every slice has a core of its own, as in CURLoRA. Each call of the operator is for one slice."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .base import CallShape, SliceTransform
 
 
 class Identity(SliceTransform):
-    """``"identity"``: slice by slice. A stack of one slice, whose DFT does nothing, is what the operator sees."""
+    """``"identity"``: slice by slice. The operator is called with stacks of one slice, whose DFT is the identity."""
 
     name = "identity"
-    title = "no transform, one independent core a slice"
+    title = "no transform, one independent core per slice"
     has_kernels = True
     has_frequencies = False
     shares_core = False
@@ -39,7 +39,7 @@ class Identity(SliceTransform):
     def calls(
         self, col: Tensor, core: Tensor, row: Tensor, slices: int, first_slice: int, num_slices: int, scale: float
     ) -> list[Factors]:
-        """One call a slice, with its own columns of col and rows of row."""
+        """One call per slice, with the slice's own columns of col and rows of row."""
         _, c, r = core.shape
         return [
             Factors(col[:, at * c : (at + 1) * c], core[at : at + 1], row[at * r : (at + 1) * r], 0, 1, scale)

@@ -1,4 +1,4 @@
-"""The implementations of the operator, one a file, and the table by which ``"auto"`` takes one of them."""
+"""The implementations of the operator, one per file, and the table by which ``"auto"`` chooses between them."""
 
 from .base import Backend
 from .registry import BACKENDS, missing

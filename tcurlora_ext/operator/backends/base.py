@@ -1,4 +1,4 @@
-"""What a backend has to say of itself and to compute."""
+"""The interface of a backend."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ class Backend:
     """An implementation of the operator.
 
     Attributes:
-        name: As ``backend=`` takes it.
-        description: What computes, for :func:`tcurlora_ext.backends`.
-        missing: Why it does not work on a kind of device ("cpu", "cuda", ...); "" where it does.
+        name: The name for the argument ``backend``.
+        description: What computes, in a few words, for :func:`tcurlora_ext.backends`.
+        missing: Maps a device type ("cpu", "cuda", ...) to the reason why the backend does not work on it, or to "".
         forward: (x, weight, bias, factors) -> y (..., n*out) and h (T, r*S).
-        backward: (g, x, h, weight, factors, needs) -> gradients of x, weight, bias, col, core and row, an empty tensor
-            where ``needs`` says no.
-        in_python: Whether the operators call ``forward`` and ``backward``; else csrc/ computes and these call it.
+        backward: (g, x, h, weight, factors, needs) -> gradients of x, weight, bias, col, core and row; an empty tensor
+            for every gradient that ``needs`` does not ask for.
+        in_python: True: the registered operators call ``forward`` and ``backward``. False: csrc/ implements the
+            backend, and ``forward`` and ``backward`` call the registered operators.
     """
 
     name: str

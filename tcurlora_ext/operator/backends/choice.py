@@ -1,6 +1,6 @@
-"""Which backend ``"auto"`` takes: a small table by device, dtype and sizes, and what works on a device.
+"""Which backend ``"auto"`` chooses: a small table by device, dtype and sizes, and which backends work on a device.
 
-csrc/choice.cpp looks the rules of a device up here once and matches them itself, call by call.
+csrc/choice.cpp asks for the rules of a device once and then matches every call against them itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rule asks of one call."""
+    """The sizes of one call that rules may depend on."""
 
     tokens: int  # rows of x
     width: int  # q: the larger of r*S and c*S
@@ -29,7 +29,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Rule:
-    """``backend`` for these dtypes (None: all) and sizes, both ends included. ``reason`` says where it was measured."""
+    """Take ``backend`` for calls of these dtypes (None: all) and sizes, both ends included; ``reason`` says why."""
 
     backend: str
     reason: str
@@ -40,11 +40,11 @@ class Rule:
 
     @property
     def limited(self) -> bool:
-        """Whether there are calls that it does not match."""
+        """Whether the rule matches only some calls."""
         return self.dtypes is not None or any(r != (0, UNLIMITED) for r in (self.tokens, self.width, self.weight))
 
     def matches(self, dtype: torch.dtype, sizes: Sizes) -> bool:
-        """Whether the rule is for this call."""
+        """Whether the rule matches a call of this dtype and these sizes."""
         return (self.dtypes is None or dtype in self.dtypes) and all(
             low <= value <= high
             for value, (low, high) in (
@@ -61,7 +61,8 @@ class Rule:
         return f"{self.backend} for {'; '.join(limits) or 'everything'} ({self.reason})"
 
 
-# First match wins; rules whose backend does not work on the device are passed over. GPUs by name; "cuda": any other.
+# The first rule that matches decides; rules whose backend does not work on the device are skipped. A key is "cpu", the
+# name of a GPU, or "cuda" for all GPUs without an entry of their own.
 TABLE: dict[str, tuple[Rule, ...]] = {
     "cpu": (
         Rule(
@@ -75,14 +76,14 @@ EAGER = Rule("eager", "nothing else has kernels for this device")
 
 @dataclass(frozen=True)
 class Choices:
-    """For one device: the rules in force, the last one for everything; why each backend does not work ("": it does)."""
+    """The rules for one device, the last of which matches every call, and per backend why it does not work, or ""."""
 
     rules: tuple[Rule, ...]
     missing: dict[str, str]
 
 
 def override() -> str:
-    """The backend that TCURLORA_BACKEND names, "auto" where it names none. ValueError for an unknown one."""
+    """The backend that TCURLORA_BACKEND names; "auto" where it is not set. Raises ValueError for an unknown one."""
     name = os.environ.get(VARIABLE) or "auto"
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{VARIABLE} is {name!r}, expected 'auto' or one of {', '.join(BACKENDS)}")
@@ -91,7 +92,7 @@ def override() -> str:
 
 @lru_cache(maxsize=64)
 def choices(device: torch.device) -> Choices:
-    """What is in force on a device."""
+    """The rules and missing backends of a device."""
     reasons = {name: missing(name, device.type) for name in BACKENDS}
     if override() != "auto":
         return Choices((Rule(override(), f"{VARIABLE} is set"),), reasons)
@@ -102,7 +103,10 @@ def choices(device: torch.device) -> Choices:
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Rule:
-    """The rule that decides a call. ValueError for an unknown backend, RuntimeError for one that does not work."""
+    """The rule that decides a call.
+
+    Raises ValueError for an unknown backend, RuntimeError for one that does not work on the device.
+    """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown, expected 'auto' or one of {', '.join(BACKENDS)}")
     found = choices(device)
@@ -117,7 +121,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes)
 
 
 def as_plain_values(device: str) -> tuple[list[tuple[int, list[str], list[int], list[int]]], list[str]]:
-    """:func:`choices` in the form that the C++ extension takes."""
+    """The result of :func:`choices` as lists, strings and integers, for the C++ extension."""
     found = choices(torch.device(device))
     rules = []
     for rule in found.rules:

@@ -24,7 +24,7 @@ def _rows_of(tensor: Tensor) -> Tensor:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
-    """y (..., n*out) and h (T, r*S). Raises ValueError where the tensors do not fit together."""
+    """Returns y (..., n*out) and h (T, r*S). Raises ValueError where the tensors do not fit together."""
     check(x, weight, bias, factors)
     col, row = factors.col, factors.row
     x2 = _rows_of(x)
@@ -32,7 +32,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) ->
         h = x2 @ row.T
     with stage("m = h B^T"):
         m = BatchedMiddle(factors, x.dtype).forward(h)
-    # The base as nn.Linear computes it, then the adapter accumulated onto it: a zero core gives the base bit for bit.
+    # The base is computed as by nn.Linear, and delta is added in place: a zero core gives the base's y bit for bit.
     with stage("y = x W^T + bias"):
         y = torch.nn.functional.linear(x2, weight, bias)
     with stage("y += m col^T"):
@@ -43,9 +43,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) ->
 def backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, factors: Factors, needs: Sequence[bool]
 ) -> Gradients:
-    """Gradients of (x, weight, bias, col, core, row); an empty tensor where ``needs`` says no.
+    """Gradients of (x, weight, bias, col, core, row); an empty tensor for each that ``needs`` does not ask for.
 
-    Of x and h one may be missing: h is computed again from x, and x is only used by the gradients of weight and row.
+    x may be None where no gradient of weight or row is needed and h is given. h may be None where x is given: it is
+    then computed again.
     """
     needs_x, needs_weight, needs_bias, needs_col, needs_core, needs_row = needs
     col, core, row, _, n, *_ = factors
@@ -75,7 +76,7 @@ def backward(
     if needs_x or needs_row:
         with stage("dh = p B"):
             dh = middle.backward(p)
-        del p  # n*c*S numbers a token, for a fused projection more than x: gone before dx is made
+        del p  # n*c*S elements per token, more than x has for a fused projection: freed before dx is allocated
         if needs_x:
             with stage("dx = g W + dh row"):
                 gradients[0] = (g2 @ weight).addmm_(dh, row).view(*g.shape[:-1], row.shape[1])

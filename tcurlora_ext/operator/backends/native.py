@@ -1,4 +1,4 @@
-"""The C++ extension: kernels of its own on the CPU, CUDA kernels where it was built with them."""
+"""The C++ extension: C++ kernels on the CPU, CUDA kernels where it was built with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Backend
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or why there is none."""
+    """The extension and "", or None and the reason why it cannot be loaded."""
     try:
         return importlib.import_module("tcurlora_ext._C"), ""
     except ModuleNotFoundError:
@@ -32,7 +32,7 @@ def extension() -> ModuleType | None:
 
 
 def missing(device_type: str) -> str:
-    """Why the extension has no kernels for a kind of device; "" where it has."""
+    """Why the extension has no kernels for a device type; "" where it has."""
     built, reason = _load()
     if built is None:
         return reason
@@ -46,14 +46,14 @@ def _description() -> str:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
-    """As eager.forward. Raises RuntimeError where the extension has no kernels for the device."""
+    """See eager.forward. Raises RuntimeError where the extension has no kernels for the device."""
     return torch.ops.tcurlora.forward(x, weight, bias, *factors, NATIVE.name)
 
 
 def backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, factors: Factors, needs: Sequence[bool]
 ) -> Gradients:
-    """As eager.backward. Raises RuntimeError where the extension has no kernels for the device."""
+    """See eager.backward. Raises RuntimeError where the extension has no kernels for the device."""
     *shared, transform = factors
     return torch.ops.tcurlora.backward(g, x, h, weight, *shared, needs, transform, NATIVE.name)
 

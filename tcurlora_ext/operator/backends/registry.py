@@ -1,4 +1,4 @@
-"""The backends by name. A new one is a file beside this one and a line here."""
+"""The backends by name. A new backend is a file beside this one and an entry here."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (EAGER, NAT
 
 
 def missing(name: str, device_type: str) -> str:
-    """Why a backend does not work on a kind of device ("cpu", "cuda", ...); "" where it does."""
+    """Why a backend does not work on a device type ("cpu", "cuda", ...); "" where it works."""
     return BACKENDS[name].missing(device_type)

@@ -1,4 +1,4 @@
-"""What a user sees of the backends: which work here, which one ``backend="auto"`` takes, and why."""
+"""What users are told about the backends: which work on this machine, which one ``"auto"`` chooses, and why."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .registry import BACKENDS
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend works on a device of this machine: ``bool(status)``.
+    """Whether a backend works on any device of this machine: ``bool(status)``.
 
     Attributes:
         name: ``"eager"``, ``"native"`` or ``"triton"``.
-        works: Whether it does.
-        reason: Where, and when ``"auto"`` takes it; or why it does not work.
+        works: Whether it works on at least one device.
+        reason: On which devices it works and for which calls ``"auto"`` takes it; or why it does not work.
     """
 
     name: str
@@ -29,18 +29,18 @@ class BackendStatus:
 
 
 def devices() -> list[torch.device]:
-    """The devices of this machine that "auto" has rules for."""
+    """The devices of this machine for which "auto" has rules."""
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The implementations of the operator, and which of them work here.
+    """The implementations of the operator, and which of them work on this machine.
 
-    ``"eager"`` is PyTorch's operations, ``"native"`` C++ on the CPU and CUDA C++ on a GPU, ``"triton"`` Triton kernels.
+    ``"eager"`` uses PyTorch operations, ``"native"`` C++ on the CPU and CUDA C++ on a GPU, ``"triton"`` Triton kernels.
 
     Returns:
-        Name -> status, with where and why ``"auto"`` takes it. The variable ``TCURLORA_BACKEND`` in the environment of
-        a process names one that ``"auto"`` takes instead.
+        Name -> status; ``status.reason`` says on which devices ``"auto"`` takes this backend and why. The environment
+        variable ``TCURLORA_BACKEND`` names a backend that ``"auto"`` takes in all cases.
     """
     return {name: _status(name) for name in BACKENDS}
 

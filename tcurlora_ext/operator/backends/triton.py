@@ -15,30 +15,30 @@ from .base import Backend
 
 
 def missing(device_type: str) -> str:
-    """Why the kernels do not run on a kind of device; "" where they do."""
+    """Why the kernels do not run on a device type; "" where they do."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    # Triton reads the variable when its functions are made; it then runs them in Python, on CPU tensors alone.
+    # With this variable set when its functions are defined, Triton runs them in Python, and on CPU tensors only.
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "" if device_type == "cpu" else "TRITON_INTERPRET=1 leaves the kernels to an interpreter on the CPU"
+        return "" if device_type == "cpu" else "TRITON_INTERPRET=1 runs the kernels in an interpreter on the CPU"
     return "" if device_type == "cuda" else "the Triton kernels are for CUDA devices"
 
 
 def _kernels() -> Any:
-    # Imported when first used: it needs the package triton.
+    # Imported on first use, because it needs the package triton.
     from tcurlora_ext.kernels import operator
 
     return operator
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
-    """As eager.forward. Raises ValueError where the tensors do not fit together, before any kernel is launched."""
+    """See eager.forward. Raises ValueError where the tensors do not fit together, before any kernel is launched."""
     check(x, weight, bias, factors)
     return _kernels().forward(x, weight, bias, factors)
 
 
 def backward(*arguments: Any) -> Gradients:
-    """As eager.backward."""
+    """See eager.backward."""
     return _kernels().backward(*arguments)
 
 

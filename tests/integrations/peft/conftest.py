@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and adapters on them."""
+"""Tiny models with random weights, and adapters for them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tokens() -> Tensor:
 
 @pytest.fixture
 def adapt() -> Callable[..., PeftModel]:
-    """A model with an adapter that changes its output, unless told otherwise."""
+    """Add an adapter to a model, by default one that changes the output."""
 
     def adapt(model: nn.Module, **options: Any) -> PeftModel:
         return get_peft_model(model, TcurLoraConfig(**({"r": 2, "init_weights": False} | options))).eval()

@@ -1,4 +1,4 @@
-"""Adapters on a model: what trains, what they compute, several of them, taking them off."""
+"""Adapters on a model: what trains, what they compute, several adapters, removing them."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def test_the_operator_computes_base_and_adapter_unless_the_base_layer_does_more(
     assert not fused
 
 
-def test_gradients_are_those_of_the_dense_change(make_llama: MakeLlama, adapt: Adapt) -> None:
-    """Through the fused operator and through the path beside a base layer of its own."""
+def test_gradients_are_those_of_the_dense_delta(make_llama: MakeLlama, adapt: Adapt) -> None:
+    """With the base product in the operator, and with the base layer called separately."""
     model = adapt(make_llama().double(), target_modules=["q_proj", "o_proj"])
     layer = next(iter(layers(model).values()))
     core, x = layer.tcurlora_core["default"].core, torch.randn(7, 16, dtype=torch.float64)

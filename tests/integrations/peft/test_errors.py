@@ -1,4 +1,4 @@
-"""Errors name what was found and what was expected, and leave the model as it was."""
+"""Errors name what was found and what was expected, and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tcurlora_ext.integrations.peft import TcurLoraConfig, TcurLoraLinear
     [
         ({"r": 0}, "rank is 0, expected a positive whole number"),
         ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] is -1, expected a positive whole number"),
-        ({"rank_pattern": {"q_proj": 1}, "budget": 99}, r"budget is 99 and rank_pattern .*: expected one"),
+        ({"rank_pattern": {"q_proj": 1}, "budget": 99}, r"budget is 99 and rank_pattern .*: expected one of the two"),
         ({"budget": 0}, "budget is 0, expected a positive whole number"),
         ({"dropout": 1.0}, "dropout is 1.0, expected a number from 0 to below 1"),
         ({"frequencies": 2, "transform": "dct"}, "found transform 'dct'"),
@@ -43,7 +43,7 @@ def test_of_the_configuration(options: dict[str, Any], message: str) -> None:
         ({"target_modules": ["q_prj"]}, ValueError, "q_prj"),
         ({"target_modules": ["embed_tokens"]}, TypeError, "model.embed_tokens is a Embedding, expected a linear layer"),
         ({"r": 9}, ValueError, r"8x16 .*rank \(c, r\) = \(9, 9\) does not fit 8 x 16 weights"),
-        ({"budget": 4}, ValueError, "budget is 4 numbers, expected at least 14"),
+        ({"budget": 4}, ValueError, "budget is 4 parameters, expected at least 14"),
         ({"selection": "activation"}, ValueError, "stack 16x16: selection is 'activation' and calibration None"),
         ({"calibration": {}, "selection": "activation", "r": 99}, ValueError, "does not fit"),
         ({"split_fused": {"q_proj": 3}}, ValueError, "q_proj: 16 output features do not split into 3"),
@@ -91,7 +91,7 @@ def test_of_a_base_without_values(make_llama: Callable[[], LlamaForCausalLM]) ->
 
 
 def test_of_modules_that_are_not_called() -> None:
-    """``nn.MultiheadAttention`` reads its out_proj's weight; an adapter there would silently do nothing."""
+    """``nn.MultiheadAttention`` does not call its out_proj: an adapter there would silently have no effect."""
     with pytest.raises(TypeError, match="out_proj is a NonDynamicallyQuantizableLinear, expected a linear layer"):
         get_peft_model(nn.MultiheadAttention(8, 2), TcurLoraConfig(r=1, target_modules=["out_proj"]))
 

@@ -1,4 +1,4 @@
-"""W + dW in the place of W, and W back."""
+"""Merging W + dW into the base layer, and restoring W."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MakeLlama = Callable[[], LlamaForCausalLM]
 
 
 def weights(model: nn.Module) -> list[Tensor]:
-    """Of the adapted layers as they are now."""
+    """The present weights of the adapted layers."""
     return [m.get_base_layer().weight.clone() for m in model.modules() if isinstance(m, TcurLoraLinear)]
 
 

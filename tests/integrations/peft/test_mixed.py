@@ -1,4 +1,4 @@
-"""Mixed batches: every row by its own adapter, as if it were alone."""
+"""Mixed batches: every row is computed with its own adapter, as in a batch of its own."""
 
 from __future__ import annotations
 

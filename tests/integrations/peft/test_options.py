@@ -1,4 +1,4 @@
-"""The options that are those of ``inject``: dropout, a budget, blocks, frequencies, activations."""
+"""Options that ``inject`` has too: dropout, a parameter budget, blocks, frequencies, activations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ranks(model: PeftModel, adapter: str = "default") -> dict[str, tuple[int, in
 def test_in_training_the_adapter_reads_a_dropped_x_and_the_base_all_of_it(
     make_llama: MakeLlama, adapt: Adapt, hooked: bool
 ) -> None:
-    """Through the stack's own base product and beside a base layer of its own."""
+    """With the base product in the operator, and with the base layer called separately."""
     model = adapt(make_llama().double(), target_modules=["q_proj"], dropout=0.5)
     layer = next(module for module in model.modules() if isinstance(module, TcurLoraLinear)).train()
     if hooked:
@@ -214,7 +214,7 @@ def test_inputs_are_those_of_the_base_whatever_adapters_it_has(
 
 
 def test_layers_that_cannot_be_stacked_are_in_stacks_of_their_own(make_llama: MakeLlama, adapt: Adapt) -> None:
-    """As a device_map leaves them; here of two dtypes."""
+    """As with a device_map; here they have two dtypes."""
 
     def mixed() -> LlamaForCausalLM:
         model = make_llama()
@@ -249,7 +249,7 @@ def test_replicated_layers_share_their_weights_and_have_slices_of_their_own(
     loaded.load_adapter(tmp_path, "again")
     assert len(loaded.base_model.model.model.layers) == 4
     for change in (loaded.merge_adapter, loaded.merge_and_unload):
-        with pytest.raises(ValueError, match="cannot merge: replicated layers have one weight"):
+        with pytest.raises(ValueError, match="cannot merge: replicated layers share one weight"):
             change()
     with pytest.raises(ValueError, match=r"layer_replication is None, expected \[\(0, 1\), \(0, 2\)"):
         loaded.add_adapter("other", TcurLoraConfig(r=2))

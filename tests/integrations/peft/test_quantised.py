@@ -1,4 +1,4 @@
-"""A quantised base: wrapped, C and R from its dequantised weight."""
+"""A quantised base: its layers are adapted, with C and R from the dequantised weight."""
 
 from __future__ import annotations
 
@@ -110,11 +110,11 @@ def test_merged_and_unmerged(kind: str, x: Tensor) -> None:
 
 def test_torchao_alone_does_not_say_how_to_quantise_again() -> None:
     model = adapt(by_torchao())
-    with pytest.raises(TypeError, match="expected a model that transformers quantised"):
+    with pytest.raises(TypeError, match="expected a model quantised by transformers"):
         model.merge_adapter()
 
 
-BY_PEFT = r"is quantised: a \w+ whose weight is a \w+, .* Through PEFT it can be adapted: get_peft_model\(model, Tcur"
+BY_PEFT = r"is quantised: a \w+ whose weight is a \w+, .* PEFT can adapt it: get_peft_model\(model, Tcur"
 
 
 def test_without_peft_a_quantised_layer_is_refused_with_the_way_to_adapt_it(

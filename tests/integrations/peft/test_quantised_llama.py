@@ -1,4 +1,4 @@
-"""A small Llama that transformers quantised as it loaded it: trained, generating, saved, loaded and merged."""
+"""A small Llama, quantised by transformers on loading: training, generation, saving, loading and merging."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ QUANTISED = {"bitsandbytes 4 bit": in_4_bit, "bitsandbytes 8 bit": in_8_bit, "to
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama's weights, larger than the configuration's 0.02, so that the blocks matter."""
+    """A saved Llama with weights larger than the configuration's 0.02, so that its blocks affect the output."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
@@ -119,7 +119,7 @@ def test_saved_and_loaded_it_computes_and_writes_the_same(load: Load, tokens: Te
 def test_the_adapter_merges_into_the_base_that_was_not_quantised(
     load: Load, folder: Path, tokens: Tensor, tmp_path: Path
 ) -> None:
-    """As far from the adapted quantised model as the two bases are from each other."""
+    """The merged model differs from the adapted quantised model as much as the two bases differ."""
     model = get_peft_model(load(), TcurLoraConfig(r=4, task_type="CAUSAL_LM", init_weights=False)).eval()
     model.save_pretrained(tmp_path)
     plain = LlamaForCausalLM.from_pretrained(folder).eval()

@@ -1,4 +1,4 @@
-"""Tokens and embeddings that train beside the cores, and what is tied to them."""
+"""Tokens and embeddings that train besides the cores, and weights that are tied to them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(tied: bool) -> LlamaForCausalLM:
 
 
 def train(model: PeftModel, tokens: Tensor) -> PeftModel:
-    """One step, large enough to see."""
+    """One step, large enough to change the output visibly."""
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()(tokens).logits.square().sum().backward()
     with torch.no_grad():

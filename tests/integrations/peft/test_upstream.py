@@ -94,7 +94,7 @@ TWO_ADAPTERS = [
 
 
 def by_stack(task):
-    """One core a stack, and one a layer: the test of layers_to_transform expects fewer tensors for fewer layers."""
+    """One core per stack, and one per layer: the test of layers_to_transform expects fewer tensors for fewer layers."""
     common = {"task_type": task, "target_modules": None, "r": 2}
     return [(TcurLoraConfig, common | {"stack_by": "shape"}), (TcurLoraConfig, common | {"stack_by": "none"})]
 '''
@@ -150,7 +150,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def save_tiny_models(folder: Path) -> None:
-    """Random models of transformers, a few thousand numbers each, where our cases look for them."""
+    """Save random models of transformers, of a few thousand parameters each, where our cases look for them."""
     tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     grouped = tiny | {"num_key_value_heads": 2, "vocab_size": 64}
     conv1d = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}

@@ -1,4 +1,4 @@
-"""Adapters added up: the sum of their changes, as an adapter like any other."""
+"""Weighted sums of adapters: an ordinary adapter whose dW is the sum of theirs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = {"default": 1.5, "second": -0.5, "third": 2.0}
 
 @pytest.fixture
 def make(make_llama: MakeLlama, adapt: Adapt) -> Make:
-    """Adapters "default", "second", ...: of the first options, and of each of the others beside them."""
+    """A model with the adapters "default", "second", ..., one for each of the given options."""
 
     def make(*options: dict[str, Any]) -> PeftModel:
         common = {"r": 2, "init_weights": False, "target_modules": ["q_proj", "o_proj", "down_proj"]}
@@ -36,7 +36,7 @@ def make(make_llama: MakeLlama, adapt: Adapt) -> Make:
 
 
 def assert_sum(model: PeftModel, adapter: str, parts: list[str]) -> None:
-    """Every layer's change is the weighted sum of those of the parts, to the rounding of a float32 core."""
+    """Every layer's dW is the weighted sum of the parts' dW, up to rounding of a float32 core."""
     for layer in (module for module in model.modules() if isinstance(module, TcurLoraLinear)):
         own = [WEIGHTS[name] * layer.slices[name].delta_weight(torch.float64) for name in parts if name in layer.slices]
         assert (adapter in layer.slices) == bool(own)
@@ -151,5 +151,5 @@ def test_what_has_no_exact_sum_is_refused_and_changes_nothing(
 def test_a_name_that_ends_like_an_adapted_one_is_not_adapted(adapt: Adapt) -> None:
     inner = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model = adapt(torch.nn.Sequential(torch.nn.Linear(4, 4), inner), target_modules=r"0", r=1)
-    with pytest.raises(ValueError, match=r"would be stack 4x4 of the sum|1\.0 has the end"):
+    with pytest.raises(ValueError, match=r"would be stack 4x4 of the sum|1\.0 matches the name of an adapted layer"):
         model.add_weighted_adapter(["default"], [1.0], "sum")

@@ -1,4 +1,4 @@
-"""What all processes run: every function marked ``@case``, once an entry, with a folder that they share."""
+"""What all processes run: every function marked ``@case``, once per entry, with a folder that they share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def name_of(function: Case, entry: str) -> str:
 
 
 def cases_of(*entries: str) -> Callable[[Case], Case]:
-    """The decorator for what is of these entries alone."""
+    """The decorator for cases of these entries alone."""
 
     def register(function: Case) -> Case:
         for name in entries:

@@ -76,7 +76,7 @@ def fsdp_holds_every_number_once(entry: Entry, _: Path) -> None:
 
 @case
 def fsdp_of_the_root_alone_and_without_the_helper(entry: Entry, _: Path) -> None:
-    """One group for all, and the cores in the root's group: in one dtype this works, too."""
+    """With one group for all, the cores are in the root's group: with one dtype this works, too."""
     mesh = processes()
     check_gradients(tcur.shard(adapted(entry), [], mesh=mesh), adapted(entry))
     plain = adapted(entry)
@@ -92,7 +92,7 @@ def fsdp_recomputes_activations(entry: Entry, _: Path) -> None:
 
 @case
 def fsdp_over_a_short_base_keeps_float32_cores(entry: Entry, _: Path) -> None:
-    """Trained bfloat16 parameters of the head beside float32 cores, which one group refuses."""
+    """Trained bfloat16 parameters of the head with float32 cores, which cannot be in one group."""
     short = torch.bfloat16
     model = sharded(adapted(entry, dtype=short))
     check_gradients(model, adapted(entry, dtype=short), short, rtol=0.02)
@@ -244,5 +244,5 @@ def fsdp_refuses_merging_and_adapters_on_sharded_weights_through_peft(entry: Ent
     with pytest.raises(ValueError, match="weight is sharded over several processes; save the adapter, load it onto"):
         model.merge_adapter()
     for add in (lambda: model.add_adapter("second", TcurLoraConfig(r=3)), lambda: entry.adapt(plain, rank=2)):
-        with pytest.raises(ValueError, match="is sharded over several processes; put adapters on before it is sharded"):
+        with pytest.raises(ValueError, match="is sharded over several processes; add adapters before it is sharded"):
             add()

@@ -1,4 +1,4 @@
-"""The network that every process makes for itself, how it is trained, and what is compared with one process."""
+"""The network that every process builds, how it is trained, and how results are compared with one process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def adapted(
     recomputes: bool = False,
     **options: Any,
 ) -> Network:
-    """The same in every process; cores that are not zero. Through PEFT a PeftModel, which has the network's blocks."""
+    """An adapted network, the same in every process, with nonzero cores; for PEFT a PeftModel with the same blocks."""
     model: Any = entry.adapt(base(dtype, recomputes), head, rank=2, **options)
     for stack in entry.stacks(model).values():
         stack.set_core_slices(0.3 * torch.randn(stack.core.shape))
@@ -97,7 +97,7 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
 def fit(
     model: nn.Module, steps: int, share: Callable[[Tensor], Tensor], opt: Any = None, accumulate: Any = None
 ) -> Any:
-    """Steps on global batches of which this process has its ``share``; gradients clipped, as trainers do."""
+    """Train on global batches, of which this process has its ``share``, with gradient clipping as trainers have it."""
     opt = opt or optimizer(model)
     for at, (x, y) in enumerate(batches(steps)):
         skip = accumulate is not None and at % 2 == 0
@@ -121,7 +121,7 @@ def assert_gradients_are_of_one_process(model: nn.Module, single: nn.Module, rto
 
 
 def assert_same_numbers(model: nn.Module, single: nn.Module) -> None:
-    """As one process has trained them, and every process the same bits."""
+    """The trained parameters are those of one process, with the same bits in every process."""
     expected = trained(single)
     for name, parameter in trained(model).items():
         found = full(parameter.detach())
@@ -137,7 +137,7 @@ def assert_same_everywhere(found: Tensor, name: str) -> None:
 
 
 def assert_steps_are_those_of_one_process(entry: Entry, model: nn.Module, accumulate: Any = None) -> None:
-    """``accumulate`` makes the context of the steps that only add to the gradients."""
+    """``accumulate`` returns the context of steps that only add to the gradients."""
     single = adapted(entry)
     fit(single, 4, lambda x: x, accumulate=accumulate and nullcontext)
     fit(model, 4, mine, accumulate=accumulate)

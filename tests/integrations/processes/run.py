@@ -1,8 +1,8 @@
-"""What two processes have to agree on with one: run by torchrun, which test_processes.py starts.
+"""Cases in which two processes have to agree with one; test_processes.py starts this by torchrun.
 
     PYTHONPATH=tests torchrun --nproc-per-node 2 -m integrations.processes.run FOLDER
 
-Every case runs in both processes; what each found is written to FOLDER/<case>-<rank>.txt, a traceback or nothing.
+Every case runs in both processes. Each writes a traceback, or nothing, to FOLDER/<case>-<rank>.txt.
 """
 
 from __future__ import annotations

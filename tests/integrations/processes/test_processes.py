@@ -1,4 +1,4 @@
-"""Two processes by torchrun, over gloo on the CPU: one run for all cases, which have the checks."""
+"""Two processes by torchrun, over gloo on the CPU: one run for all cases, which do the checks themselves."""
 
 from __future__ import annotations
 

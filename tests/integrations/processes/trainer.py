@@ -1,4 +1,4 @@
-"""transformers' Trainer under torchrun: what it trained is compared with one process by test_processes.py."""
+"""transformers' Trainer under torchrun: test_processes.py compares the trained parameters with those of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms and frequencies of an adapter, against its dense change."""
+"""Norms and frequencies of an adapter, against its dense dW."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def randomised(model: nn.Module) -> tcur.TCURStack:
 @pytest.mark.parametrize("domain", ["fourier", "slice"])
 @pytest.mark.parametrize("transform", ["dft", "dct", "identity"])
 @pytest.mark.parametrize("slices", [1, 2, 5, 6])
-def test_norms_are_those_of_the_dense_change(transform: str, slices: int, domain: str) -> None:
+def test_norms_are_those_of_the_dense_delta(transform: str, slices: int, domain: str) -> None:
     model = adapted(transform, slices, domain)
     stack = randomised(model)
     (found,) = inspect_model(model)

@@ -1,4 +1,4 @@
-"""The real folding against the complex definition it replaces."""
+"""The real folding, and the blocks of B_l, against the complex definition that they replace."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def double(*shape: int) -> Tensor:
 
 
 def dense_middle(core: Tensor, layer: int) -> Tensor:
-    """B_l (c*S, r*S) of the unnormalised DFT of U, written from the formula in complex numbers.
+    """B_l (c*S, r*S) of the unnormalised DFT of U, computed from the formula in complex numbers.
 
-    dW_l = (1/S) sum_k exp(2 pi i k l / S) C_k U_k R_k over all S frequencies; a frequency below S/2 stands for its
-    conjugate too, so its real part counts twice.
+    dW_l = (1/S) sum_k exp(2 pi i k l / S) C_k U_k R_k over all S frequencies; a frequency between 0
+    and S/2 also represents its conjugate, so its real part counts twice.
     """
     slices, c, r = core.shape
     spectrum = dft_slices(core)
@@ -86,7 +86,7 @@ def test_joined_folds_are_the_folds_of_joined_factors(transform: str, blocks: in
 @transforms
 @pytest.mark.parametrize("slices", SLICES)
 def test_the_transform_of_the_core_is_orthonormal(slices: int, transform: str) -> None:
-    """So that a step on the folded core is as long as the same step on U."""
+    """A step on the folded core then has the same length as the corresponding step on U."""
     matrix = folding.fold_core(torch.eye(slices, dtype=torch.float64)[:, :, None], transform)[:, :, 0]
     assert_close(matrix @ matrix.T, torch.eye(slices, dtype=torch.float64), **CLOSE)
     core = double(slices, 3, 2)
@@ -129,7 +129,7 @@ def test_the_middle_blocks_of_some_layers_are_those_of_all() -> None:
 
 
 @given(slices=st.integers(1, 13), c=st.integers(1, 4), r=st.integers(1, 4), seed=st.integers(0, 1000))
-def test_col_b_row_is_the_dense_change(slices: int, c: int, r: int, seed: int) -> None:
+def test_col_b_row_is_the_dense_delta(slices: int, c: int, r: int, seed: int) -> None:
     torch.manual_seed(seed)
     C, U, R = double(slices, 5, c), double(slices, c, r), double(slices, r, 6)
     blocks = MiddleBlocks(folding.fold_core(U), 0, slices)
@@ -171,7 +171,7 @@ def test_slice_products_by_their_definitions() -> None:
 
 
 def test_the_phase_stays_exact_for_a_long_stack() -> None:
-    """k*l reaches S^2: reduced in integers, the angle of the last layer is as exact as that of the first."""
+    """k*l reaches S^2. As it is reduced mod S in integers, the last slice's angle is as exact as the first's."""
     slices, layer = 1 << 14, (1 << 14) - 3
     core = torch.zeros(slices, 1, 1, dtype=torch.float64)
     core[1:-1:2] = 1.0  # real parts: a block is then w [[cos, -sin], [sin, cos]]
@@ -183,7 +183,7 @@ def test_the_phase_stays_exact_for_a_long_stack() -> None:
 
 
 def test_constants_first_made_in_inference_mode_serve_training_later() -> None:
-    """The transforms are cached: a cache filled while evaluating must not hold inference tensors."""
+    """The transforms are cached: a cache filled in inference mode must not hold inference tensors."""
     slices = 94  # used by no other test, so that this is the first call
     core = double(slices, 2, 2).requires_grad_()
     with torch.inference_mode():

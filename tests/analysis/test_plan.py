@@ -1,4 +1,4 @@
-"""The plan's counts against what PyTorch counts on real models: no formula is tested with itself."""
+"""The plan's counts against PyTorch's counts on real models, so that no formula is tested against itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class SiblingBlock(nn.Module):
-    """q, k and v as three layers that read one tensor."""
+    """q, k and v as three layers with the same input."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def meta(block: type[nn.Module] = Block, depth: int = 3) -> nn.Module:
 
 
 class InsideOperators(TorchDispatchMode):
-    """Runs this package's operators as the eager kernels, so that a counter outside sees the products within."""
+    """Runs this package's operators as eager PyTorch operations, so that a counter sees their products."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "tcurlora":
@@ -101,7 +101,7 @@ def measured(
 
 
 def constants(model: nn.Module) -> Iterator[Tensor]:
-    """The phases that are built once and kept for good, of which layers take slices."""
+    """The memory of the cached tables of phases, of which layers use slices."""
     for stack in model.modules():
         if isinstance(stack, tcur.TCURStack):
             call = stack.options.along.call_shape(stack.slices, 1, stack.blocks)
@@ -118,7 +118,7 @@ def added(
     block: type[nn.Module] = Block,
     inside: Callable[[], AbstractContextManager[object]] = InsideOperators,
 ) -> tuple[int, int, int]:
-    """What adapting a frozen model adds to FLOPs and saved bytes."""
+    """The FLOPs and saved bytes that an adapter adds to a frozen model."""
     model, x = build(block).requires_grad_(False), leaf()
     before = measured(model, x)
     adapt(model)
@@ -189,12 +189,12 @@ def test_saved_bytes_are_those_of_the_hooks(options: dict[str, Any]) -> None:
     layers = Layers()
     expected = plan(layers, config, TOKENS).tcur
     inject_with(config)(layers)
-    # A core of low frequencies also keeps a float32 a slice, the weight of its self-conjugate frequency; 18 slices.
+    # A core of low frequencies also saves one float32 per slice, the weight of its self-conjugate frequency; 18 slices.
     assert 0 <= layers.saved() - expected.saved <= (4 * 18 if config.frequencies else 0)
 
 
 class Layers(nn.Module):
-    """The linear layers of three blocks, each called on a fresh input, so that all that is saved is theirs."""
+    """The linear layers of three blocks, each called on a new input, so that all saved tensors are theirs."""
 
     def __init__(self, block: type[nn.Module] = Block) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Layers(nn.Module):
 
 
 class _Wrapped(nn.Module):
-    """A layer, and the model whose parameters and buffers it refers to."""
+    """A layer, with the model to which its parameters and buffers belong."""
 
     def __init__(self, layer: nn.Module, owner: nn.Module) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ def test_a_layer_that_is_not_called_is_named() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"trainable": "all"}, {"rank": (3, 2), "stack_by": "none"}])
-def test_trained_numbers_factors_and_file_are_those_of_the_adapter(options: dict[str, Any], tmp_path: Any) -> None:
+def test_trained_parameters_factors_and_file_are_those_of_the_adapter(options: dict[str, Any], tmp_path: Any) -> None:
     config = tcur.TCURConfig(**{"rank": 2} | options)
     expected = plan(meta(depth=8), config, TOKENS)
     model = tcur.inject(build(depth=8), config)
@@ -292,7 +292,7 @@ def test_trained_numbers_factors_and_file_are_those_of_the_adapter(options: dict
 
 
 def test_the_papers_setting() -> None:
-    """UNETR ViT-B, arXiv 2501.02227: 72 r^2 trained numbers in three stacks."""
+    """UNETR ViT-B, arXiv 2501.02227: 72 r^2 trained parameters in three stacks."""
     networks = pytest.importorskip("tcurlora_ext.segmentation.networks")
     pytest.importorskip("monai")
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a rank holds and receives, against sizes written down by hand and the numbers that FSDP2 spreads."""
+"""Memory and communication of a rank, against sizes written by hand and the parameters that FSDP2 shards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tcurlora_ext.analysis.plan import plan
 from tcurlora_ext.analysis.processes import RankCost, Rates, rank_costs, rank_rows, rank_table, rank_text
 
 WIDTH, DEPTH, RANKS = 32, 3, 4
-BLOCK = WIDTH * WIDTH + WIDTH  # numbers
+BLOCK = WIDTH * WIDTH + WIDTH  # parameters
 OUTSIDE = 10 * WIDTH
 
 
 def model() -> nn.Module:
-    """Three blocks of one layer, an embedding outside them, which is tied to the output layer."""
+    """Three blocks of one layer each, and outside them an embedding that is tied to the output layer."""
     with torch.device("meta"):
         net = nn.Module()
         net.embed = nn.Embedding(10, WIDTH)
@@ -103,8 +103,8 @@ def test_text_and_rows() -> None:
     ("make", "message"),
     [
         (lambda: costs(ranks=0), "ranks is 0, expected a positive whole number"),
-        (lambda: Rates(flops=0.0), "flops is 0.0, expected a positive number a second"),
-        (lambda: Rates(bytes=float("nan")), "bandwidth is nan, expected a positive number a second"),
+        (lambda: Rates(flops=0.0), "flops is 0.0, expected a positive number per second"),
+        (lambda: Rates(bytes=float("nan")), "bandwidth is nan, expected a positive number per second"),
     ],
 )
 def test_wrong_input(make: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Copies without the operator: the same function, the same keys, and a model that is left as it was."""
+"""plain_copy: copies without the operator compute the same, have the same keys and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tcurlora_ext.adapter.layer.linear import TCURConv1D
 
 
 class Called(TorchDispatchMode):
-    """The namespaces of the operators that ran inside."""
+    """Records the namespaces of the operators that run within this context."""
 
     def __init__(self) -> None:
         super().__init__()
