@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib.util
 
 
 def require_package(module: str) -> None:
     """ModuleNotFoundError with the command to run where `module` of the segmentation extra is not installed."""
-    if find_spec(module) is None:
+    if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(
             f"the package '{module}' is not installed; expected it for segmentation: "
             "pip install 'tcurlora_ext[segmentation]'",
