@@ -79,7 +79,7 @@ def test_the_embedded_default_in_miniature(
     )
     for name in METHODS:
         assert f"{name}, seed 0:" in text
-    assert "blocks as at a random start" in text
+    assert "with randomly initialised transformer blocks" in text
     assert "before adaptation: Dice" in text
     assert f"report: {out / 'report.html'}" in text.replace("\n", "")
     check_report(out, list(METHODS))
