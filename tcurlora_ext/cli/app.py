@@ -33,9 +33,9 @@ class _Commands(TyperGroup):
         except BrokenPipeError:
             raise  # the reader of a pipe has closed it, which is no error of this command
         except typer.BadParameter as error:
-            name = getattr(error.param, "name", None)
-            known = name is not None and bool(error.message)  # a missing option has a message of its own
-            message = f"{name.replace('_', '-')}: {error.message}" if known else error.format_message()
+            message = error.format_message()
+            if error.param is not None and error.param.name and error.message:  # a missing option has no message
+                message = f"{error.param.name.replace('_', '-')}: {error.message}"
         except (ValueError, OSError) as error:
             message = str(error)
         except ModuleNotFoundError as error:
