@@ -34,6 +34,7 @@ from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
+from tcurlora_ext.io.table import text_table
 
 from .filesize import file_bytes, stack_file_bytes
 from .layercost import LayerCost
@@ -170,16 +171,8 @@ class Plan:
         return lines
 
     def __str__(self) -> str:
-        lines = self.table()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = (0, 5)
-        text = [
-            "  ".join(
-                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        return "\n".join(line.rstrip() for line in text)
+        header, *lines = self.table()
+        return text_table(header, lines, left=(0, header.index("method")))
 
 
 def plan(

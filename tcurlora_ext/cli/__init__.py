@@ -1,1 +1,1 @@
-"""The command ``tcurlora``. Its modules import torch only inside the functions, so that ``--help`` does not wait."""
+"""The command ``tcurlora``. Its modules import torch inside functions only, so that ``--help`` is quick."""

@@ -1,4 +1,4 @@
-"""The adapter that ``inspect`` and ``merge`` are about: that of a run folder, or a file with or without its base."""
+"""The adapter that ``inspect`` and ``merge`` read: one of a run folder, or a file with or without its base weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from tcurlora_ext.cli.model_source import load_model
 
 @dataclass(frozen=True)
 class Adapted:
-    """``model`` with the adapter, None where only ``file`` is at hand; ``folder`` is where results go by default."""
+    """What :func:`open_adapted` found.
+
+    Attributes:
+        title: What was opened, for the first line of the output.
+        folder: Where results go by default.
+        model: The adapted model. None for an adapter file without its base.
+        file: The adapter file. None for a run folder.
+    """
 
     title: str
     folder: Path
@@ -28,9 +35,15 @@ class Adapted:
 def open_adapted(
     source: Path, method: str, seed: int, model: str | None, kwargs: Mapping[str, Any], weights: Path | None
 ) -> Adapted:
-    """Read what ``source`` is: a folder of ``finetune``, or an adapter file (or a folder with adapter.safetensors).
+    """Read a run folder of ``finetune``, or an adapter file, or a folder with adapter.safetensors in it.
 
-    Raises ValueError or OSError saying what was found and what was expected.
+    Args:
+        source: The folder or file.
+        method, seed: Which adapter of a run folder.
+        model, kwargs, weights: The base of an adapter file: what :func:`load_model` takes.
+
+    Raises:
+        ValueError, OSError: Saying what was found and what was expected.
     """
     if (model is None) != (weights is None):
         given, other = ("model", "weights") if weights is None else ("weights", "model")

@@ -1,7 +1,7 @@
 """The command ``tcurlora`` and its one rule for errors.
 
-Wrong input (ValueError, OSError) and a missing optional package end in one line on stderr and exit code 2. Any other
-exception is a bug and keeps its traceback.
+A wrong value of an option, wrong input (ValueError, OSError) and a missing optional package end in one line on stderr
+and exit code 2. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ EXTRA_HINT = "pip install 'tcurlora_ext["
 
 
 class _Commands(TyperGroup):
-    """Turns the errors of all commands into a message."""
+    """Turns the errors that a user can cause, in any command, into a message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # the reader of a pipe went away: no error of ours
+            raise  # the reader of a pipe has closed it, which is no error of this command
+        except typer.BadParameter as error:
+            message = error.format_message()
+            if error.param is not None and error.param.name and error.message:  # a missing option has no message
+                message = f"{error.param.name.replace('_', '-')}: {error.message}"
         except (ValueError, OSError) as error:
             message = str(error)
         except ModuleNotFoundError as error:
@@ -60,19 +64,21 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """Adapt frozen networks by a tiny core between columns and rows of their own weights (tCURLoRA)."""
+    """tCURLoRA: adapt a frozen network by training a tiny core between columns and rows of its own weights."""
 
 
 for _command, _summary in (
     (finetune, "Adapt a pretrained segmentation network by several methods."),
-    (pretrain, "Train a base network from random weights."),
-    (plan, "What an adapter costs on a model, without weights."),
-    (inspect, "What an adapter chose and changes."),
+    (pretrain, "Train a segmentation network from random weights."),
+    (plan, "Count what an adapter costs on a model, from shapes alone."),
+    (inspect, "Show which features an adapter selected, and its deltas."),
     (merge, "Write the base model with the adapter merged."),
-    (bench, "What an adapter costs here, measured beside LoRA."),
-    (doctor, "What is installed here and works."),
+    (bench, "Measure what the adapter costs on this machine, beside LoRA."),
+    (doctor, "Show what is installed and which backends work."),
 ):
     app.command(short_help=_summary)(_command)
 

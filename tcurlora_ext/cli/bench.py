@@ -1,4 +1,4 @@
-"""``tcurlora bench``: what the adapter costs on this device, beside LoRA, dense forms and the device's limits."""
+"""``tcurlora bench``: what the adapter costs on this device, beside LoRA, dense variants and the device's limits."""
 
 from __future__ import annotations
 
@@ -7,38 +7,48 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tcurlora_ext.cli.options import words
+from tcurlora_ext.cli.options import Words, words
 
 if TYPE_CHECKING:
     from tcurlora_ext.bench.cases import Case
 
 COLUMNS = {
-    "variant": "form", "median_ms": "ms", "p20_ms": "p20", "p80_ms": "p80", "over_frozen": "x frozen",
+    "variant": "variant", "median_ms": "ms", "p20_ms": "p20", "p80_ms": "p80", "over_frozen": "x frozen",
     "over_lora": "x LoRA", "over_peft_r32": "x PEFT r=32", "share_of_limit": "of limit", "extra_peak_mib": "extra MiB",
     "saved_mib": "saved MiB", "trained": "trained", "launches": "launches",
 }  # fmt: skip
 
 
 def bench(
-    full: Annotated[bool, typer.Option("--full", help="Everything, in two dtypes: hours on a CPU.")] = False,
-    growth: Annotated[bool, typer.Option("--growth", help="Cost against tokens, rank, slices and width.")] = False,
-    gpu: Annotated[bool, typer.Option("--gpu", help="What a GPU measures in eight minutes, in bfloat16.")] = False,
-    cases: Annotated[str | None, typer.Option(help="Only cases with one of these words, comma separated.")] = None,
-    variants: Annotated[str | None, typer.Option(help="Only these forms (and frozen and lora), the same way.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least 2.")] = 9,
-    output: Annotated[Path, typer.Option(help="Folder of results; a device has a folder of its own in it.")] = Path(
-        "bench/results"
-    ),
-    list_cases: Annotated[bool, typer.Option("--list", help="Show the cases and forms, measure nothing.")] = False,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two result files: what differs and what is noise.")
+    full: Annotated[bool, typer.Option("--full", help="All cases, in two dtypes: hours on a CPU.")] = False,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Cases that vary the tokens, the rank, the slices or the width.")
+    ] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Cases for a GPU, in bfloat16: eight minutes.")] = False,
+    cases: Annotated[
+        Words | None,
+        typer.Option(parser=words, metavar="WORDS", help="Only cases whose name contains one of these, a,b,c."),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="With --compare: also what is noise.")] = False,
+    variants: Annotated[
+        Words | None,
+        typer.Option(parser=words, metavar="WORDS", help="Likewise for variants; frozen and lora always run."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Rounds in which the variants take turns, at least 2.")] = 9,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the results; those of this device go into a subfolder named after it.")
+    ] = Path("bench/results"),
+    list_cases: Annotated[
+        bool, typer.Option("--list", help="Show the cases and variants, and measure nothing.")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two result files to compare: what differs by more than noise.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="With --compare: also show what differs by noise.")] = False,
 ) -> None:
-    """Measure the adapter on this device, in less than five minutes on two cores, and write CSV.
+    """Measure what the adapter costs on this device and write CSV files; the default set takes under five minutes.
 
-    Every form's outputs and gradients are checked first; one that computes something else is not timed.
+    The outputs and gradients of every variant are checked first, and one whose results differ is not timed.
     """
     from tcurlora_ext.bench.devices import choose_device
 
@@ -50,13 +60,13 @@ def bench(
     if rounds < 2:
         raise ValueError(f"--rounds is {rounds}, expected at least 2")
     name = "full" if full else "growth" if growth else "gpu" if gpu else "quick"
-    wanted = _cases(name, words(cases))
+    wanted = _cases(name, cases)
     target = choose_device(device)
-    forms = _forms(words(variants), target)
+    chosen = _variants(variants, target)
     if list_cases:
-        _list(name, wanted, forms, target)
+        _list(name, wanted, chosen, target)
         return
-    _measure(name, wanted if cases else None, forms, target, rounds, output)
+    _measure(name, wanted if cases else None, chosen, target, rounds, output)
 
 
 def _cases(name: str, parts: tuple[str, ...] | None) -> list[Case]:
@@ -66,8 +76,8 @@ def _cases(name: str, parts: tuple[str, ...] | None) -> list[Case]:
     return SETS[name]() if parts is None else selected(SETS[name](), parts)
 
 
-def _forms(parts: tuple[str, ...] | None, device: Any) -> list[str]:
-    """Names of the forms that run."""
+def _variants(parts: tuple[str, ...] | None, device: Any) -> list[str]:
+    """Names of the variants that run."""
     from tcurlora_ext.bench.variants import variants
 
     known = [variant.name for variant in variants(device)]
@@ -77,14 +87,16 @@ def _forms(parts: tuple[str, ...] | None, device: Any) -> list[str]:
     return found
 
 
-def _list(name: str, cases: list[Case], forms: list[str], device: Any) -> None:
+def _list(name: str, cases: list[Case], variants: list[str], device: Any) -> None:
     typer.echo(f"set {name}, {len(cases)} cases")
     for case in cases:
         typer.echo(f"  {case.id}" + (f", sweep of {case.sweep}" if case.sweep else ""))
-    typer.echo(f"forms on {device}: {', '.join(forms)}")
+    typer.echo(f"variants on {device}: {', '.join(variants)}")
 
 
-def _measure(name: str, cases: list[Case] | None, forms: list[str], device: Any, rounds: int, output: Path) -> None:
+def _measure(
+    name: str, cases: list[Case] | None, variants: list[str], device: Any, rounds: int, output: Path
+) -> None:  # fmt: skip
     from tcurlora_ext.bench.results import write_host, write_set
     from tcurlora_ext.io.table import text_table
 
@@ -94,13 +106,20 @@ def _measure(name: str, cases: list[Case] | None, forms: list[str], device: Any,
         typer.echo(text_table(list(COLUMNS.values()), [[str(row[key]) for key in COLUMNS] for row in rows]) + "\n")
 
     path = write_set(
-        name, device, output, cases, rounds, keep=lambda variant, case: variant.name in forms, say=typer.echo, show=show
+        name,
+        device,
+        output,
+        cases,
+        rounds,
+        keep=lambda variant, case: variant.name in variants,
+        say=typer.echo,
+        show=show,
     )
     if cases is None and name != "growth":
         host = write_host(device, output, rounds)
-        typer.echo("the host's time for a forward call, us")
+        typer.echo("the host's time for a forward call, in microseconds")
         typer.echo(
-            text_table(["form", "median", "least"], [[r["variant"], r["median_us"], r["least_us"]] for r in host])
+            text_table(["variant", "median", "least"], [[r["variant"], r["median_us"], r["least_us"]] for r in host])
         )
     typer.echo(f"written to {path.parent}")
 

@@ -1,4 +1,4 @@
-"""``tcurlora doctor``: what is installed here, and what of this package works."""
+"""``tcurlora doctor``: which packages and devices there are, and which backends work."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-import typer
+from tcurlora_ext.io.table import terminal
 
 PACKAGES = ("tcurlora_ext", "torch", "triton", "nvtx", "numpy", "safetensors", "monai", "peft", "transformers")
-SEGMENTATION = ("monai", "einops", "nibabel", "nilearn", "scipy", "matplotlib", "peft")
+SEGMENTATION = ("monai", "einops", "nibabel", "nilearn", "scipy", "matplotlib", "jinja2", "peft")
 
 
 def doctor() -> None:
-    """Versions, devices, backends and why one does not work. Exit code 0 whatever is found."""
+    """Show versions, devices and backends, and why a backend does not work. The exit code is 0 whatever is found."""
+    from rich.table import Table
+    from rich.text import Text
+
     sections = {
         "versions": _versions(), "devices": _devices(), "extension": _extension(), "backends": _backends(),
         "extras": [_segmentation()],
     }  # fmt: skip
-    width = max(len(name) for lines in sections.values() for name, _ in lines)
+    table = Table.grid(padding=(0, 2, 0, 0))
     for title, lines in sections.items():
-        typer.echo(title)
+        table.add_row(Text(title, "bold"))
         for name, text in lines:
-            typer.echo(f"  {name.ljust(width)}  {text}")
+            table.add_row(Text(f"  {name}"), Text(text))
+    terminal().print(table)
 
 
 def _version(package: str) -> str:

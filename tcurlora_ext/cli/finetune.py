@@ -3,75 +3,86 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tcurlora_ext.cli.options import console, floats, mapping, rates, triple, words
+from tcurlora_ext.cli import options
+from tcurlora_ext.io.table import terminal
 
 
 def finetune(
-    output: Annotated[Path, typer.Option(help="Run folder; new or empty, or one to --resume.")] = Path("runs/finetune"),
+    output: Annotated[
+        Path, typer.Option(help="Run folder: new or empty, or with --resume that of an interrupted run.")
+    ] = Path("runs/finetune"),
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set in the Medical Decathlon layout; without it the embedded target domain."),
+        typer.Option(help="Data set in the Medical Decathlon layout. Default: the embedded target domain."),
     ] = None,
     pretrained: Annotated[
         Path | None,
-        typer.Option(help="Weights to adapt: .safetensors, or a torch checkpoint (never unpickled)."),
+        typer.Option(help="Weights to adapt: .safetensors, or a torch checkpoint, of which only tensors are read."),
     ] = None,
-    method: Annotated[str, typer.Option(help="tcur, lora, head, decoder, full: some with commas, or all.")] = "all",
-    seeds: Annotated[int, typer.Option(help="Runs each method with the seeds 0 .. SEEDS-1.")] = 1,
+    method: Annotated[
+        str, typer.Option(help="all, or some of tcur, lora, head, decoder, full with commas between.")
+    ] = "all",
+    seeds: Annotated[int, typer.Option(help="How many seeds: every method runs with each of 0 .. SEEDS-1.")] = 1,
     also_train: Annotated[
         str | None,
-        typer.Option(help="Trained beside an adapter: head or decoder. Default: head for vit, else decoder."),
+        typer.Option(help="What trains beside an adapter: head or decoder. Default: head for vit, else decoder."),
     ] = None,
     rank: Annotated[int, typer.Option(help="Tubal rank of tCUR.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Multiplies tCUR's scale rule.")] = 4.0,
+    alpha: Annotated[float, typer.Option(help="Factor on tCUR's default scale.")] = 4.0,
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = 120,
-    batch: Annotated[int, typer.Option(help="Windows a step.")] = 2,
+    batch: options.Batch = 2,
     lr: Annotated[
-        str | None,
-        typer.Option(help="Peak learning rate: one number, or tcur=1e-2,head=3e-2. Default: per method."),
+        Any,
+        typer.Option(
+            parser=options.learning_rates,
+            metavar="RATES",
+            help="Peak learning rate: one number, or tcur=1e-2,head=3e-2. Default: each method's own.",
+        ),
     ] = None,
     network: Annotated[
         str | None,
-        typer.Option(help="vit, unetr or swinunetr, where no network.json is beside --pretrained."),
+        typer.Option(help="vit, unetr or swinunetr; needed where no network.json lies beside --pretrained."),
     ] = None,
-    sizes: Annotated[str, typer.Option(help="Sizes of the network as JSON, e.g. '{\"hidden_size\": 192}'.")] = "{}",
-    roi: Annotated[str | None, typer.Option(help="Window in voxels: one number or three, X,Y,Z.")] = None,
-    spacing: Annotated[str | None, typer.Option(help="Resample to this voxel size in mm, one number or three.")] = None,
-    train_list: Annotated[str, typer.Option(help="List of splits.json to train on.")] = "train",
-    val_list: Annotated[str, typer.Option(help="List of splits.json to validate on.")] = "val",
-    val_fraction: Annotated[float, typer.Option(help="Part held out at random where there is no splits.json.")] = 0.2,
-    labels: Annotated[
-        str | None,
-        typer.Option(help="Class names, background first, comma separated, where dataset.json has none."),
+    sizes: options.NetworkSizes = None,
+    roi: Annotated[
+        options.WholeTriple | None,
+        typer.Option(parser=options.whole_triple, metavar="X,Y,Z", help="Window in voxels: one number or three."),
     ] = None,
-    pretrain_steps: Annotated[int, typer.Option(help="Steps of pretraining on the embedded source domain.")] = 450,
-    data_seed: Annotated[int, typer.Option(help="Seed of the embedded subjects and of a random split.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 25,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
-    ] = False,
+    spacing: options.Spacing = None,
+    train_list: options.TrainList = "train",
+    val_list: options.ValList = "val",
+    val_fraction: options.ValFraction = 0.2,
+    labels: options.Labels = None,
+    pretrain_steps: Annotated[
+        int, typer.Option(help="Optimizer steps of pretraining on the embedded source domain.")
+    ] = 450,
+    data_seed: options.DataSeed = 0,
+    checkpoint_every: options.CheckpointEvery = 25,
+    device: options.Device = "auto",
+    resume: options.Resume = False,
 ) -> None:
-    """Adapt a pretrained UNETR, SwinUNETR or plain ViT segmenter to a data set; ends with a table and a report."""
+    """Adapt a pretrained UNETR, SwinUNETR or ViT segmenter to a data set by several methods and compare them.
+
+    Ends with a table of scores and trained parameters, and a report.html that needs no other file.
+    """
     from tcurlora_ext.segmentation.methods import METHODS
     from tcurlora_ext.segmentation.run import FinetuneSettings
     from tcurlora_ext.segmentation.run import finetune as run
     from tcurlora_ext.segmentation.terminal import Display
 
-    names = tuple(METHODS) if method == "all" else words(method) or ()
+    names = tuple(METHODS) if method == "all" else options.words(method)
+    rates = {} if lr is None else lr if isinstance(lr, dict) else dict.fromkeys(names, lr)
     run(
         FinetuneSettings(
             data=data, pretrained=pretrained, methods=names, seeds=seeds, also_train=also_train, rank=rank, alpha=alpha,
-            lora_rank=lora_rank, steps=steps, batch=batch, lr=rates(lr, names), network=network,
-            sizes=mapping("sizes", sizes), roi=None if roi is None else triple("roi", roi),
-            spacing=None if spacing is None else floats("spacing", spacing), train_list=train_list, val_list=val_list,
-            val_fraction=val_fraction, labels=words(labels), pretrain_steps=pretrain_steps, data_seed=data_seed,
-            checkpoint_every=checkpoint_every, device=device,
+            lora_rank=lora_rank, steps=steps, batch=batch, lr=rates, network=network, sizes=sizes or {}, roi=roi,
+            spacing=spacing, train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels,
+            pretrain_steps=pretrain_steps, data_seed=data_seed, checkpoint_every=checkpoint_every, device=device,
         ),
-        output, resume=resume, display=Display(console()),
+        output, resume=resume, display=Display(terminal()),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""``tcurlora inspect``: what each stack chose and what it changes, as tables, numbers and pictures."""
+"""``tcurlora inspect``: the features that each stack selected and its deltas, as tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tcurlora_ext.cli.options import console, mapping
+from tcurlora_ext.cli import options
+from tcurlora_ext.io.table import rich_table, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,19 +17,23 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    source: Annotated[Path, typer.Argument(help="Run folder of finetune, or an adapter file.")],
-    method: Annotated[str, typer.Option(help="Method of the run.")] = "tcur",
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Base of an adapter file, as `plan` takes it.")] = None,
-    kwargs: Annotated[str, typer.Option(help="JSON object for --model.")] = "{}",
-    weights: Annotated[Path | None, typer.Option(help="Base weights for --model: safetensors.")] = None,
-    stack: Annotated[list[str] | None, typer.Option(help="Only this stack; may be given again.")] = None,
+    source: options.Source,
+    method: options.Method = "tcur",
+    seed: options.Seed = 0,
+    model: options.BaseModel = None,
+    kwargs: options.Kwargs = None,
+    weights: options.Weights = None,
+    stack: Annotated[list[str] | None, typer.Option(help="Only the stack of this name; may be repeated.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for pictures and numbers. Default: inspect/ beside what is inspected.")
+        Path | None,
+        typer.Option(help="Folder for pictures and inspection.json. Default: inspect/ beside what is inspected."),
     ] = None,
-    pictures: Annotated[bool, typer.Option(help="Draw pictures.")] = True,
+    pictures: Annotated[bool, typer.Option(help="Whether to draw pictures.")] = True,
 ) -> None:
-    """Chosen features and their scores, and the norm of dW per layer and frequency. An adapter file alone lacks dW."""
+    """Show the selected features and their scores, and the norm of dW per layer and its energy per frequency.
+
+    dW needs the base weights, so an adapter file without --model and --weights shows the core U alone.
+    """
     from tcurlora_ext.analysis.inspection import inspect_file, inspect_model
     from tcurlora_ext.cli.adapted import open_adapted
     from tcurlora_ext.io.atomic import write_with
@@ -39,7 +44,7 @@ def inspect(
         require_package("matplotlib")
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"{output}: found a file, expected a folder or nothing")
-    adapted = open_adapted(source, method, seed, model, mapping("kwargs", kwargs), weights)
+    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights)
     if adapted.model is not None:
         found = inspect_model(adapted.model)
     else:
@@ -49,7 +54,7 @@ def inspect(
     if unknown:
         raise ValueError(f"stack: found {', '.join(unknown)}, expected among {', '.join(one.name for one in found)}")
     found = [one for one in found if not stack or one.name in stack]
-    shown = console()
+    shown = terminal()
     shown.print(adapted.title, highlight=False, soft_wrap=True)
     for one in found:
         _show(one, shown)
@@ -67,9 +72,7 @@ def inspect(
 
 
 def _show(one: StackInspection, shown: Console) -> None:
-    """The tables of a stack."""
-    from rich.table import Table
-
+    """The tables of one stack: selected features, layers, frequencies."""
     base = one.base
     c, r = one.rank
     shape = "" if base is None else f" of {base.shape[0]} x {base.shape[1]}"
@@ -78,38 +81,32 @@ def _show(one: StackInspection, shown: Console) -> None:
         f"selection {one.selection}, scale {one.scale:.4g}", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
-    chosen = Table("order", "input feature", "score", "output feature", "score", box=None, header_style="bold")
+    selected = []
     for index in range(max(c, r)):
         cells = []
         for ids, scores in ((one.columns, one.column_scores), (one.rows, one.row_scores)):
             cells += [str(ids[index]), f"{scores[index]:.4g}"] if index < len(ids) else ["", ""]
-        chosen.add_row(str(index + 1), *cells)
-    shown.print(chosen)
-    shown.print("The same features in every slice; [b] is the b-th block of rows of a fused module.\n", markup=False)
+        selected.append([str(index + 1), *cells])
+    shown.print(rich_table(("order", "input feature", "score", "output feature", "score"), selected))
+    shown.print("Every slice has the same features; [b] is the b-th block of rows of a fused module.\n", markup=False)
 
-    layers = Table("slice", "module", "|U|", box=None, header_style="bold")
-    if base is not None:
-        layers.add_column("|dW|")
-        layers.add_column("|dW| / |W|")
+    layers = []
     for index, name in enumerate(one.names):
         cells = [f"{one.core_norms[index]:.4g}"]
         if base is not None:
             delta, norm = base.delta_norms[index], base.base_norms[index]
             cells += [f"{delta:.4g}", f"{delta / norm:.4g}" if norm else "-"]
-        # A name's [0] is no markup.
-        layers.add_row(str(index), name.replace("[", r"\["), *cells)
-    shown.print(layers)
+        layers.append([str(index), name, *cells])
+    norms = ("|U|",) if base is None else ("|U|", "|dW|", "|dW| / |W|")
+    shown.print(rich_table(("slice", "module", *norms), layers, left=(0, 1)))
 
     if one.core_energy:
-        frequencies = Table("frequency", "part of |U|^2", box=None, header_style="bold")
+        shares = [[str(k), _share(energy, one.core_energy)] for k, energy in enumerate(one.core_energy)]
         if base is not None:
-            frequencies.add_column("part of |dW|^2")
-        for k, energy in enumerate(one.core_energy):
-            cells = [_share(energy, one.core_energy)]
-            cells += [] if base is None else [_share(base.delta_energy[k], base.delta_energy)]
-            frequencies.add_row(str(k), *cells)
+            shares = [[*line, _share(base.delta_energy[int(line[0])], base.delta_energy)] for line in shares]
+        header = ("frequency", "share of |U|^2", "share of |dW|^2")
         shown.print()
-        shown.print(frequencies)
+        shown.print(rich_table(header[: len(shares[0])], shares))
 
 
 def _share(part: float, parts: list[float]) -> str:

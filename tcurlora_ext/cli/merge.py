@@ -1,13 +1,14 @@
-"""``tcurlora merge``: the base with the adapter in its weights, and what rounding took away."""
+"""``tcurlora merge``: the base weights with the adapter added, and how much of dW rounding removed."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tcurlora_ext.cli.options import console, mapping
+from tcurlora_ext.cli import options
+from tcurlora_ext.io.table import rich_table, terminal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,46 +16,56 @@ if TYPE_CHECKING:
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(help="Run folder of finetune, or an adapter file.")],
+    source: options.Source,
     output: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    method: Annotated[str, typer.Option(help="Method of the run.")] = "tcur",
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Base of an adapter file, as `plan` takes it.")] = None,
-    kwargs: Annotated[str, typer.Option(help="JSON object for --model.")] = "{}",
-    weights: Annotated[Path | None, typer.Option(help="Base weights for --model: safetensors.")] = None,
+    dtype: Annotated[
+        Any, typer.Option(parser=options.dtype, metavar="DTYPE", help="float32, bfloat16 or float16.")
+    ] = "float32",
+    method: options.Method = "tcur",
+    seed: options.Seed = 0,
+    model: options.BaseModel = None,
+    kwargs: options.Kwargs = None,
+    weights: options.Weights = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")] = False,
 ) -> None:
-    """Write the base model with W + dW in place of W, and what else was trained; report the loss by rounding."""
+    """Write the base model with W + dW in place of W, and what was trained beside; report the rounding loss."""
     import safetensors.torch
 
     from tcurlora_ext.cli.adapted import open_adapted
-    from tcurlora_ext.cli.plan import parse_dtype
     from tcurlora_ext.io.atomic import write_bytes
 
     if output.is_dir():
         raise ValueError(f"{output}: found a folder, expected the name of a file to write")
     if output.exists() and not overwrite:
         raise ValueError(f"{output}: the file exists; expected a new one, or --overwrite")
-    precision = parse_dtype(dtype)
-    assert precision is not None
-    adapted = open_adapted(source, method, seed, model, mapping("kwargs", kwargs), weights)
+    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights)
     if adapted.model is None:
         raise ValueError(
             f"{source}: an adapter file alone holds no base weights, expected --model and --weights beside it"
         )
-    state, losses = merged_state(adapted.model, precision)
+    state, losses = merged_state(adapted.model, dtype)
     write_bytes(output, safetensors.torch.save(state, {"format": "pt"}))
-    _show(losses, dtype)
+    name = str(dtype).removeprefix("torch.")
+    _show(losses, name)
     size = output.stat().st_size / 2**20
-    typer.echo(f"{adapted.title}: merged in {dtype}, {len(state)} tensors, {size:,.1f} MiB written to {output}")
+    typer.echo(f"{adapted.title}: merged in {name}, {len(state)} tensors, {size:,.1f} MiB written to {output}")
 
 
 def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """The state of the plain model with W + dW, floating tensors in ``dtype``; and each layer's rounding loss by stack.
+    """The state of the plain model with W + dW in place of W, and the rounding loss of each layer.
 
-    W + dW is summed in float64 and rounded once. The loss ``|(merged - W) - dW| / |dW|`` is against the base as it is,
-    so it holds the rounding of W too. Raises ValueError, naming the tensor, where ``dtype`` cannot hold a value.
+    W + dW is summed in float64 and rounded once. The loss ``|(merged - W) - dW| / |dW|`` compares with the W that the
+    model has, so it includes the rounding of W itself.
+
+    Args:
+        model: An adapted model.
+        dtype: Of all floating-point tensors in the state.
+
+    Returns:
+        The tensors by the names they have in the plain model, on the CPU; and by stack, each layer's loss by its name.
+
+    Raises:
+        ValueError: A value is not finite in ``dtype``; the message names the tensor.
     """
     import torch
 
@@ -81,19 +92,18 @@ def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dic
 
 
 def _show(losses: dict[str, dict[str, float]], dtype: str) -> None:
-    from rich.table import Table
-
     from tcurlora_ext.adapter.model.merge import ROUNDING_WARNING
 
-    table = Table("stack", "layers", "rounding loss, mean", "largest", "in", box=None, header_style="bold")
+    rows = []
     for name, layers in losses.items():
         worst = max(layers, key=lambda layer: layers[layer])
         mean = sum(layers.values()) / len(layers)
-        table.add_row(name, str(len(layers)), f"{mean:.3g}", f"{layers[worst]:.3g}", worst)
-    console().print(table)
+        rows.append([name, str(len(layers)), f"{mean:.3g}", f"{layers[worst]:.3g}", worst])
+    header = ("stack", "layers", "rounding loss, mean", "largest", "in layer")
+    terminal().print(rich_table(header, rows, left=(0, 4)))
     largest = max(loss for layers in losses.values() for loss in layers.values())
     if largest > ROUNDING_WARNING:
         typer.echo(
-            f"warning: rounding to {dtype} changed a dW by up to {largest:.0%} of its norm; float32 would keep it",
+            f"warning: rounding to {dtype} changed a layer's dW by up to {largest:.0%} of its norm; float32 keeps it",
             err=True,
         )

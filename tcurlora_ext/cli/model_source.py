@@ -1,7 +1,7 @@
-"""Where a command's model comes from: a preset, a transformers configuration, or a function of the user's.
+"""Building the model that a command's arguments name: a preset, a transformers configuration, or the user's function.
 
-Models are built on the meta device: no memory is taken and no random weights are drawn. Weights, where a command needs
-them, come from safetensors files.
+Models are built on the meta device, which takes no memory and draws no random weights. Where a command needs weights,
+they are read from safetensors files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from tcurlora_ext.segmentation.networks import NETWORKS, NetworkConfig, build_network, read_weights
 
-# The window and classes that the presets are planned for where --kwargs does not say otherwise.
+# Channels, classes and window of a preset where --kwargs has no others.
 PRESETS: dict[str, dict[str, Any]] = {
     "unetr": {"in_channels": 1, "out_channels": 2, "roi": (96, 96, 96)},
     "swinunetr": {"in_channels": 1, "out_channels": 2, "roi": (96, 96, 96)},
@@ -28,7 +28,15 @@ EXPECTED = f"{', '.join(PRESETS)}, a folder or file with a transformers config.j
 
 
 def build_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The model ``name`` means, on the meta device. Raises ValueError or OSError saying what was expected."""
+    """The model of this name, on the meta device.
+
+    Args:
+        name: A preset's name, the path of a transformers config.json or of its folder, or "package.module:callable".
+        kwargs: Sizes of the preset, values in the configuration, or arguments of the callable.
+
+    Raises:
+        ValueError, OSError: There is no such model; the message says what was expected.
+    """
     if name in PRESETS:
         return _on_meta(lambda: build_network(_preset(name, kwargs)))
     if Path(name).exists():
@@ -45,7 +53,7 @@ def build_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def preset_input(name: str, kwargs: Mapping[str, Any], batch: int) -> torch.Tensor | None:
-    """An input of ``batch`` windows on the meta device, None where the model's inputs are not known."""
+    """An input (batch, channels, X, Y, Z) of a preset, on the meta device; None for any other model."""
     if name not in PRESETS:
         return None
     config = _preset(name, kwargs)
@@ -53,9 +61,12 @@ def preset_input(name: str, kwargs: Mapping[str, Any], batch: int) -> torch.Tens
 
 
 def load_model(name: str, kwargs: Mapping[str, Any], weights: Path) -> nn.Module:
-    """The model with the weights of a safetensors file, or of all of a folder, on the CPU and in their dtype.
+    """The model with the weights of a safetensors file or of all such files in a folder, on the CPU, in their dtype.
 
-    Every parameter has to be there, and no tensor may be left over; weights tied in the model may be saved once.
+    Every parameter needs a tensor and every tensor a parameter. Of weights that are tied in the model, one is enough.
+
+    Raises:
+        ValueError, OSError: Of :func:`build_model`; or the weights do not fit, with the names that differ.
     """
     model = build_model(name, kwargs)
     tensors: dict[str, torch.Tensor] = {}
@@ -96,7 +107,7 @@ def _on_meta(build: Any) -> Any:
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):
             raise
-    # Some constructors read a number back from a tensor (SwinUNETR's drop path rates), which meta cannot.
+    # Some constructors read values of a tensor (SwinUNETR its drop path rates), which a meta tensor does not have.
     model = build()
     return model.to("meta") if isinstance(model, nn.Module) else model
 
@@ -145,7 +156,7 @@ def _transformers_model(path: Path, kwargs: Mapping[str, Any]) -> nn.Module:
 def _function(name: str, kwargs: Mapping[str, Any]) -> Any:
     module_name, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, so that both forms of the command find a file here
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the script `tcurlora` then finds the same modules
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

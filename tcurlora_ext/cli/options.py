@@ -1,64 +1,161 @@
-"""Options that are more than one word: triples, mappings and lists, each with an error that names the option."""
+"""Options that several commands share, and parsers of the options whose text is more than one word or number.
+
+A parser raises typer.BadParameter with what was found and what was expected; typer adds which option it was. Parsed
+tuples have types of their own, because typer would read an option annotated as a tuple from several words.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from pathlib import Path
+from typing import Annotated, Any, NewType
 
-from rich.console import Console
+import typer
+
+Triple = NewType("Triple", tuple[float, float, float])
+WholeTriple = NewType("WholeTriple", tuple[int, int, int])
+Words = NewType("Words", tuple[str, ...])
 
 
-def console() -> Console:
-    """The terminal; written elsewhere it is wide enough for a table to stay on its lines."""
-    shown = Console()
-    return shown if shown.is_terminal else Console(width=120)
-
-
-def floats(name: str, text: str) -> tuple[float, float, float]:
-    """One positive number or three, comma separated."""
+def triple(text: str) -> Triple:
+    """ "2" or "1.5,1.5,3": one positive number for all three axes, or three."""
     try:
         values = [float(part) for part in text.replace("x", ",").split(",")]
     except ValueError:
         values = []
     if len(values) not in (1, 3) or not all(value > 0 for value in values):
-        raise ValueError(f"{name}: found '{text}', expected one positive number or three with commas, X,Y,Z")
+        raise typer.BadParameter(f"found '{text}', expected one positive number or three with commas, X,Y,Z")
     x, y, z = values * 3 if len(values) == 1 else values
-    return x, y, z
+    return Triple((x, y, z))
 
 
-def triple(name: str, text: str) -> tuple[int, int, int]:
-    """One positive whole number or three, comma separated."""
-    values = floats(name, text)
-    if any(value != int(value) for value in values):
-        raise ValueError(f"{name}: found '{text}', expected whole numbers")
-    x, y, z = (int(value) for value in values)
-    return x, y, z
+def whole_triple(text: str) -> WholeTriple:
+    """ "96" or "96,96,64": one positive whole number for all three axes, or three."""
+    x, y, z = triple(text)
+    if not all(value.is_integer() for value in (x, y, z)):
+        raise typer.BadParameter(f"found '{text}', expected whole numbers")
+    return WholeTriple((int(x), int(y), int(z)))
 
 
-def mapping(name: str, text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     """A JSON object."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: found '{text}', expected a JSON object ({error})") from error
+        raise typer.BadParameter(f"found '{text}', expected a JSON object ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name}: found '{text}', expected a JSON object")
+        raise typer.BadParameter(f"found '{text}', expected a JSON object")
     return content
 
 
-def words(text: str | None) -> tuple[str, ...] | None:
-    """Comma separated words."""
-    return None if text is None else tuple(part.strip() for part in text.split(","))
+def words(text: str) -> Words:
+    """Words with commas between them."""
+    return Words(tuple(part.strip() for part in text.split(",")))
 
 
-def rates(text: str | None, methods: tuple[str, ...]) -> dict[str, float]:
-    """ "1e-3" for every method, or "tcur=1e-2,head=3e-2" for some."""
-    if text is None:
-        return {}
+def learning_rates(text: str) -> float | dict[str, float]:
+    """ "1e-3" for every method, or "tcur=1e-2,head=3e-2" for some of them."""
     try:
         if "=" not in text:
-            return dict.fromkeys(methods, float(text))
+            return float(text)
         pairs = (part.split("=") for part in text.split(","))
         return {method.strip(): float(rate) for method, rate in pairs}
     except ValueError:
-        raise ValueError(f"lr: found '{text}', expected a number, or method=number with commas between") from None
+        raise typer.BadParameter(f"found '{text}', expected a number, or method=number with commas between") from None
+
+
+def rank(text: str) -> int | tuple[int, int]:
+    """ "8", or "4,8" for c = 4 columns and r = 8 rows."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) == 1:
+        return values[0]
+    if len(values) == 2:
+        return values[0], values[1]
+    raise typer.BadParameter(f"found '{text}', expected a positive whole number r, or c,r")
+
+
+def named_rank(text: str) -> tuple[str, int | tuple[int, int]]:
+    """ "linear1=4" or "linear1=4,8": a rank for the modules of a name."""
+    name, _, number = text.rpartition("=")
+    if not name:
+        raise typer.BadParameter(f"found '{text}', expected NAME=R or NAME=C,R such as linear1=4")
+    return name, rank(number)
+
+
+def named_split(text: str) -> tuple[str, int]:
+    """ "qkv=3": into how many slices the modules of a name are split."""
+    name, _, count = text.partition("=")
+    if not name or not count.isdigit():
+        raise typer.BadParameter(f"found '{text}', expected NAME=N such as qkv=3")
+    return name, int(count)
+
+
+def regex(text: str) -> str:
+    """A regular expression, checked and left as text."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise typer.BadParameter(f"found '{text}', expected a regular expression ({error})") from None
+    return text
+
+
+def dtype(text: str) -> Any:
+    """A floating-point dtype by its name in torch."""
+    import torch
+
+    known = ("float32", "bfloat16", "float16")
+    if text not in known:
+        raise typer.BadParameter(f"found '{text}', expected one of {', '.join(known)}")
+    return getattr(torch, text)
+
+
+# -- of finetune and pretrain -----------------------------------------------------------------------------------------
+
+NetworkSizes = Annotated[
+    dict[str, Any] | None,
+    typer.Option(
+        parser=json_object,
+        metavar="JSON",
+        help="Sizes of the network that differ from its defaults, e.g. '{\"hidden_size\": 192}'.",
+    ),
+]
+Spacing = Annotated[
+    Triple | None,
+    typer.Option(parser=triple, metavar="X,Y,Z", help="Voxel size in mm to resample to: one number or three."),
+]
+TrainList = Annotated[str, typer.Option(help="The list in splits.json to train on.")]
+ValList = Annotated[str, typer.Option(help="The list in splits.json to validate on.")]
+ValFraction = Annotated[
+    float, typer.Option(help="Fraction of the cases held out at random where there is no splits.json.")
+]
+Labels = Annotated[
+    Words | None,
+    typer.Option(
+        parser=words,
+        metavar="NAMES",
+        help="Class names with commas between, background first, where there is no dataset.json.",
+    ),
+]
+DataSeed = Annotated[int, typer.Option(help="Seed of the embedded subjects and of a random split.")]
+Batch = Annotated[int, typer.Option(help="Windows per step.")]
+CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same settings.")]
+
+# -- of inspect and merge ---------------------------------------------------------------------------------------------
+
+Source = Annotated[Path, typer.Argument(help="Run folder of finetune, or an adapter file.")]
+Method = Annotated[str, typer.Option(help="The run's method to take.")]
+Seed = Annotated[int, typer.Option(help="The run's seed to take.")]
+BaseModel = Annotated[
+    str | None, typer.Option(help="The model an adapter file belongs to, named as for `tcurlora plan`.")
+]
+Kwargs = Annotated[
+    dict[str, Any] | None,
+    typer.Option(parser=json_object, metavar="JSON", help="Sizes of a preset, or arguments of a function."),
+]
+Weights = Annotated[Path | None, typer.Option(help="The base weights for --model: safetensors, a file or a folder.")]

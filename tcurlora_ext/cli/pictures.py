@@ -1,4 +1,4 @@
-"""The pictures of ``tcurlora inspect``: one stack each, made for 1 to some hundred slices with long names."""
+"""The pictures of ``tcurlora inspect``, each of one stack; legible from one to some hundred slices with long names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from tcurlora_ext.analysis.inspection import StackInspection
 
-BASE, CHOSEN = "#9aa5b1", "#c2410c"
+BASE, SELECTED = "#9aa5b1", "#c2410c"
 CORE, DELTA = r"$\|U_l\|_F$", r"$\|\Delta W_l\|_F$"
 
 
 def draw(one: StackInspection) -> Iterator[tuple[str, Figure]]:
-    """Pictures of a stack by kind: layers, frequencies (not for the identity), scores."""
+    """Pairs of a picture's kind and the picture: "layers", "frequencies" (not for the identity transform), "scores"."""
     yield "layers", _layers(one)
     if one.core_energy:
         yield "frequencies", _frequencies(one)
@@ -26,7 +26,7 @@ def draw(one: StackInspection) -> Iterator[tuple[str, Figure]]:
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-    """A figure in inches, wide enough for its title: 0.09 a character at 11 points."""
+    """A figure of this size in inches, or as wide as its title needs: 0.09 inches per character at 11 points."""
     figure = Figure(figsize=(max(width, 0.3 + 0.09 * len(title)), height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
@@ -34,7 +34,11 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 
 def _grid(names: list[str]) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Slices as blocks x roles: "vit.blocks.3.attn.qkv[0]" stands in row "vit.blocks.3", column "attn.qkv[0]"."""
+    """Slices on a grid of blocks x roles: "vit.blocks.3.attn.qkv[0]" is in row "vit.blocks.3", column "attn.qkv[0]".
+
+    Returns:
+        The names of the rows, the names of the columns, and the (row, column) of each slice.
+    """
     blocks: dict[str, int] = {}
     roles: dict[str, int] = {}
     places = []
@@ -46,7 +50,7 @@ def _grid(names: list[str]) -> tuple[list[str], list[str], list[tuple[int, int]]
 
 
 def _layers(one: StackInspection) -> Figure:
-    """Heat map of |dW_l|_F, or of |U_l|_F without a base, with the numbers in the cells."""
+    """Heat map of |dW_l|_F, or of |U_l|_F without base weights, with the values in the cells."""
     base = one.base
     values, label = (one.core_norms, CORE) if base is None else (base.delta_norms, DELTA)
     blocks, roles, places = _grid(one.names)
@@ -76,10 +80,10 @@ def _layers(one: StackInspection) -> Figure:
 
 
 def _frequencies(one: StackInspection) -> Figure:
-    """Bars: the part of every frequency in |U|^2 and in the sum of |dW_l|^2."""
+    """Bars: each frequency's share of |U|^2 and, with base weights, of the sum of |dW_l|^2."""
     series = [(r"$\|U\|^2$", one.core_energy, BASE)]
     if one.base is not None:
-        series.append((r"$\sum_l \|\Delta W_l\|^2$", one.base.delta_energy, CHOSEN))
+        series.append((r"$\sum_l \|\Delta W_l\|^2$", one.base.delta_energy, SELECTED))
     count = len(one.core_energy)
     figure = _figure(
         min(14.0, max(5.0, 2 + 0.28 * count * len(series))), 3.6, f"stack {one.name}: energy per frequency"
@@ -91,8 +95,8 @@ def _frequencies(one: StackInspection) -> Figure:
         at = np.arange(count) + (index - (len(series) - 1) / 2) * width
         axes.bar(at, [100 * value / total for value in energy], width, label=label, color=colour)
     axes.margins(x=0.02)
-    axes.set_xlabel("frequency k along the slices (0: what all slices share)")
-    axes.set_ylabel("part of the energy, %")
+    axes.set_xlabel("frequency k along the slices (k = 0 is the part that all slices share)")
+    axes.set_ylabel("share of the energy, %")
     step = max(1, count // 30)
     axes.set_xticks(range(0, count, step))
     axes.legend()
@@ -100,11 +104,11 @@ def _frequencies(one: StackInspection) -> Figure:
 
 
 def _scores(one: StackInspection) -> Figure:
-    """The scores of the chosen features; with a base, among the norm scores of all features."""
-    figure = _figure(9.0, 6.0, f"stack {one.name}: features chosen by the rule '{one.selection}'")
+    """The scores of the selected features; with base weights, their norm scores among those of all features."""
+    figure = _figure(9.0, 6.0, f"stack {one.name}: features selected by the rule '{one.selection}'")
     top, bottom = figure.subplots(2)
     base = one.base
-    chosen = "score" if base is None else "norm score"
+    score_name = "score" if base is None else "norm score"
     sides = (
         (top, "input feature", one.columns, one.column_scores, None if base is None else base.column_scores),
         (bottom, "output feature", one.rows, one.row_scores, None if base is None else base.row_scores),
@@ -114,12 +118,12 @@ def _scores(one: StackInspection) -> Figure:
         if of_all is not None:
             axes.plot(range(len(of_all)), of_all, color=BASE, linewidth=0.8, label="all")
             axes.margins(x=0.01)
-        axes.vlines(ids, 0, heights, color=CHOSEN, linewidth=1.0, alpha=0.5)
-        axes.plot(ids, heights, "o", color=CHOSEN, markersize=4, label="chosen")
+        axes.vlines(ids, 0, heights, color=SELECTED, linewidth=1.0, alpha=0.5)
+        axes.plot(ids, heights, "o", color=SELECTED, markersize=4, label="selected")
         for index, height in zip(ids, heights, strict=True):
             axes.annotate(str(index), (index, height), xytext=(3, 3), textcoords="offset points", fontsize=7)
         axes.set_ylim(bottom=0, top=1.12 * max([*heights, *(of_all or ())]) or 1.0)
         axes.set_xlabel(label)
-        axes.set_ylabel(chosen)
+        axes.set_ylabel(score_name)
         axes.legend(loc="lower right", fontsize=8)
     return figure

@@ -1,27 +1,30 @@
-"""``tcurlora plan``: what an adapter costs on a model, from shapes alone."""
+"""``tcurlora plan``: what an adapter costs on a model, counted from shapes alone."""
 
 from __future__ import annotations
 
 import json as json_format
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tcurlora_ext.cli.options import mapping
+from tcurlora_ext.cli import options
+from tcurlora_ext.io.table import rich_table, terminal
 
 if TYPE_CHECKING:
-    from torch import dtype as Dtype
+    from rich.console import Console
+    from rich.table import Table
 
 TOKENS = 2048
+KEYS = ("stack", "method", "layout")  # columns that say what a line is about
 NOTES = (
-    "T > dW: above so many tokens a materialised dW takes fewer forward FLOPs. FLOPs and bytes are the adapter's own, "
-    "for one forward and backward pass; those of base are the frozen layers'."
+    "T > dW: from this number of tokens T on, a materialised dW takes fewer forward FLOPs. The rows of tcur and lora "
+    "count what the adapter adds to one forward and backward pass; those of base count the frozen layers."
 )
 RANK_NOTES = (
-    "base, gathered: frozen weights at rest, and at most gathered beside. trained: numbers, gradients, Adam's means. "
-    "weights, gradients: received in a step. Seconds are these counts over the given rates, not a measurement."
+    "base: frozen weights at rest; gathered: the most that is gathered beside them. trained: the trained parameters, "
+    "their gradients and Adam's two means. weights, gradients: received in a step. Seconds are these counts divided by "
+    "the given rates, not a measurement."
 )
 
 
@@ -30,54 +33,82 @@ def plan(
         str,
         typer.Argument(help="unetr, swinunetr, vit, a transformers config.json or its folder, or module:callable."),
     ],
-    kwargs: Annotated[str, typer.Option(help="JSON object: sizes of a preset, or arguments of the callable.")] = "{}",
-    rank: Annotated[str, typer.Option(help="Tubal rank r, or c,r.")] = "8",
+    kwargs: options.Kwargs = None,
+    rank: Annotated[
+        Any, typer.Option(parser=options.rank, metavar="R", help="Tubal rank: r, or c,r for c columns and r rows.")
+    ] = "8",
     rank_pattern: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=R or NAME=C,R: another rank for modules of this name, end of a name or regex."),
+        list[Any] | None,
+        typer.Option(
+            parser=options.named_rank,
+            metavar="NAME=R",
+            help="NAME=R or NAME=C,R: another rank for the modules whose name is NAME, ends in it or matches it as a "
+            "regular expression; may be repeated.",
+        ),
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Name, or end of a name, of modules to adapt; may be given again.")
+        list[str] | None, typer.Option(help="Modules to adapt, by name or end of the name; may be repeated.")
     ] = None,
-    target_regex: Annotated[str | None, typer.Option(help="Regex for the whole name, in place of --target.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Names, or ends of names, to leave as they are.")] = None,
+    target_regex: Annotated[
+        str | None,
+        typer.Option(parser=options.regex, metavar="REGEX", help="Modules to adapt, by a match of the whole name."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Modules to leave out, by name or end of the name; may be repeated.")
+    ] = None,
     split: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=N: rows of a fused projection are N slices. Default: qkv=3, c_attn=3."),
+        list[Any] | None,
+        typer.Option(
+            parser=options.named_split,
+            metavar="NAME=N",
+            help="Fused modules of which the N equal parts are slices of their own. Default: qkv=3, c_attn=3.",
+        ),
     ] = None,
-    stack_by: Annotated[str, typer.Option(help="shape, role or none.")] = "shape",
+    stack_by: Annotated[str, typer.Option(help="Which modules share a stack: shape, role or none.")] = "shape",
     stack_blocks: Annotated[
-        int | None, typer.Option(help="Cut stacks by shape or role into runs of so many consecutive blocks.")
+        int | None, typer.Option(help="Cut the stacks into runs of this many consecutive blocks.")
     ] = None,
     frequencies: Annotated[
-        int | None, typer.Option(help="Only the lowest frequencies in the cores. Default: all.")
+        int | None, typer.Option(help="How many frequencies the cores hold, the lowest ones. Default: all.")
     ] = None,
-    dropout: Annotated[float, typer.Option(help="On the adapter's input.")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Dropout probability on the adapter's input.")] = 0.0,
     transform: Annotated[str, typer.Option(help="dft, dct or identity.")] = "dft",
-    trainable: Annotated[str, typer.Option(help="core or all.")] = "core",
-    core_domain: Annotated[str, typer.Option(help="fourier or slice.")] = "fourier",
+    trainable: Annotated[str, typer.Option(help="What trains: core, or all for C, U and R.")] = "core",
+    core_domain: Annotated[str, typer.Option(help="What the core's parameters are: fourier or slice.")] = "fourier",
     tokens: Annotated[
         int | None,
-        typer.Option(help=f"Rows of every layer's input. Default: those of a preset's window, else {TOKENS}."),
+        typer.Option(help=f"Tokens that every layer reads. Default: those of a preset's window, else {TOKENS}."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Windows a step, for a preset without --tokens.")] = 1,
+    batch: Annotated[int, typer.Option(help="Windows per step, for a preset without --tokens.")] = 1,
     dtype: Annotated[
-        str | None, typer.Option(help="Of weights and activations: float32, bfloat16 or float16. Default: the model's.")
+        Any,
+        typer.Option(
+            parser=options.dtype,
+            metavar="DTYPE",
+            help="Of weights and activations: float32, bfloat16 or float16. Default: the model's.",
+        ),
     ] = None,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA beside it.")] = 8,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA that tCUR is compared with.")] = 8,
     ranks: Annotated[
-        int | None, typer.Option(help="Also what each of so many processes holds and receives, by DDP and FSDP.")
+        int | None,
+        typer.Option(help="Also count what each of this many processes holds and receives, by DDP and FSDP."),
     ] = None,
     flops: Annotated[
-        float | None, typer.Option(help="FLOPs a second of one process, for an estimate of a step's time by count.")
+        float | None, typer.Option(help="FLOPs per second of one process, for an estimate of a step's time.")
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="Bytes a second that reach one process, for the same estimate.")
+        float | None, typer.Option(help="Bytes per second that one process receives, for the same estimate.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this JSON file; - for stdout alone.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write all numbers to this CSV file.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write all counts to; - writes them to stdout in place of the table."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write all counts to.")] = None,
 ) -> None:
-    """Trained numbers, q, FLOPs, bytes kept for backward and bytes of the file: tCUR beside LoRA, by stack."""
+    """Count what tCUR costs on a model beside LoRA, per stack and in all, without reading any weights.
+
+    Counted are trained parameters, FLOPs, bytes kept for backward and bytes of the adapter file.
+    """
     from tcurlora_ext.adapter.config import TCURConfig
     from tcurlora_ext.analysis.plan import plan as count
     from tcurlora_ext.analysis.plan import trace_calls
@@ -87,35 +118,32 @@ def plan(
 
     if target and target_regex is not None:
         raise ValueError("found both --target and --target-regex, expected one of them")
-    if target_regex is not None:
-        _check_regex(target_regex)
     if ranks is None and (flops, bandwidth) != (None, None):
         raise ValueError("found --flops or --bandwidth without --ranks, expected the number of processes, too")
     rates = Rates(flops, bandwidth)
-    arguments = mapping("kwargs", kwargs)
+    arguments = kwargs or {}
     if batch < 1:
         raise ValueError(f"batch: found {batch}, expected a positive whole number")
-    splits: dict[str, Any] = {"split_fused": dict(_split(text) for text in split)} if split else {}
+    splits: dict[str, Any] = {"split_fused": dict(split)} if split else {}
     config = TCURConfig(
-        rank=parse_rank(rank), target_modules=target_regex or target or None, exclude_modules=exclude or None,
-        rank_pattern=dict(_ranked(text) for text in rank_pattern or ()), stack_by=stack_by,
-        stack_blocks=stack_blocks, frequencies=frequencies, dropout=dropout, transform=transform, trainable=trainable,
-        core_domain=core_domain, **splits,
+        rank=rank, target_modules=target_regex or target or None, exclude_modules=exclude or None,
+        rank_pattern=dict(rank_pattern or ()), stack_by=stack_by, stack_blocks=stack_blocks, frequencies=frequencies,
+        dropout=dropout, transform=transform, trainable=trainable, core_domain=core_domain, **splits,
     )  # fmt: skip
-    precision = parse_dtype(dtype)
     built = build_model(model, arguments)
     example = None if tokens is not None else preset_input(model, arguments, batch)
     if example is not None:
-        found = count(built, config, trace_calls(built, config, example), lora_rank, precision)
+        found = count(built, config, trace_calls(built, config, example), lora_rank, dtype)
         rows = f"{batch} window(s) of {'x'.join(map(str, example.shape[2:]))} voxels"
     else:
         number = TOKENS if tokens is None else tokens
-        found = count(built, config, number, lora_rank, precision)
+        found = count(built, config, number, lora_rank, dtype)
         rows = f"{number} tokens a layer"
-    heading = f"{model}: {rows}, {found.dtype}, tCUR of rank {rank} beside LoRA of rank {lora_rank}"
+    shown_rank = f"{rank[0]},{rank[1]}" if isinstance(rank, tuple) else rank
+    heading = f"{model}: {rows}, {found.dtype}, tCUR of rank {shown_rank} beside LoRA of rank {lora_rank}"
     content: dict[str, Any] = {"model": model, "tokens": rows, "dtype": found.dtype, "lora_rank": lora_rank,
                "config": config.to_json(), "rows": found.rows()}  # fmt: skip
-    costs = None if ranks is None else rank_costs(built, found, ranks, rates, precision)
+    costs = None if ranks is None else rank_costs(built, found, ranks, rates, dtype)
     if costs is not None:
         content |= {"rates": {"flops": flops, "bandwidth": bandwidth}, "ranks": rank_rows(costs)}
     if csv is not None:
@@ -127,68 +155,49 @@ def plan(
         write_json(json, content)
     _show(found.table(), str(found), heading, NOTES)
     if costs is not None:
-        _show(rank_table(costs), rank_text(costs), f"\nOn {ranks} processes, bytes of each in a step", RANK_NOTES)
-
-
-def parse_rank(text: str) -> int | tuple[int, int]:
-    """ "8", or "4,8" for c columns and r rows."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) == 1:
-        return values[0]
-    if len(values) == 2:
-        return values[0], values[1]
-    raise ValueError(f"rank: found '{text}', expected a positive whole number r, or c,r")
-
-
-def parse_dtype(text: str | None) -> Dtype | None:
-    """A floating dtype by name."""
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if text is None:
-        return None
-    if text not in known:
-        raise ValueError(f"dtype: found '{text}', expected one of {', '.join(known)}")
-    return known[text]
-
-
-def _check_regex(text: str) -> None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"target-regex: found '{text}', expected a regular expression ({error})") from None
-
-
-def _split(text: str) -> tuple[str, int]:
-    name, _, count = text.partition("=")
-    if not name or not count.isdigit():
-        raise ValueError(f"split: found '{text}', expected NAME=N such as qkv=3")
-    return name, int(count)
-
-
-def _ranked(text: str) -> tuple[str, int | tuple[int, int]]:
-    name, _, rank = text.rpartition("=")
-    if not name:
-        raise ValueError(f"rank-pattern: found '{text}', expected NAME=R or NAME=C,R such as linear1=4")
-    return name, parse_rank(rank)
+        _show(
+            rank_table(costs),
+            rank_text(costs),
+            f"\nOn {ranks} processes: memory and traffic of each in one step",
+            RANK_NOTES,
+        )
 
 
 def _show(table: list[list[str]], text: str, heading: str, notes: str) -> None:
-    """A table on a terminal, plain text in a file or pipe."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+    """A table on a terminal, in parts where it is too wide; text in a file or pipe."""
+    console = terminal()
     if not console.is_terminal:
         typer.echo(f"{heading}\n\n{text}\n\n{notes}")
         return
-    headings, *lines = table
-    shown = Table(title=heading, caption=notes)
-    for name in headings:
-        shown.add_column(name, justify="left" if name in ("stack", "method", "layout") else "right")
-    for index, line in enumerate(lines):
-        shown.add_row(*line, end_section=headings[0] == "stack" and index % 3 == 2)
-    console.print(shown)
+    console.print(heading, style="italic", markup=False, highlight=False)
+    for columns in _parts(table, console):
+        console.print(_part(table, columns))
+    console.print(notes, style="dim", markup=False, highlight=False)
+
+
+def _part(table: list[list[str]], columns: list[int]) -> Table:
+    """Some columns of a table whose first line is its header; an empty line after each stack."""
+    from rich.box import SIMPLE_HEAD
+
+    header, *lines = [[line[index] for index in columns] for line in table]
+    left = [index for index, name in enumerate(header) if name in KEYS]
+    part = rich_table(header, lines, left, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in part.rows[2::3] if "stack" in header else ():
+        row.end_section = True
+    return part
+
+
+def _parts(table: list[list[str]], console: Console) -> list[list[int]]:
+    """Columns of as few tables as fit the terminal without a line break in a cell; each has the columns of KEYS."""
+    unbroken = console.options.update(width=10_000)
+    keys = [index for index, name in enumerate(table[0]) if name in KEYS]
+    parts: list[list[int]] = []
+    for index in range(len(table[0])):
+        if index in keys:
+            continue
+        wider = sorted({*keys, *parts[-1], index}) if parts else []
+        if parts and console.measure(_part(table, wider), options=unbroken).maximum <= console.width:
+            parts[-1] = wider
+        else:
+            parts.append(sorted([*keys, index]))
+    return parts

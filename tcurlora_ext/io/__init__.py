@@ -1,1 +1,1 @@
-"""Files and text on the ground floor: files written whole or not at all, tensor files, records, tables."""
+"""Files and text, used by all other parts: atomic writes, tensor files, JSON and CSV files, tables."""

@@ -1,7 +1,7 @@
-"""Writing files so that a kill at any moment leaves the last good one.
+"""Writing files atomically: a process killed at any moment leaves the old file or the new one, never a part of one.
 
-A temporary file is filled in the target's own folder, flushed to disk and renamed over the target: the rename is atomic
-within one file system, so a reader sees the old file or the new one, never half of one.
+A temporary file in the target's folder is written, flushed to disk and renamed to the target; a rename within one file
+system is atomic.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; after the block it is flushed and renamed to `path`.
+    """Yield a temporary path beside `path`, for the block to write; then flush the file and rename it to `path`.
 
-    An exception inside the block removes the temporary file and leaves `path` as it was.
-    The temporary name keeps the suffix, because writers choose a format by it, and has the process in it, so that two
-    processes that write one file do not tear it.
+    An exception inside the block removes the temporary file and leaves `path` as it was. The temporary name keeps the
+    suffix, because writers choose a format by it, and contains the process id, so that two processes that write the
+    same file use two temporary ones.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.split(".", 1)
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself has to reach the disk too
+        os.fsync(folder)  # so that the rename is on disk too
     finally:
         os.close(folder)
 
@@ -45,6 +45,6 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_with(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Let `writer(temporary_path)` write a file that then becomes `path`, atomically."""
+    """Call `writer` with a temporary path, and make the file that it writes there `path`, atomically."""
     with replacing(path) as temporary:
         writer(temporary)

@@ -1,4 +1,4 @@
-"""JSON and CSV files; every one is replaced atomically."""
+"""JSON and CSV files, written atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. FileNotFoundError or ValueError, each naming the file."""
+    """The content of a JSON file. FileNotFoundError where there is none, ValueError where it is not valid JSON."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a JSON file there")
     try:
@@ -28,7 +28,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows` to `path` atomically; the first row's keys are the header. Floats keep their shortest exact form."""
+    """Write `rows` to `path` atomically, with the first row's keys as header. Floats read back as the same values."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -37,6 +37,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, all values as text."""
+    """The rows of a CSV file with a header; all values are strings."""
     with path.open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))

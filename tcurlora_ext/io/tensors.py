@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors files read whole, and checkpoints of a run, of which nothing is unpickled."""
+"""Files of tensors: reading safetensors files; writing and reading checkpoints, of which no code is unpickled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from .atomic import replacing
 
 
 def read_tensors(path: Path, expected: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header's strings and the tensors of a file. ValueError, saying what was ``expected``, for a damaged one."""
+    """The metadata and the tensors of a safetensors file.
+
+    Args:
+        path: The file.
+        expected: What the file should be, for the error message.
+
+    Raises:
+        ValueError: The file is not a complete safetensors file.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
@@ -23,13 +31,17 @@ def read_tensors(path: Path, expected: str) -> tuple[dict[str, str], dict[str, T
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Save tensors, numbers, strings, lists and dicts to `path` atomically."""
+    """Save a dictionary of tensors, numbers, strings, lists and dictionaries to `path`, atomically."""
     with replacing(path) as temporary:
         torch.save(dict(content), temporary)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint without unpickling anything but tensors and plain containers. ValueError names a damaged file."""
+    """Read a checkpoint with ``weights_only=True``: objects other than tensors and containers are refused.
+
+    Raises:
+        ValueError: The file cannot be read that way, or does not hold a dictionary.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and EOF errors: torch.load has no common base for them

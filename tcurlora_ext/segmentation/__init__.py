@@ -1,1 +1,1 @@
-"""A segmentation recipe on MONAI: data, networks, methods that adapt them, training, evaluation and the report."""
+"""Segmentation with MONAI: data sets, networks, methods that adapt them, training, evaluation and the report."""

@@ -1,11 +1,12 @@
-"""A segmentation data set on disk: which files it has, whether they are sound, and the volumes in memory.
+"""Reading a segmentation data set: finding its files, checking them, and loading the volumes into memory.
 
-Two layouts are read: Medical Decathlon (`imagesTr/`, `labelsTr/`, `dataset.json` with its "labels" and "training") and
-the plain one (`images/`, `labels/`, `splits.json`). `splits.json` holds lists of cases, at the top ("train", "val") or
-one level down ("few_shot": {"5_subjects_seed0": [...]}); without it a Decathlon folder is split at random from a seed.
+Images lie in `imagesTr/` or `images/`, their labels under the same names in `labelsTr/` or `labels/`, as `.nii.gz` or
+`.nii`. `dataset.json` names the classes ("labels", as in the Medical Decathlon). `splits.json` holds lists of cases, at
+the top level ("train", "val") or one level down ("few_shot": {"5_subjects_seed0": [...]}). Without it the cases are
+split at random from a seed.
 
 Everything is checked before anything is trained or written: each error names the file, what was found and what was
-expected. Needs: volumes small enough to hold all chosen ones in memory.
+expected. All chosen volumes are held in memory at once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,16 @@ class Case:
 
 @dataclass(frozen=True)
 class SegmentationDataset:
-    """Checked cases. `labels` maps each value to its name, 0 is background; `fingerprint` is a SHA-256 of all files."""
+    """Cases whose files have been checked.
+
+    Attributes:
+        root: The data set's folder.
+        labels: Class names by label value; 0 is background.
+        channels: Of every image.
+        train: The training cases.
+        val: The validation cases.
+        fingerprint: SHA-256 of all files of these cases.
+    """
 
     root: Path
     labels: dict[int, str]
@@ -56,9 +66,14 @@ class SegmentationDataset:
 
 @dataclass(frozen=True)
 class Volume:
-    """A prepared case: `image` (C, X, Y, Z) normalised at the network's spacing with `label` (1, X, Y, Z) beside it;
+    """A case as training and evaluation need it.
 
-    `truth` (1, X', Y', Z') is the label on its own grid of `spacing` mm, on which predictions are scored.
+    Attributes:
+        name: The case's.
+        image: (C, X, Y, Z) float32, normalised, at the network's voxel size.
+        label: (1, X, Y, Z) on the same grid.
+        truth: (1, X', Y', Z'), the label on the grid of its file, on which predictions are scored.
+        spacing: Voxel size of ``truth`` in mm.
     """
 
     name: str
@@ -74,8 +89,18 @@ def read_dataset(
 ) -> SegmentationDataset:  # fmt: skip
     """Find the cases of a data set and check every file of the two lists.
 
-    `labels` names the classes (background first) where there is no dataset.json; without either, the values found in
-    the training labels are the classes. FileNotFoundError for what is not there, ValueError for what is not right.
+    Args:
+        root: The data set's folder.
+        train_list: The list of splits.json to train on.
+        val_list: The list of splits.json to validate on.
+        val_fraction: Fraction of the cases that is drawn for validation where there is no splits.json.
+        seed: Of that draw.
+        labels: Class names, background first, in place of those of dataset.json. Without either, the classes are the
+            values in the training labels.
+
+    Raises:
+        FileNotFoundError: A file or folder is missing.
+        ValueError: A file is damaged, or does not fit the others.
     """
     require_package("nibabel")
     root = Path(root)
@@ -123,7 +148,7 @@ def _volumes(folder: Path) -> dict[str, Path]:
 
 
 def _find(wanted: str, files: dict[str, Path], folder: Path, source: str) -> Path:
-    """The file called `wanted`, or the one whose name ends in `_wanted` ("006" for hippocampus_006.nii.gz)."""
+    """The file of this name, or the one whose name ends in it after "_": "006" finds hippocampus_006.nii.gz."""
     if wanted in files:
         return files[wanted]
     matches = [path for stem, path in files.items() if stem.endswith(f"_{wanted}")]
@@ -158,7 +183,7 @@ def _listed(path: Path, name: str, images: Path, masks: Path) -> tuple[Case, ...
 def _random_split(
     root: Path, images: Path, masks: Path, fraction: float, seed: int, train_list: str
 ) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """All cases with a label, `fraction` of them drawn for validation."""
+    """All cases that have a label, with a `fraction` of them drawn for validation; (training, validation)."""
     if train_list != "train":
         raise FileNotFoundError(f"{root / 'splits.json'}: no such file; expected it to hold the list '{train_list}'")
     if not 0 < fraction < 1:
@@ -180,7 +205,7 @@ def _random_split(
 
 
 def _declared(path: Path, description: Any, labels: Sequence[str] | None) -> dict[int, str] | None:
-    """Label values and names, from `labels` or from dataset.json ({"0": "background"} or {"background": 0})."""
+    """Class names by label value, from `labels` or from dataset.json: {"0": "background"} or {"background": 0}."""
     if labels is not None:
         if len(labels) < 2:
             raise ValueError(f"labels: found {list(labels)}, expected background and at least one class")
@@ -201,7 +226,7 @@ def _declared(path: Path, description: Any, labels: Sequence[str] | None) -> dic
 
 
 def read_volume(path: Path) -> NDArray[Any]:
-    """The voxels of a NIfTI file. FileNotFoundError or ValueError (truncated, not NIfTI), each naming the file."""
+    """The voxels of a NIfTI file. FileNotFoundError where there is none, ValueError where it cannot be read."""
     import nibabel as nib
 
     if not path.is_file():
@@ -215,7 +240,7 @@ def read_volume(path: Path) -> NDArray[Any]:
 
 
 def _check_case(case: Case, declared: dict[int, str] | None) -> tuple[int, set[int]]:
-    """Check one case; its channel count and label values."""
+    """Check the files of one case; returns the image's channel count and the label's values."""
     image, label = read_volume(case.image), read_volume(case.label)
     if image.ndim not in (3, 4):
         raise ValueError(f"{case.image}: found {image.ndim} axes, expected 3, or 4 with channels last")
@@ -238,7 +263,7 @@ def _check_case(case: Case, declared: dict[int, str] | None) -> tuple[int, set[i
 
 
 def _observed(found: Sequence[tuple[int, set[int]]], train: Sequence[Case], val: Sequence[Case]) -> dict[int, str]:
-    """Classes where none are declared: the values of the training labels, which validation may not go beyond."""
+    """The classes where none are declared: the values in the training labels. ValueError for others in validation."""
     values: set[int] = {0}.union(*(seen for _, seen in found[: len(train)]))
     if sorted(values) != list(range(len(values))) or len(values) < 2:
         raise ValueError(
@@ -255,10 +280,10 @@ def _observed(found: Sequence[tuple[int, set[int]]], train: Sequence[Case], val:
 
 
 def load_volumes(cases: Sequence[Case], spacing: Sequence[float] | None) -> list[Volume]:
-    """Read and prepare cases with MONAI: RAS orientation, `spacing` in mm where given, normalised per volume.
+    """Read and prepare cases with MONAI: RAS orientation, resampled to `spacing` in mm unless it is None, normalised.
 
-    Intensities are clipped to the 0.5th and 99.5th percentile and brought to mean 0 and standard deviation 1, channel
-    by channel: scanners share no scale (maxima from 112 to 1.7e6 within one real data set).
+    Intensities are clipped to the 0.5th and 99.5th percentile and normalised to mean 0 and standard deviation 1, per
+    volume and channel: scanners share no intensity scale (maxima from 112 to 1.7e6 within one real data set).
     """
     require_package("monai")
     from monai.transforms import (
@@ -273,7 +298,9 @@ def load_volumes(cases: Sequence[Case], spacing: Sequence[float] | None) -> list
 
     keys = ["image", "label"]
     volumes = []
-    with warnings.catch_warnings():  # MONAI warns of a default for axis names; "RAS" means the same in both
+    with (
+        warnings.catch_warnings()
+    ):  # MONAI warns that a default for axis names will change; "RAS" means the same in both
         warnings.simplefilter("ignore")
         read = Compose([LoadImaged(keys, ensure_channel_first=True), Orientationd(keys, axcodes="RAS")])
         scale = [

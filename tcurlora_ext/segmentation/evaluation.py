@@ -1,7 +1,7 @@
-"""Dice and the 95th percentile of the Hausdorff distance of sliding-window predictions, by MONAI's metrics.
+"""Dice and HD95 (95th percentile of the Hausdorff distance) of sliding-window predictions, by MONAI's metrics.
 
-Scores are taken on the label's own grid: class probabilities found at the network's voxel size are resampled to it
-before the largest is taken, so the truth is never resampled.
+Scores are taken on the label's own grid: class probabilities at the network's voxel size are resampled to that grid
+before the most probable class is taken, so the truth is never resampled.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec, randomis
 
 @dataclass(frozen=True)
 class CaseScore:
-    """Scores of one case, a number for each foreground class: Dice in 0..1, HD95 in mm.
+    """Scores of one case, one value per foreground class.
 
-    NaN: Dice where the truth has no such voxel; HD95 where truth or prediction has none.
+    Attributes:
+        name: The case's.
+        dice: 0 to 1; NaN where the truth has no voxel of the class.
+        hd95: In mm; NaN where the truth or the prediction has no voxel of the class.
     """
 
     name: str
@@ -33,7 +36,12 @@ class CaseScore:
 
 @torch.no_grad()
 def predict(model: nn.Module, volume: Volume, roi: Sequence[int]) -> Tensor:
-    """Predicted label values (X', Y', Z') on the truth's grid, on the CPU."""
+    """Predict a volume by windows of ``roi`` voxels with 25 % overlap.
+
+    Returns:
+        Label values (X', Y', Z'), int64, on the grid of ``volume.truth`` and on the CPU. The model is left in eval
+        mode.
+    """
     from monai.data.meta_tensor import MetaTensor
     from monai.inferers.utils import sliding_window_inference
     from monai.transforms.spatial.array import ResampleToMatch
@@ -52,24 +60,33 @@ def predict(model: nn.Module, volume: Volume, roi: Sequence[int]) -> Tensor:
 
 def score(prediction: Tensor, volume: Volume, classes: int) -> CaseScore:
     """Dice and HD95 of predicted label values (X', Y', Z'); `classes` counts the background."""
-    from monai.metrics.hausdorff_distance import HausdorffDistanceMetric
+    pair = _one_hot_pair(prediction, volume, classes)
+    return CaseScore(volume.name, _dice(pair), _hd95(pair, volume.spacing))
+
+
+def _one_hot_pair(prediction: Tensor, volume: Volume, classes: int) -> tuple[Tensor, Tensor]:
+    """Prediction and truth, each (1, classes, X', Y', Z') of zeros and ones, as MONAI's metrics take them."""
+    from monai.networks.utils import one_hot
+
+    labels = torch.as_tensor(prediction)[None, None], torch.as_tensor(volume.truth)[None]
+    found, wanted = (one_hot(values, classes) for values in labels)
+    return found, wanted
+
+
+def _dice(pair: tuple[Tensor, Tensor]) -> tuple[float, ...]:
     from monai.metrics.meandice import DiceMetric
 
-    def one_hot(labels: Tensor) -> Tensor:
-        return nn.functional.one_hot(labels.long(), classes).movedim(-1, 0)[None].float()
+    return tuple(DiceMetric(include_background=False, reduction="none")(*pair)[0].tolist())
 
-    truth = torch.as_tensor(volume.truth)[0]
-    pair = one_hot(torch.as_tensor(prediction)), one_hot(torch.as_tensor(truth))
-    dice = DiceMetric(include_background=False, reduction="none")(*pair)
-    with warnings.catch_warnings():  # an absent class is not a surprise here: it is counted and shown
+
+def _hd95(pair: tuple[Tensor, Tensor], spacing: Sequence[float]) -> tuple[float, ...]:
+    from monai.metrics.hausdorff_distance import HausdorffDistanceMetric
+
+    metric = HausdorffDistanceMetric(include_background=False, percentile=95, reduction="none")
+    with warnings.catch_warnings():  # MONAI warns of an absent class, which is counted and shown here
         warnings.simplefilter("ignore")
-        distance = HausdorffDistanceMetric(include_background=False, percentile=95, reduction="none")(
-            *pair, spacing=[list(volume.spacing)]
-        )
-    assert isinstance(dice, Tensor)
-    assert isinstance(distance, Tensor)
-    hd95 = tuple(value if math.isfinite(value) else math.nan for value in distance[0].tolist())
-    return CaseScore(volume.name, tuple(dice[0].tolist()), hd95)
+        distance = metric(*pair, spacing=[list(spacing)])[0]
+    return tuple(value if math.isfinite(value) else math.nan for value in distance.tolist())
 
 
 def evaluate(model: nn.Module, volumes: Sequence[Volume], config: NetworkConfig) -> list[CaseScore]:
@@ -78,17 +95,11 @@ def evaluate(model: nn.Module, volumes: Sequence[Volume], config: NetworkConfig)
 
 
 def mean_dice(model: nn.Module, volumes: Sequence[Volume], config: NetworkConfig) -> float:
-    """Dice averaged over volumes, then over foreground classes; no distances, so it is quick enough for a curve."""
-    total = torch.zeros(config.out_channels - 1, dtype=torch.float64)
-    count = torch.zeros_like(total)
-    for volume in volumes:
-        prediction, truth = predict(model, volume, config.roi), torch.as_tensor(volume.truth)[0]
-        for index in range(config.out_channels - 1):
-            found, wanted = prediction == index + 1, truth == index + 1
-            if wanted.any():
-                total[index] += 2 * (found & wanted).sum() / (found.sum() + wanted.sum())
-                count[index] += 1
-    return float((total / count)[count > 0].mean())
+    """The "dice" of :func:`summarise`, without distances and so quick enough for a point of a learning curve."""
+    cases = [
+        _dice(_one_hot_pair(predict(model, volume, config.roi), volume, config.out_channels)) for volume in volumes
+    ]
+    return finite_mean([finite_mean(values) for values in zip(*cases, strict=True)])
 
 
 def finite_mean(values: Sequence[float]) -> float:
@@ -98,7 +109,10 @@ def finite_mean(values: Sequence[float]) -> float:
 
 
 def summarise(scores: Sequence[CaseScore], classes: Sequence[str]) -> dict[str, float | int]:
-    """Means over cases for each class and over classes; `hd95_undefined` counts pairs of case and class without one."""
+    """Means over cases for each class, and over classes; NaN is left out of them.
+
+    "hd95_undefined" counts the pairs of a case and a class that have no HD95.
+    """
     dice = [finite_mean([case.dice[index] for case in scores]) for index in range(len(classes))]
     hd95 = [finite_mean([case.hd95[index] for case in scores]) for index in range(len(classes))]
     return {
@@ -113,9 +127,9 @@ def summarise(scores: Sequence[CaseScore], classes: Sequence[str]) -> dict[str, 
 def transformer_check(
     model: nn.Module, volumes: Sequence[Volume], config: NetworkConfig, seed: int
 ) -> dict[str, float]:
-    """Dice with the trained transformer blocks and with blocks as at a random start, all else kept.
+    """Dice with the trained transformer blocks, and with blocks that are initialised at random again.
 
-    A network that scores the same either way does not use its transformer, and comparing adapters in it means nothing.
+    A network with the same score either way does not use its transformer: adapters inside it cannot be compared there.
     """
     changed = copy.deepcopy(model)
     randomise(changed, config, (get_spec(config.network).blocks,), seed + 1)

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, and overlays of prediction and truth."""
+"""Figures of a run: learning curves, and predictions and truth drawn over slices of the images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.packages import require_package
 
-# Okabe and Ito's colours, told apart by readers with any colour vision; one method keeps its colour in every picture
+# Okabe and Ito's colours, which colour-blind readers can tell apart; a method has the same colour in every figure
 METHOD_COLOURS = {
     "head": "#7f7f7f",
     "decoder": "#009e73",
@@ -27,7 +27,7 @@ CLASS_COLOURS = ("#56b4e9", "#e69f00", "#cc79a7", "#009e73", "#f0e442", "#0072b2
 
 
 def pyplot() -> Any:
-    """pyplot on the Agg canvas: no display is needed, and none is opened."""
+    """matplotlib.pyplot with the Agg backend, which needs no display."""
     require_package("matplotlib")
     import matplotlib
 
@@ -38,7 +38,7 @@ def pyplot() -> Any:
 
 
 def draw_curves(out: Path, methods: Sequence[str]) -> None:
-    """curves.png: training loss (mean of 10 steps) and validation Dice by step, a line a seed."""
+    """Draw curves.png: training loss (moving mean of 10 steps) and validation Dice over steps, one line per seed."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for method in methods:
@@ -59,7 +59,7 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
                 ms=4,
                 label=None if index else method,
             )
-    left.set(xlabel="step", ylabel="Dice + cross-entropy", title="Training loss, mean of 10 steps")
+    left.set(xlabel="step", ylabel="Dice + cross-entropy", title="Training loss, moving mean of 10 steps")
     right.set(xlabel="step", ylabel="Dice, %", title="Validation Dice (up to 4 cases)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -70,12 +70,12 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
 
 
 def _slice(volume: NDArray[Any], index: int) -> NDArray[Any]:
-    """The axial slice of an RAS volume, turned so that front is up and the subject's left is on the viewer's right."""
+    """An axial slice of an RAS volume, with the front of the head up and the subject's left on the viewer's right."""
     return np.asarray(volume[::-1, :, index].T)
 
 
 def _blend(grey: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
-    """RGB of a slice with each class's colour over 55 % of its voxels' intensity."""
+    """A slice in RGB; in the voxels of a class, 45 % of the image's grey and 55 % of the class's colour."""
     from matplotlib.colors import to_rgb
 
     rgb = np.repeat(grey[..., None], 3, axis=2)
@@ -87,7 +87,7 @@ def _blend(grey: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _grey(volume: Volume) -> NDArray[Any]:
-    """The first channel on the truth's grid, 0..1 between the 1st and 99th percentile."""
+    """The first channel on the truth's grid, with the 1st percentile at 0 and the 99th at 1."""
     from monai.transforms.spatial.array import ResampleToMatch
 
     image: Any = volume.image[:1]
@@ -100,7 +100,7 @@ def _grey(volume: Volume) -> NDArray[Any]:
 
 def draw_overlays(out: Path, volumes: Sequence[Volume], predictions: Mapping[str, Sequence[Tensor]],
                   classes: Sequence[str]) -> None:  # fmt: skip
-    """overlays.png: a row a case; image, truth and every prediction on the slice with most foreground."""
+    """Draw overlays.png: one row per case, with image, truth and predictions on the slice with most foreground."""
     plt = pyplot()
     from matplotlib.patches import Patch
 

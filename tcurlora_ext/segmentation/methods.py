@@ -1,7 +1,7 @@
-"""Ways to adapt a pretrained network, by name. Each says what trains, and saves and loads just that.
+"""Ways to adapt a pretrained network, by name. A method decides what trains, and saves and loads what has trained.
 
-A further method is one more entry of `METHODS`: a function that prepares a model in place, and, where its file is not
-simply the trained tensors, functions that save and load it.
+To add a method, add an entry to `METHODS`: a function that prepares a model in place, and functions that save and load
+its adapter file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ from tcurlora_ext.segmentation.training import trainable
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Options of all methods. `also_train`: "head" or "decoder", trained beside an adapter (the decoder has the head).
+    """Options of all methods.
 
-    `rank` and `alpha` are tCUR's (alpha of its scale rule), `lora_rank` LoRA's (lora_alpha = rank, so a factor of 1).
+    Attributes:
+        also_train: What trains beside an adapter: "head", or "decoder", which includes the head.
+        rank: Tubal rank of tCUR.
+        alpha: Factor on tCUR's default scale.
+        lora_rank: Rank of LoRA; its lora_alpha is the same, so that its scale is 1.
+        seed: Of the adapters' initialisation.
     """
 
     also_train: str = "head"
@@ -41,10 +46,17 @@ Prepare = Callable[[nn.Module, NetworkSpec, MethodOptions], None]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to adapt: `prepare` freezes what does not train and adds what does, in place.
+    """One way to adapt a network.
 
-    `lr` is the peak learning rate of Adam. With `adapter`, it is the adapter's alone, and the head or decoder beside it
-    keeps the rate it has when trained by itself.
+    Attributes:
+        name: In options, folders and tables.
+        description: What trains, in a few words.
+        prepare: Freezes what does not train and adds the adapter, in place.
+        lr: Peak learning rate of Adam.
+        save: Writes what has trained.
+        load: Prepares a model and reads that file into it.
+        adapter: Whether `lr` is for an adapter alone; the head or decoder that trains beside it then has the learning
+            rate of the method "head" or "decoder".
     """
 
     name: str
@@ -57,13 +69,13 @@ class Method:
 
 
 def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
-    """Make the parameters under `prefixes` train and no others."""
+    """Require gradients for the parameters whose names start with one of the prefixes, and for no others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(has_prefix(name, prefixes))
 
 
 def beside(spec: NetworkSpec, options: MethodOptions) -> tuple[str, ...]:
-    """Prefixes of what trains beside an adapter. ValueError for anything but "head" or "decoder"."""
+    """Name prefixes of the parameters that train beside an adapter. ValueError where `also_train` is unknown."""
     parts = {"head": spec.head, "decoder": spec.decoder}
     if options.also_train not in parts:
         raise ValueError(f"also-train: found '{options.also_train}', expected one of {', '.join(parts)}")
@@ -83,7 +95,7 @@ def _prepare_full(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -
 
 
 def _prepare_lora(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
-    """PEFT's LoRA in the attention and MLP projections, those that tCUR adapts."""
+    """PEFT's LoRA in the layers that tCUR adapts: the attention and MLP projections."""
     require_package("peft")
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -97,7 +109,7 @@ def _prepare_lora(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -
 
 
 def _prepare_tcur(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
-    """tCURLoRA in the same projections, one core a stack of equal shape, q, k and v as slices of their own."""
+    """tCURLoRA in the same layers: one core for all weights of a shape, with q, k and v as separate slices."""
     import tcurlora_ext as tcur
 
     prefixes = beside(spec, options)
@@ -106,7 +118,7 @@ def _prepare_tcur(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -
 
 
 def _save_trained(model: nn.Module, path: Path, options: MethodOptions) -> None:
-    """The trained tensors as safetensors, the options in its header."""
+    """Write the trained parameters as safetensors, with the options in the file's header."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in trainable(model).items()}
@@ -147,8 +159,9 @@ def _load_tcur(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare
     tcur.load_adapter(model, path)
 
 
-# Peak learning rates: the best of those tried, 100 to 120 steps on embedded subjects, first at half the target's noise:
-# head 1e-3, 1e-2, 3e-2, 1e-1; decoder 3e-3, 1e-2; full 1e-3, 3e-3; LoRA 1e-3, 3e-3, 1e-2, 3e-2 (fails); tCUR 1e-2.
+# Each peak learning rate was the best of these, in 100 to 120 steps on embedded subjects, some of them with half the
+# target's noise: head 1e-3, 1e-2, 3e-2, 1e-1; decoder 3e-3, 1e-2; full 1e-3, 3e-3; LoRA 1e-3, 3e-3, 1e-2, 3e-2 (which
+# does not learn). For tCUR only 1e-2 was tried.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -162,7 +175,11 @@ METHODS: dict[str, Method] = {
 
 
 def get_methods(names: str | Sequence[str]) -> list[Method]:
-    """Methods from a comma separated list (or "all"), each once; ValueError lists the known ones."""
+    """Methods by their names, as a sequence or in one string with commas; "all" for all of them.
+
+    Raises:
+        ValueError: A name is unknown or given twice.
+    """
     wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     wanted = list(METHODS) if wanted == ["all"] else wanted
     unknown = [name for name in wanted if name not in METHODS]

@@ -1,8 +1,9 @@
-"""Segmentation networks by name: how to build each, and which of its parameters are head, decoder and blocks.
+"""Segmentation networks by name: how to build each, and which parameters are its head, decoder and transformer blocks.
 
-`unetr` and `swinunetr` are MONAI's. `vit` is a plain ViT segmenter without skips: its decoder sees nothing but the
-last tokens, so it cannot go around its transformer as the other two can (a small UNETR lost 1.5 Dice with random
-blocks, this one nearly all of it). A comparison of adapters *inside* the transformer needs such a network.
+`unetr` and `swinunetr` are MONAI's. `vit` is a ViT with a decoder but no skip connections: the decoder reads the last
+tokens only, so every prediction goes through the transformer. In the other two, skip connections can carry most of the
+information past it: with its trained blocks replaced by random ones a small UNETR lost 1.5 points of Dice, `vit` nearly
+all of it. Adapters *inside* the transformer can only be compared in a network that uses it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ Sizes = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """One architecture. `head`, `decoder` and `blocks` are prefixes of parameter names; `multiple` divides the ROI."""
+    """One architecture.
+
+    Attributes:
+        name: In options and network.json.
+        description: In a few words.
+        construct: Builds it from input channels, output channels, window and sizes.
+        sizes: Default sizes.
+        head, decoder, blocks: Prefixes of the names of these parameters; the decoder includes the head.
+        also_train: What trains beside an adapter by default, "head" or "decoder".
+        multiple: Each side of the window is a multiple of it, in voxels.
+    """
 
     name: str
     description: str
@@ -42,9 +53,15 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """All that is needed to build a network again; `network.json` beside the weights holds it.
+    """All that is needed to build a network again, kept in `network.json` beside its weights.
 
-    `roi` is the window in voxels, `spacing` the voxel size in mm that volumes are resampled to (None: as they are).
+    Attributes:
+        network: The architecture's name.
+        in_channels: Of an image.
+        out_channels: Classes, with the background.
+        roi: The window in voxels.
+        spacing: Voxel size in mm that volumes are resampled to; None leaves them as they are.
+        sizes: Sizes that differ from the architecture's defaults.
     """
 
     network: str
@@ -71,10 +88,10 @@ class NetworkConfig:
 
 
 class ViTSegmenter(nn.Module):
-    """MONAI's ViT, its last tokens upsampled by transposed convolutions, a 1x1x1 head; no skip connections.
+    """MONAI's ViT whose last tokens are upsampled by transposed convolutions, then a 1x1x1 head; no skip connections.
 
-    Input (N, in_channels, *roi), output logits (N, out_channels, *roi). The patch size is a power of two; one step of
-    ConvTranspose3d(2, stride 2), InstanceNorm3d and GELU doubles the resolution until it is the input's again.
+    Input (N, in_channels, *roi), output logits (N, out_channels, *roi). The patch size is a power of two: each step of
+    ConvTranspose3d(2, stride 2), InstanceNorm3d and GELU doubles the resolution until it is that of the input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, roi: Sequence[int], sizes: Sizes) -> None:
@@ -120,13 +137,13 @@ def _swinunetr(in_channels: int, out_channels: int, roi: tuple[int, ...], sizes:
     return net
 
 
-# UNETR's decoder here is decoder5 to decoder2 and the output: 2,678,562 numbers in the published size (feature size 16,
-# hidden size 768), the 2.6785 M that the paper counts beside its cores. encoder1 to encoder4 stay frozen.
+# UNETR's decoder here is decoder5 to decoder2 and the output head: 2,678,562 parameters in the published size (feature
+# size 16, hidden size 768), the 2.6785 M that the paper counts beside its cores. encoder1 to encoder4 stay frozen.
 NETWORKS: dict[str, NetworkSpec] = {
     spec.name: spec
     for spec in (
         NetworkSpec(
-            "vit", "plain ViT segmenter without skips", ViTSegmenter,
+            "vit", "ViT segmenter without skip connections", ViTSegmenter,
             {"patch_size": 4, "hidden_size": 128, "mlp_dim": 512, "num_layers": 6, "num_heads": 4, "features": 16,
              "dropout_rate": 0.0},
             head=("out.",), decoder=("decoder.", "out."), blocks="vit.blocks.", also_train="head", multiple=4,
@@ -155,7 +172,7 @@ def get_spec(name: str) -> NetworkSpec:
 
 
 def complete_sizes(spec: NetworkSpec, sizes: Sizes) -> dict[str, Any]:
-    """The default sizes with `sizes` over them; ValueError for a size the network does not have."""
+    """The default sizes, overridden by `sizes`. ValueError for a size that the network does not have."""
     unknown = sorted(set(sizes) - set(spec.sizes))
     if unknown:
         raise ValueError(f"sizes of {spec.name}: found {', '.join(unknown)}, expected among {', '.join(spec.sizes)}")
@@ -163,7 +180,11 @@ def complete_sizes(spec: NetworkSpec, sizes: Sizes) -> dict[str, Any]:
 
 
 def check_network(config: NetworkConfig) -> dict[str, Any]:
-    """The complete sizes of a configuration; ValueError for an unknown network or size or an ROI that does not fit."""
+    """The complete sizes of a configuration.
+
+    Raises:
+        ValueError: The network or a size is unknown, or a side of the window is not a multiple of what it must be.
+    """
     spec = get_spec(config.network)
     sizes = complete_sizes(spec, config.sizes)
     multiple = int(sizes.get("patch_size", spec.multiple))
@@ -176,9 +197,10 @@ def check_network(config: NetworkConfig) -> dict[str, Any]:
 
 
 def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
-    """A network with random weights drawn from `seed`; the caller's random state is left alone.
+    """A network with random weights drawn from `seed`; the global random state of PyTorch is left as it was.
 
-    ValueError where the ROI is no multiple of what the architecture divides it by.
+    Raises:
+        ValueError: Of :func:`check_network`.
     """
     require_package("monai")
     require_package("einops")
@@ -189,18 +211,18 @@ def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
 
 
 def target_linears(model: nn.Module) -> list[str]:
-    """Names of the layers that tCUR adapts by default, for methods that are to adapt the same ones."""
+    """Names of the layers that tCUR adapts by default, for other methods that adapt the same layers."""
     return [target.name for target in find_targets(model, TCURConfig())]
 
 
 def has_prefix(name: str, prefixes: Sequence[str]) -> bool:
-    """Whether the parameter `name` belongs to one of the prefixes."""
+    """Whether a parameter's name starts with one of the prefixes."""
     return name.startswith(tuple(prefixes))
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, config: NetworkConfig, prefixes: Sequence[str], seed: int) -> None:
-    """Put a fresh network's parameters in place of those under `prefixes`, as if never trained."""
+    """Initialise the parameters whose names start with one of the prefixes at random again, from `seed`."""
     fresh = dict(build_network(config, seed).named_parameters())
     for name, parameter in model.named_parameters():
         if has_prefix(name, prefixes):
@@ -216,7 +238,13 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file or of a torch checkpoint (never unpickled; "state_dict" and "module." undone)."""
+    """The tensors of a safetensors file or of a torch checkpoint, of which only tensors and containers are unpickled.
+
+    A dictionary under "state_dict", "model_state_dict" or "model" is taken for the state; "module." before names goes.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such file, or it cannot be read or holds no tensors.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected pretrained weights (.safetensors, .pt, .pth)")
     if path.suffix == ".safetensors":
@@ -237,10 +265,13 @@ def _some(lines: list[str]) -> str:
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], spec: NetworkSpec, source: Path) -> bool:
-    """Load `tensors` into `model`; True where the head had another class count and keeps its random weights.
+    """Load `tensors` into `model`. A head for another number of classes is left out and keeps its random weights.
 
-    Everything but such a head has to match by name and shape: otherwise ValueError lists what did not, and the model
-    is left as it was.
+    Returns:
+        Whether the head was left out.
+
+    Raises:
+        ValueError: Any other name or shape differs; the message lists them, and the model is left as it was.
     """
     state = model.state_dict()
     # MONAI up to 1.3 built cross-attention it never used; its own loader drops those tensors too

@@ -1,4 +1,4 @@
-"""Packages of the segmentation extra, asked for where they are first needed."""
+"""The packages of the extra `segmentation`: an error with the command that installs them where one is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 
 
 def require_package(module: str) -> None:
-    """ModuleNotFoundError with the command to run where `module` of the segmentation extra is not installed."""
+    """Raise ModuleNotFoundError, with the command that installs the extra, unless `module` is installed."""
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(
             f"the package '{module}' is not installed; expected it for segmentation: "

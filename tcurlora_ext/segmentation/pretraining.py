@@ -1,8 +1,8 @@
-"""Training a network from nothing on a source data set: the base that adapters start from."""
+"""Training a network from random weights on a source data set: the base that adapters start from."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tcurlora_ext.segmentation.networks import (
     get_spec,
     save_weights,
 )
-from tcurlora_ext.segmentation.runfolder import open_folder, record, versions
+from tcurlora_ext.segmentation.runfolder import describe, open_folder, record
 from tcurlora_ext.segmentation.terminal import Display
 
 EMBEDDED_SUBJECTS = {"source": (24, 6), "target": (4, 8)}  # training and validation
@@ -28,9 +28,13 @@ EMBEDDED_SUBJECTS = {"source": (24, 6), "target": (4, 8)}  # training and valida
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Options of `tcurlora pretrain`. `data` None is the embedded source domain, made from seed `data_seed`.
+    """Options of `tcurlora pretrain`, where they are described by --help.
 
-    `roi` is the window in voxels; `spacing` in mm resamples, None leaves volumes as they are.
+    Attributes:
+        data: None for the embedded source domain, whose subjects are made from `data_seed`.
+        roi: The window in voxels.
+        spacing: Voxel size in mm that volumes are resampled to; None leaves them as they are.
+        subjects: How many embedded subjects are made for training and for validation.
     """
 
     data: Path | None = None
@@ -53,16 +57,8 @@ class PretrainSettings:
     device: str = "auto"
 
 
-def plain(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as JSON values."""
-    values = asdict(settings)
-    for key, value in values.items():
-        values[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-    return values
-
-
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU where PyTorch sees one, else the CPU. ValueError for a device that is not there."""
+    """The device of this name; "auto" is the GPU where PyTorch finds one, else the CPU. ValueError if it is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -75,7 +71,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe_data(data: SegmentationDataset) -> dict[str, Any]:
-    """What run.json says about a data set."""
+    """The entry "data" of run.json."""
     return {
         "labels": {str(value): name for value, name in data.labels.items()},
         "train": [case.name for case in data.train],
@@ -85,7 +81,7 @@ def describe_data(data: SegmentationDataset) -> dict[str, Any]:
 
 
 def embedded(folder: Path, domain: str, subjects: tuple[int, int], seed: int, display: Display) -> Path:
-    """The embedded domain under `folder`, made now unless an earlier run finished it."""
+    """The folder of the embedded domain inside `folder`; its subjects are made unless they are complete."""
     target = folder / domain
     if not (target / "splits.json").is_file():
         display.say(f"making {sum(subjects)} {domain} subjects from the MNI152 template")
@@ -94,7 +90,7 @@ def embedded(folder: Path, domain: str, subjects: tuple[int, int], seed: int, di
 
 
 def check_positive(**values: float) -> None:
-    """ValueError for an option that is not above zero."""
+    """Raise ValueError, naming the option, unless every value is above zero."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name.replace('_', '-')}: found {value}, expected a number above 0")
@@ -103,10 +99,16 @@ def check_positive(**values: float) -> None:
 def pretrain(
     settings: PretrainSettings, out: Path, *, resume: bool = False, display: Display | None = None
 ) -> dict[str, float]:  # fmt: skip
-    """Train a network from random weights into `out`; returns its Dice with and without its transformer's weights.
+    """Train a network from random weights and write it to the folder `out`.
 
-    Writes run.json, checkpoint.pt, metrics.csv, network.json, base.safetensors and, last, transformer.json, whose
-    presence means done. Bad input raises before the folder is made.
+    The folder gets run.json, metrics.csv, network.json and base.safetensors, checkpoint.pt while it trains, and at the
+    very end transformer.json.
+
+    Returns:
+        The content of transformer.json: the result of :func:`evaluation.transformer_check` on the validation cases.
+
+    Raises:
+        ValueError, FileNotFoundError: Settings, data or folder are wrong; raised before anything is written.
     """
     display = display or Display()
     check_positive(
@@ -115,9 +117,7 @@ def pretrain(
     spec, device = get_spec(settings.network), pick_device(settings.device)
     check_network(NetworkConfig(settings.network, 1, 2, settings.roi, settings.spacing, settings.sizes))
     data = _read(settings, settings.data) if settings.data is not None else None
-    open_folder(out, {
-        "command": "pretrain", "settings": plain(settings), "versions": versions(), "threads": torch.get_num_threads(),
-    }, resume)  # fmt: skip
+    open_folder(out, describe("pretrain", settings), resume)
     if data is None:
         data = _read(settings, embedded(out / "data", "source", settings.subjects, settings.data_seed, display))
     record(out, "data", describe_data(data))
@@ -147,10 +147,10 @@ def pretrain(
 
 
 def describe_check(check: dict[str, float]) -> str:
-    """One sentence on what the transformer's trained blocks are worth."""
+    """One sentence on how much Dice the trained transformer blocks are worth."""
     return (
-        f"source validation Dice {100 * check['dice']:.1f}; with the transformer's blocks as at a random start "
-        f"{100 * check['dice_with_random_blocks']:.1f}"
+        f"pretrained network, validation of the source domain: Dice {100 * check['dice']:.1f}, and "
+        f"{100 * check['dice_with_random_blocks']:.1f} with randomly initialised transformer blocks"
     )
 
 

@@ -1,30 +1,38 @@
-"""The result of a run: summary rows, the table on the terminal, and a report.html that needs no other file."""
+"""The results of a run: rows of summary.csv, the table on the terminal, and report.html, which needs no other file."""
 
 from __future__ import annotations
 
 import base64
-import html
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from torch import Tensor
 
 from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.records import read_csv, read_json
+from tcurlora_ext.io.table import rich_table
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.evaluation import finite_mean
 from tcurlora_ext.segmentation.figures import draw_curves, draw_overlays
 from tcurlora_ext.segmentation.methods import METHODS
+from tcurlora_ext.segmentation.packages import require_package
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Row = Mapping[str, Any]
-CELLS = ("method", "trains", "numbers", "Dice %", "HD95 mm", "seconds")
+HEADER = ("method", "what trains", "trained parameters", "Dice %", "HD95 mm", "seconds")
 
 
 def summarise_runs(results: Sequence[Row]) -> list[dict[str, Any]]:
-    """A row a method from a row a (method, seed): means over seeds, and for Dice the sd (n - 1), least and largest."""
+    """One row per method, from one row per method and seed.
+
+    Scores and seconds are means over seeds; Dice also has its standard deviation (of n - 1; empty for one seed), its
+    smallest and its largest value.
+    """
     rows = []
     for method in dict.fromkeys(row["method"] for row in results):
         runs = [row for row in results if row["method"] == method]
@@ -42,9 +50,10 @@ def summarise_runs(results: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def comparisons(summary: Sequence[Row]) -> list[str]:
-    """What the adapters gain over the head alone, in Dice points, beside the spread over seeds where there are several.
+    """Differences in Dice between tcur, lora and head, in percentage points, one sentence for each pair.
 
-    The spread is the larger range (largest less least) of the two methods.
+    With several seeds, each is compared with the spread over seeds: of the two methods' ranges (largest minus smallest
+    Dice) the larger one.
     """
     by_name = {row["method"]: row for row in summary}
     lines = []
@@ -56,11 +65,17 @@ def comparisons(summary: Sequence[Row]) -> list[str]:
         line = f"{name} minus {other}: {gain:+.1f} Dice points"
         if int(a["seeds"]) > 1:
             spread = max(100 * (float(row["dice_max"]) - float(row["dice_min"])) for row in (a, b))
-            line += f", {'more' if abs(gain) > spread else 'not more'} than the spread of {spread:.1f} over seeds"
+            line += f", {'more' if abs(gain) > spread else 'not more'} than the spread over seeds, {spread:.1f} points"
         else:
-            line += " (one seed: no spread known)"
+            line += " (with one seed, the spread over seeds is unknown)"
         lines.append(line)
     return lines
+
+
+def _number(score: Any, factor: float = 1, digits: int = 2) -> str:
+    """A score for reading; a dash where it is undefined in every case."""
+    value = factor * float(score)
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -68,52 +83,25 @@ def _cells(row: Row) -> tuple[str, ...]:
     undefined = f" ({row['hd95_undefined']} undefined)" if int(row["hd95_undefined"]) else ""
     return (
         row["method"], METHODS[row["method"]].description, f"{int(row['trained_numbers']):,}",
-        f"{100 * float(row['dice_mean']):.1f}{sd}", f"{float(row['hd95_mm']):.2f}{undefined}",
+        _number(row["dice_mean"], 100, 1) + sd, _number(row["hd95_mm"]) + undefined,
         f"{float(row['seconds']):.0f}",
     )  # fmt: skip
 
 
 def table(summary: Sequence[Row]) -> Table:
     """The methods side by side for the terminal; ± is the standard deviation over seeds."""
-    shown = Table(title="Validation, mean over foreground classes")
-    for index, cell in enumerate(CELLS):
-        shown.add_column(cell, justify="left" if index < 2 else "right", no_wrap=index != 1)
-    for row in summary:
-        shown.add_row(*_cells(row))
-    return shown
+    from rich.box import SIMPLE_HEAD
 
-
-def _image(path: Path, text: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(
-            f"<{tag}{' class=l' if i < left else ''}>{html.escape(cell)}</{tag}>" for i, cell in enumerate(cells)
-        ) + "</tr>"  # fmt: skip
-
-    return (
-        f"<table><thead>{line(header, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
-    )
-
-
-STYLE = """
-:root { color-scheme: light; } body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-max-width: 60rem; margin: 2rem auto; padding: 0 1rem; } h1 { font-size: 1.5rem; margin-bottom: .2rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; } table { border-collapse: collapse; width: 100%; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-th { border-bottom: 2px solid #888; } .l { text-align: left; } img { max-width: 100%; }
-.muted { color: #666; } details { margin-top: 1rem; } code { font-size: .9em; } .scroll { overflow-x: auto; }
-"""
+    rows = [_cells(row) for row in summary]
+    title = "Validation, mean over foreground classes"
+    return rich_table(HEADER, rows, left=(0, 1), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def before_text(out: Path) -> str:
     """One sentence on the scores before adaptation."""
     path = out / "before.json"
     if not path.is_file():
-        return "before adaptation: no score, the head for these classes is new"
+        return "before adaptation: no score, because the head for these classes is new"
     scores = read_json(path)
     return f"before adaptation: Dice {100 * scores['dice']:.1f}, HD95 {scores['hd95_mm']:.2f} mm"
 
@@ -126,62 +114,74 @@ def _transformer_text(out: Path) -> str:
     trained, random = 100 * check["dice"], 100 * check["dice_with_random_blocks"]
     return (
         f"Does the network use its transformer? On its source data it reaches {trained:.1f} % Dice, and {random:.1f} % "
-        f"with the transformer's blocks as at a random start: the blocks are worth {trained - random:.1f} points. "
-        "Where that difference is small, a comparison of adapters inside the blocks says little."
+        f"after its transformer blocks are initialised at random again: the blocks are worth {trained - random:.1f} "
+        "points. Where that difference is small, a comparison of adapters inside the blocks says little."
     )
 
 
 def _settings_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     data = run["data"]
-    rows = [(f"{len(data[part])} {part} cases", ", ".join(data[part])) for part in ("train", "val")]
-    rows += [(key, "-" if value is None else str(value)) for key, value in run["settings"].items()]
+    rows = [
+        (f"{name} cases ({len(data[part])})", ", ".join(data[part]))
+        for part, name in (("train", "training"), ("val", "validation"))
+    ]
+    rows += [(key.replace("_", " "), _text(value)) for key, value in run["settings"].items()]
     return rows + [(f"{name} version", value) for name, value in run["versions"].items()] + [
-        ("threads", str(run["threads"])), ("SHA-256 of the data", data["sha256"]),
-        ("SHA-256 of the base", run["base"]["sha256"]),
+        ("CPU threads", str(run["threads"])), ("SHA-256 of the data", data["sha256"]),
+        ("SHA-256 of the base weights", run["base"]["sha256"]),
     ]  # fmt: skip
 
 
+def _text(value: Any) -> str:
+    """A JSON value for reading."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(part)}" for key, part in value.items()) or "default"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return "default" if value is None else str(value)
+
+
+def _data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
 def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str, Sequence[Tensor]]) -> None:
-    """curves.png, overlays.png and report.html from the files of the run."""
+    """Write curves.png, overlays.png and report.html from the files of the run in ``out``.
+
+    Args:
+        out: The run folder, with run.json and summary.csv.
+        volumes: The validation cases.
+        predictions: For each column of overlays.png, the predicted label values (X, Y, Z) of the first cases.
+    """
+    require_package("jinja2")
+    import jinja2
+
     run, summary = read_json(out / "run.json"), read_csv(out / "summary.csv")
-    labels = run["data"]["labels"]
+    labels, methods = run["data"]["labels"], [row["method"] for row in summary]
     classes = [labels[value] for value in sorted(labels, key=int) if int(value)]
-    draw_curves(out, [row["method"] for row in summary])
+    draw_curves(out, methods)
     draw_overlays(out, volumes, predictions, classes)
-    seeds = int(summary[0]["seeds"])
-    per_class = _html_table(
-        ("method", *(f"Dice %, {name}" for name in classes), *(f"HD95 mm, {name}" for name in classes)),
-        [
-            (row["method"], *(f"{100 * float(row[f'dice {name}']):.1f}" for name in classes),
-             *(f"{float(row[f'hd95_mm {name}']):.2f}" for name in classes))
-            for row in summary
-        ], 1,
-    )  # fmt: skip
-    source = run["settings"]["data"] or "embedded target domain (MNI152 template)"
-    body = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>tcurlora finetune</title>
-<style>{STYLE}</style></head><body>
-<h1>Adaptation by {", ".join(row["method"] for row in summary)}</h1>
-<p class="muted">{html.escape(str(source))}: {len(run["data"]["train"])} training and {
-        len(run["data"]["val"])
-    } validation
-cases, {seeds} seed{"s" if seeds > 1 else ""}, {summary[0]["steps"]} steps each.</p>
-<div class="scroll">{_html_table(CELLS, [_cells(row) for row in summary], 2)}</div>
-<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in (*comparisons(summary), before_text(out)))}</ul>
-<h2>How to read it</h2>
-<p>Every method starts from the same base and sees the same windows in the same order. Scores are those of the last
-step, read back from the adapter file: no step was chosen by its validation score. Dice (higher is better) and HD95, the
-95th percentile of the surface distance (lower is better), are means over cases, then over foreground classes{
-        "; ± is the standard deviation over seeds" if seeds > 1 else ""
-    }. "Numbers" are the trained ones, the
-part trained beside an adapter included. HD95 is undefined, and left out, where a class is absent from the truth or
-from the prediction. Seconds are the training steps alone.</p>
-<p>{html.escape(_transformer_text(out))}</p>
-<h2>Learning curves</h2>{_image(out / "curves.png", "training loss and validation Dice by step")}
-<h2>Prediction and truth</h2>{_image(out / "overlays.png", "axial slices with truth and predictions")}
-<h2>By class</h2><div class="scroll">{per_class}</div>
-<details><summary>Settings, versions, cases</summary>
-<div class="scroll">{_html_table(("", ""), _settings_rows(run), 2)}</div></details>
-</body></html>
-"""
-    write_bytes(out / "report.html", body.encode())
+    loader = jinja2.PackageLoader("tcurlora_ext.segmentation", "")
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    page = pages.get_template("report.html.j2").render(
+        methods=methods,
+        source=run["settings"]["data"] or "embedded target domain (MNI152 template)",
+        cases={part: len(run["data"][part]) for part in ("train", "val")},
+        seeds=int(summary[0]["seeds"]),
+        steps=int(summary[0]["steps"]),
+        header=HEADER,
+        rows=[_cells(row) for row in summary],
+        findings=[*comparisons(summary), before_text(out)],
+        transformer=_transformer_text(out),
+        curves=_data_url(out / "curves.png"),
+        overlays=_data_url(out / "overlays.png"),
+        class_header=["method", *(f"{score}, {name}" for score in ("Dice %", "HD95 mm") for name in classes)],
+        class_rows=[_class_cells(row, classes) for row in summary],
+        settings=_settings_rows(run),
+    )
+    write_bytes(out / "report.html", page.encode())
+
+
+def _class_cells(row: Row, classes: Sequence[str]) -> list[str]:
+    dice = [_number(row[f"dice {name}"], 100, 1) for name in classes]
+    return [row["method"], *dice, *(_number(row[f"hd95_mm {name}"]) for name in classes)]

@@ -1,12 +1,16 @@
 """Adapting a pretrained network to a data set by several methods, side by side, in one run folder.
 
-    run.json  network.json  base.safetensors  transformer.json     how it was made; the base; is the transformer used?
-    before.json                                                    scores before adaptation, where the head fits
-    data/  pretrain/                                               only where no --data is given
-    <method>/seed<k>/{adapter.safetensors, metrics.csv, cases.csv, result.json}   and checkpoint.pt while it trains
-    metrics.csv (a row a method and seed)  summary.csv (a row a method)  curves.png  overlays.png  report.html
+    run.json                          settings, versions, cases
+    network.json  base.safetensors    the pretrained network
+    transformer.json                  its Dice with trained and with random transformer blocks
+    before.json                       its scores before adaptation, where its head has the right classes
+    data/  pretrain/                  only without --data: the embedded subjects, and how the network was pretrained
+    <method>/seed<k>/                 adapter.safetensors, metrics.csv, cases.csv, result.json; while it trains,
+                                      checkpoint.pt
+    metrics.csv  summary.csv          scores, one row per method and seed, and one row per method
+    curves.png  overlays.png  report.html
 
-`result.json` is written last: a (method, seed) that has one is finished and is not run again by `resume`.
+`result.json` is written last: a method and seed that has one is finished, and `resume` does not run it again.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from tcurlora_ext.segmentation.networks import (
     read_weights,
     save_weights,
 )
+from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.pretraining import (
     EMBEDDED_SUBJECTS,
     PretrainSettings,
@@ -42,19 +47,23 @@ from tcurlora_ext.segmentation.pretraining import (
     describe_data,
     embedded,
     pick_device,
-    plain,
     pretrain,
 )
-from tcurlora_ext.segmentation.runfolder import check_folder, open_folder, record, versions
+from tcurlora_ext.segmentation.runfolder import check_folder, describe, open_folder, record
 from tcurlora_ext.segmentation.terminal import Display
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """Options of `tcurlora finetune`; what is None comes from the network or the method.
+    """Options of `tcurlora finetune`, where they are described by --help; None means the default of network or method.
 
-    `data` None: the embedded target domain, and `pretrained` None then: pretrain on the embedded source domain.
-    `seeds` runs seeds 0..seeds-1. `lr` maps a method to its peak learning rate.
+    Attributes:
+        data: None for the embedded target domain.
+        pretrained: None to pretrain on the embedded source domain, which needs `data` to be None too.
+        seeds: How many; the seeds are 0 to seeds - 1.
+        lr: Peak learning rates by method.
+        subjects: How many embedded target subjects are made for training and for validation.
+        source_subjects: The same for the source domain.
     """
 
     data: Path | None = None
@@ -84,13 +93,13 @@ class FinetuneSettings:
     device: str = "auto"
 
     def options(self, spec_default: str, seed: int) -> MethodOptions:
-        """What the methods need to know."""
+        """The options that methods take."""
         return MethodOptions(self.also_train or spec_default, self.rank, self.alpha, self.lora_rank, seed)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What every (method, seed) of a run shares."""
+    """What all methods and seeds of a run share."""
 
     out: Path
     settings: FinetuneSettings
@@ -106,20 +115,26 @@ class _Job:
 def finetune(
     settings: FinetuneSettings, out: Path, *, resume: bool = False, display: Display | None = None
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Adapt by every method and seed into `out`, write the report; returns the rows of summary.csv.
+    """Adapt a network by every method and seed, and write the adapters, tables and report to the folder `out`.
 
-    Bad settings, data or weights raise ValueError or FileNotFoundError before the folder is made or changed.
+    Returns:
+        The rows of summary.csv.
+
+    Raises:
+        ValueError, FileNotFoundError: Settings, data or weights are wrong; raised before the folder is made or changed.
     """
     display = display or Display()
+    for package in ("matplotlib", "jinja2"):  # the report comes last, after all the training
+        require_package(package)
     methods = _check(settings)
     settings = replace(settings, lr={name: settings.lr.get(name, METHODS[name].lr) for name in METHODS})
-    description = {
-        "command": "finetune", "settings": plain(settings), "versions": versions(), "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    description = describe("finetune", settings)
     check_folder(out, description, resume)
     data = None if settings.data is None else _read(settings, settings.data)
     if settings.pretrained is not None and data is not None:
-        _load_pretrained(settings, settings.pretrained, data)  # to find what is wrong before anything is written
+        _load_pretrained(
+            settings, settings.pretrained, data
+        )  # raises where they do not fit, before anything is written
     open_folder(out, description, resume)
     if data is None:
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
@@ -154,7 +169,7 @@ def finetune(
 
 
 def load_base(run_dir: Path) -> nn.Module:
-    """The pretrained network of a run (of `finetune` or `pretrain`), before any adaptation, on the CPU."""
+    """The pretrained network of a run of `finetune` or `pretrain`, not adapted, in eval mode and on the CPU."""
     config = NetworkConfig.read(run_dir / "network.json")
     model = build_network(config)
     path = run_dir / "base.safetensors"
@@ -163,7 +178,11 @@ def load_base(run_dir: Path) -> nn.Module:
 
 
 def load_adapted(run_dir: Path, method: str, seed: int = 0) -> nn.Module:
-    """The network of a run adapted by `method`, read from its adapter file, on the CPU."""
+    """The network of a run with the adapter of a method and seed, in eval mode and on the CPU.
+
+    Raises:
+        FileNotFoundError: The run has no adapter of this method and seed.
+    """
     config = NetworkConfig.read(run_dir / "network.json")
     (chosen,) = get_methods([method])
     model = load_base(run_dir)
@@ -227,13 +246,13 @@ def _pretrain_embedded(settings: FinetuneSettings, out: Path, display: Display) 
 def _load_pretrained(
     settings: FinetuneSettings, path: Path, data: SegmentationDataset
 ) -> tuple[NetworkConfig, nn.Module, bool]:
-    """Configuration, model and whether its head is new, from weights and the network.json beside them."""
+    """The network's configuration, the model with these weights, and whether its head is new."""
     if settings.network is None and (path.parent / "network.json").is_file():
         config = NetworkConfig.read(path.parent / "network.json")
     elif settings.network is not None:
         config = NetworkConfig(settings.network, 1, 2, settings.roi or (96, 96, 96), None, settings.sizes)
     else:
-        tensors = read_weights(path)  # a missing or damaged file comes first
+        tensors = read_weights(path)  # raises for a missing or damaged file first
         raise ValueError(f"{path}: {len(tensors)} tensors but no network.json beside them; expected it or --network")
     config = replace(
         config, in_channels=data.channels, out_channels=len(data.labels), roi=settings.roi or config.roi,
@@ -246,7 +265,7 @@ def _load_pretrained(
 def _take_base(
     settings: FinetuneSettings, pretrained: Path, data: SegmentationDataset, out: Path
 ) -> tuple[NetworkConfig, bool]:  # fmt: skip
-    """Copy the base into the run, and what is known of its transformer."""
+    """Copy the pretrained network, and the transformer.json beside it, into the run folder."""
     config, model, head_is_new = _load_pretrained(settings, pretrained, data)
     digest = hashlib.sha256(pretrained.read_bytes()).hexdigest()
     record(out, "base", {"sha256": digest, "head_is_new": head_is_new})
@@ -259,7 +278,7 @@ def _take_base(
 
 
 def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
-    """Train, save, load the file again and score it; the row of metrics.csv."""
+    """Train by one method and seed, save the adapter, read it back and score it; returns the row of metrics.csv."""
     folder = job.out / method.name / f"seed{seed}"
     if (folder / "result.json").is_file():
         result: dict[str, Any] = read_json(folder / "result.json")
@@ -267,11 +286,11 @@ def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
     spec, settings = get_spec(job.config.network), job.settings
     options = settings.options(spec.also_train, seed)
     model = load_base(job.out)
-    if job.head_is_new:  # a head for other classes starts at random, anew for each seed
+    if job.head_is_new:  # a head for other classes starts from random weights of its own for each seed
         randomise(model, job.config, spec.head, seed)
     method.prepare(model, spec, options)
     model.to(job.device)
-    numbers = sum(parameter.numel() for parameter in training.trainable(model).values())
+    trained = sum(parameter.numel() for parameter in training.trainable(model).values())
     plan = _plan(job, method, options)
     with job.display.bar(f"{method.name}, seed {seed}", plan.steps) as on_step:
         progress = training.train(
@@ -287,20 +306,20 @@ def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
         for case in scores
     ])  # fmt: skip
     row = {
-        "method": method.name, "seed": seed, "trained_numbers": numbers, "lr": plan.lr, "steps": plan.steps,
+        "method": method.name, "seed": seed, "trained_numbers": trained, "lr": plan.lr, "steps": plan.steps,
         **evaluation.summarise(scores, job.classes), "seconds": round(progress.seconds, 2),
     }  # fmt: skip
     write_json(folder / "result.json", row)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     job.display.say(
-        f"{method.name}, seed {seed}: {numbers:,} numbers trained, Dice {100 * row['dice']:.1f}, "
+        f"{method.name}, seed {seed}: {trained:,} trained parameters, Dice {100 * row['dice']:.1f}, "
         f"HD95 {row['hd95_mm']:.2f} mm"
     )
     return row
 
 
 def _plan(job: _Job, method: Method, options: MethodOptions) -> training.Plan:
-    """The same steps and windows for every method of a seed, and its learning rates."""
+    """How a method trains: its learning rates, and the same steps and windows for all methods of a seed."""
     settings, spec = job.settings, get_spec(job.config.network)
     plan = training.Plan(
         settings.steps,
@@ -317,7 +336,7 @@ def _plan(job: _Job, method: Method, options: MethodOptions) -> training.Plan:
 
 
 def _predictions(job: _Job, methods: Sequence[Method], cases: int = 3) -> dict[str, list[torch.Tensor]]:
-    """Label values predicted for the first validation cases: by the base where its head fits, then by every method."""
+    """Label values predicted for the first validation cases, by the base (unless its head is new) and every method."""
     models = {} if job.head_is_new else {"before": load_base(job.out)}
     models |= {method.name: load_adapted(job.out, method.name) for method in methods}
     return {

@@ -1,9 +1,10 @@
-"""The folder of a run: when it may be written to, and what says how the run was made."""
+"""The folder of a run: whether it may be written to, and run.json, which records how the run was made."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from tcurlora_ext.io.records import read_json, write_json
 PACKAGES = ("tcurlora_ext", "torch", "monai", "peft", "nilearn", "nibabel", "numpy", "scipy")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
-    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+def describe(command: str, settings: Any) -> dict[str, Any]:
+    """What run.json holds from the start: the command, its settings (a dataclass), versions and CPU threads."""
+    values = asdict(settings)
+    for key, value in values.items():
+        values[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    return {"command": command, "settings": values, "versions": versions, "threads": torch.get_num_threads()}
 
 
 def _version(package: str) -> str:
@@ -28,19 +33,28 @@ def _version(package: str) -> str:
 
 
 def check_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> None:
-    """ValueError unless the folder is new or empty, or `resume` goes on with a run of the same description.
+    """Check that a run may write to its folder, and write nothing.
 
-    Nothing is written. `description` holds plain JSON values; "settings" is compared key by key.
+    Args:
+        folder: The run folder.
+        description: What run.json is to hold, as values that JSON has.
+        resume: Whether an earlier run in the folder is continued.
+
+    Raises:
+        ValueError: The folder is neither new nor empty and `resume` is False; or the earlier run has another
+            description, apart from versions and threads. The message names the setting that differs.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a folder or nothing")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not resume:
-        raise ValueError(f"{folder}: the run folder is not empty; expected a new one, or --resume to go on in it")
+        raise ValueError(
+            f"{folder}: the run folder is not empty; expected a new one, or --resume to continue the run in it"
+        )
     if not (folder / "run.json").is_file():
         raise ValueError(
-            f"{folder}: found no run.json, so this is no run to go on with; expected a folder of this command"
+            f"{folder}: found no run.json, so there is no run to resume; expected a run folder of this command"
         )
     earlier = read_json(folder / "run.json")
     for part in description:
@@ -59,7 +73,7 @@ def _compare(path: Path, name: str, earlier: Any, now: Any) -> None:
 
 
 def record(folder: Path, part: str, content: Mapping[str, Any]) -> None:
-    """Add a part to run.json once it is known; ValueError where an earlier run had another."""
+    """Add an entry to run.json. ValueError where a resumed run has another content under it."""
     description = read_json(folder / "run.json")
     if part in description:
         _compare(folder / "run.json", part, description[part], content)
@@ -68,9 +82,10 @@ def record(folder: Path, part: str, content: Mapping[str, Any]) -> None:
 
 
 def open_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> None:
-    """`check_folder`, then make the folder and write `run.json` where it is not there yet.
+    """Call :func:`check_folder`, then make the folder and write `run.json` unless it is there.
 
-    A resumed run takes the number of CPU threads of its start: sums over another number differ in the last bits.
+    A resumed run sets PyTorch's CPU threads to as many as the run started with: sums by another number of threads
+    differ in the last bits.
     """
     check_folder(folder, description, resume)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,17 @@
-"""The embedded data: subjects made from the MNI152 T1 template and its grey and white matter maps in nilearn's wheel.
+"""The embedded data: subjects made from the MNI152 T1 template and its tissue maps, which nilearn's wheel contains.
 
-Real anatomy, synthetic subjects. Tissue maps p_c on a 2 mm grid (grey, white, and what is left inside the brain,
-mostly CSF) are deformed smoothly and at random, the balance between tissues is moved by smooth fields (thinner or
-thicker cortex, larger ventricles), and an image is made from them:
+The anatomy is real, the subjects are synthetic. Tissue maps p_c on a 2 mm grid (grey matter, white matter, and the rest
+of the brain, mostly CSF) are deformed smoothly and at random, smooth random fields change the proportions of the
+tissues (a thinner or thicker cortex, larger ventricles), and an image is computed from them:
 
     image = bias · (Σ_c p_c · mean_c + texture · residual) + noise,        labels = argmax_c p_c
 
-The labels are grey and white matter, for which the wheel has maps; the remainder has an intensity of its own but counts
-as background, because at the brain's edge it is partial volume rather than a tissue.
+The labels are grey and white matter, for which the wheel has maps. The rest has an intensity of its own but is labelled
+background, because at the brain's edge it is partial volume rather than a tissue.
 
-`residual` is what the T1 template has beyond its own tissue means, so structure inside a tissue stays. The source
-domain has T1's order of means (white > grey > CSF); the target domain has it reversed, as in T2, with a stronger bias
-field and more noise. The files are in the Medical Decathlon layout, so one reader serves these data and the user's.
+`residual` is the T1 template minus its own tissue means: it keeps the structure inside a tissue. The source domain has
+T1's order of means (white > grey > CSF); the target domain has the reverse order, as in T2, with a stronger bias field
+and more noise. The files are written in the Medical Decathlon layout, so that the reader of user data reads them too.
 """
 
 from __future__ import annotations
@@ -30,12 +30,20 @@ from tcurlora_ext.segmentation.packages import require_package
 Array = NDArray[np.float32]
 
 LABELS = {0: "background and CSF", 1: "grey matter", 2: "white matter"}
-FINE = 2.0  # mm, grid on which the template is read
+FINE = 2.0  # mm, voxel size at which the template is read
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A contrast: mean intensity of (background, grey, white, CSF) and sizes of its artefacts, on a 0-1 scale."""
+    """An image contrast, with intensities on a scale of 0 to 1.
+
+    Attributes:
+        means: Mean intensities of background, grey matter, white matter and CSF.
+        mean_sd: Standard deviation of these means over subjects.
+        texture: Factor on the T1 template's residual.
+        bias_sd: Standard deviation of the logarithm of the bias field.
+        noise_sd: Standard deviation of the noise.
+    """
 
     means: tuple[float, float, float, float]
     mean_sd: float
@@ -44,8 +52,8 @@ class Domain:
     noise_sd: float
 
 
-# The target's noise is what the head alone cannot undo: a linear map of the last features swaps two contrasts (70 %
-# Dice by the head alone at noise 0.05, 62 % at 0.10), but averaging noise away takes neighbours, which the blocks have.
+# Why the target is noisy: training the head alone can swap two contrasts, which is a linear map of the last features,
+# but cannot average noise over a voxel's neighbours. It reaches 70 % Dice at noise 0.05 and 62 % at 0.10.
 DOMAINS = {
     "source": Domain((0.0, 0.55, 0.85, 0.22), mean_sd=0.03, texture=1.0, bias_sd=0.06, noise_sd=0.02),
     "target": Domain((0.0, 0.60, 0.38, 0.90), mean_sd=0.04, texture=-0.5, bias_sd=0.25, noise_sd=0.10),
@@ -54,9 +62,9 @@ DOMAINS = {
 
 @lru_cache(maxsize=1)
 def template() -> tuple[Array, Array]:
-    """Tissue maps (4, X, Y, Z) that sum to 1 and the T1 residual (X, Y, Z), both at 2 mm, cropped to the brain.
+    """Tissue maps (4, X, Y, Z) that sum to 1, and the T1 residual (X, Y, Z), both at 2 mm and cropped to the brain.
 
-    Read from nilearn's installed files: nothing is downloaded.
+    They are read from the installed files of nilearn; nothing is downloaded.
     """
     require_package("nilearn")
     from nilearn import datasets
@@ -89,10 +97,11 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], sigma: float
 
 
 def _coordinates(rng: np.random.Generator, shape: tuple[int, ...], spacing: float, fine: tuple[int, ...]) -> Array:
-    """Where each output voxel reads the template, in fine voxels, (3, X, Y, Z): affine plus two scales of deformation.
+    """Where each output voxel samples the template: (3, X, Y, Z), in voxels of the template.
 
-    Scales up to 8 %, rotation up to 6 degrees, shifts up to 6 mm; smooth shifts of 3 mm (over 32 mm) and 1.5 mm
-    (over 10 mm), standard deviations: the size of the differences between adult brains after a linear alignment.
+    An affine map (scaling by up to 8 %, rotation by up to 6 degrees, shifts of up to 6 mm) and two smooth random
+    deformations, of 3 mm standard deviation over a length of 32 mm and of 1.5 mm over 10 mm. This is how much adult
+    brains differ after a linear alignment.
     """
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")).astype(np.float32)
     centred = (grid - (np.array(shape).reshape(3, 1, 1, 1) - 1) / 2) * spacing  # mm from the centre
@@ -112,26 +121,33 @@ def _coordinates(rng: np.random.Generator, shape: tuple[int, ...], spacing: floa
 
 
 def make_subject(domain: str, seed: int, index: int, spacing: float = 4.0) -> tuple[Array, NDArray[np.uint8]]:
-    """One subject: image (X, Y, Z) float32 and labels of the same shape, the same for the same arguments.
+    """Make one subject; the same arguments always give the same one.
 
-    `spacing` is the voxel size in mm; 4 mm gives 42 x 50 x 44 voxels with a margin for the deformation.
+    Args:
+        domain: "source" or "target".
+        seed: Of the data set.
+        index: Of the subject.
+        spacing: Voxel size in mm; 4 mm gives 42 x 50 x 44 voxels, which includes a margin for the deformation.
+
+    Returns:
+        The image (X, Y, Z) in float32, and the labels of the same shape.
     """
     from scipy.ndimage import gaussian_filter, map_coordinates
 
     settings = DOMAINS[domain]
     rng = np.random.default_rng([seed, list(DOMAINS).index(domain), index])
     maps, residual = template()
-    margin = 10.0  # mm each side
+    margin = 10.0  # mm on each side
     shape = tuple(int(np.ceil((n * FINE + 2 * margin) / spacing)) for n in maps.shape[1:])
     where = _coordinates(rng, shape, spacing, maps.shape[1:])
-    blur = 0.4 * spacing / FINE  # the larger voxel's own blur, so that sampling does not alias
+    blur = 0.4 * spacing / FINE  # as the larger voxels would blur, so that sampling does not alias
     outside = (1.0, 0.0, 0.0, 0.0)
     warped = np.stack([
         map_coordinates(gaussian_filter(p, blur, mode="nearest"), where, order=1, cval=value)
         for p, value in zip(maps, outside, strict=True)
     ])  # fmt: skip
     detail = map_coordinates(gaussian_filter(residual, blur), where, order=1, cval=0.0)
-    for tissue in (1, 2, 3):  # log-odds move by 0.4: cortex, white matter and CSF grow and shrink over 30 mm
+    for tissue in (1, 2, 3):  # log-odds of grey matter, white matter and CSF vary by 0.4, over lengths of 30 mm
         warped[tissue] *= np.exp(0.4 * _smooth_field(rng, shape, 15.0 / spacing))
     warped /= warped.sum(0).clip(1e-6)
     means = np.array(settings.means) + rng.normal(0, settings.mean_sd, 4) * (np.arange(4) > 0)
@@ -146,9 +162,9 @@ def make_subject(domain: str, seed: int, index: int, spacing: float = 4.0) -> tu
 def write_domain(
     folder: Path, domain: str, train: int, val: int, seed: int = 0, spacing: float = 4.0
 ) -> Path:  # fmt: skip
-    """Write `train` + `val` subjects of a domain in the Decathlon layout.
+    """Make `train` + `val` subjects of a domain and write them to a folder in the Medical Decathlon layout.
 
-    `splits.json` is written last, so its presence means done; called again before that, it writes the same files over.
+    `splits.json` is written last: a folder that has it is complete. A second call writes the same files again.
     """
     import nibabel as nib
 

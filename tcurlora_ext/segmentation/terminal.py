@@ -1,4 +1,4 @@
-"""What a run shows while it works: bars on a terminal, one plain line a stage elsewhere."""
+"""What a run shows while it works: messages, and on a terminal progress bars."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rich.console import Console
 
 
 class Display:
-    """Messages and progress bars on a rich console; `Display(None)` shows nothing."""
+    """Messages and progress bars on a rich console; without a console nothing is shown."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console if console is not None else Console(quiet=True)
 
     def say(self, text: str) -> None:
-        """Print one line; square brackets are text, not markup."""
+        """Print a message; square brackets in it are text, not markup."""
         self.console.print(text, markup=False, highlight=False)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:
-        """A bar for `total` steps; the yielded function takes the steps done and the loss."""
+        """Show a bar for `total` steps. The yielded function updates it with the steps done so far and the loss."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (

@@ -1,8 +1,8 @@
-"""Training by steps that hold no hidden state.
+"""A training loop that can be interrupted at any step and resumed with the same result, bit for bit.
 
-Everything random at step t (which cases, crops, augmentation, dropout) is drawn from (seed, t) alone, and the learning
-rate is a function of t. So a checkpoint is the trained tensors, the optimizer's state, the step and the curve, and a
-run that goes on from one gives the same bits as a run that was never interrupted.
+Everything random in step t (the choice of cases, crops, augmentation, dropout) is drawn from the seed and t alone, and
+the learning rate is a function of t. A checkpoint is therefore the trained parameters, the optimizer's state, the step
+and the curves: no state of a random number generator or of a scheduler has to be saved.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ from tcurlora_ext.segmentation.dataset import Volume
 
 @dataclass(frozen=True)
 class Plan:
-    """One training: `steps` of `batch` windows of `roi` voxels; checkpoints and curve points every so many steps.
+    """How a model is trained.
 
-    `lr` is the peak learning rate; parameters whose name starts with one of `beside` have `beside_lr` instead.
+    Attributes:
+        steps: Optimizer steps.
+        batch: Windows per step.
+        lr: Peak learning rate.
+        seed: Of everything random.
+        roi: Size of a window in voxels.
+        weight_decay: Of AdamW.
+        checkpoint_every: Steps between checkpoints.
+        eval_every: Steps between points of the validation curve; 0 for one point after the last step.
+        beside: Name prefixes of parameters that train beside an adapter.
+        beside_lr: Their peak learning rate, in place of `lr`.
     """
 
     steps: int
@@ -44,7 +54,14 @@ class Plan:
 
 @dataclass
 class Progress:
-    """What a training has done: `losses` of each step, `curve` of (step, validation Dice), `seconds` in its steps."""
+    """What has been trained so far.
+
+    Attributes:
+        step: Steps done.
+        losses: One per step.
+        curve: Pairs of a step and the validation Dice after it.
+        seconds: Time in the steps alone, without validation and checkpoints.
+    """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -53,12 +70,12 @@ class Progress:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that train, by name; a parameter shared by several layers is there once."""
+    """The parameters that require gradients, by name; one that several layers share is listed once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def schedule(plan: Plan, step: int) -> float:
-    """Part of the peak learning rate at a step: linear over the first 5 % of them, then a half cosine to zero."""
+    """The factor on the peak learning rate: a linear rise over the first 5 % of the steps, then a half cosine to 0."""
     warmup = max(1, plan.steps // 20)
     if step < warmup:
         return (step + 1) / warmup
@@ -66,7 +83,7 @@ def schedule(plan: Plan, step: int) -> float:
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-    """AdamW (Adam where there is no decay) with the plan's learning rates, each kept as "peak" in its group."""
+    """AdamW, with the peak learning rate of each parameter group kept as its "peak"."""
     groups: list[dict[str, Any]] = [{"params": [], "peak": lr} for lr in (plan.lr, plan.beside_lr)]
     for name, parameter in parameters.items():
         groups[bool(plan.beside) and name.startswith(plan.beside)]["params"].append(parameter)
@@ -74,7 +91,10 @@ def make_optimizer(parameters: dict[str, nn.Parameter], plan: Plan) -> torch.opt
 
 
 class Sampler:
-    """Windows of a step: padded volumes, a crop around foreground two times in three, affine and intensity changes."""
+    """Draws the windows of a step: crops of padded volumes, two of three around foreground, with augmentation.
+
+    Augmentation is a random affine deformation and random changes of contrast, scale, offset and noise.
+    """
 
     def __init__(self, volumes: Sequence[Volume], plan: Plan) -> None:
         from monai.transforms import (
@@ -91,7 +111,7 @@ class Sampler:
         keys = ["image", "label"]
         pad = SpatialPadd(keys, plan.roi)
         self.plan = plan
-        self.items = [pad({"image": _plain(v.image), "label": _plain(v.label)}) for v in volumes]
+        self.items = [pad({"image": _untracked(v.image), "label": _untracked(v.label)}) for v in volumes]
         self.augment = Compose([
             RandCropByPosNegLabeld(keys, "label", plan.roi, pos=2, neg=1, num_samples=1),
             RandAffined(
@@ -105,7 +125,7 @@ class Sampler:
         ])  # fmt: skip
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (batch, C, *roi) and labels (batch, 1, *roi) of a step, a function of (seed, step)."""
+        """Images (batch, C, *roi) and labels (batch, 1, *roi) of a step; they depend on the seed and the step alone."""
         rng = np.random.default_rng([self.plan.seed, step])
         chosen = rng.choice(len(self.items), self.plan.batch, replace=self.plan.batch > len(self.items))
         images, labels = [], []
@@ -113,13 +133,13 @@ class Sampler:
             self.augment.set_random_state(seed=int(rng.integers(2**31)))
             window: Any = self.augment(dict(self.items[index]))
             window = window[0] if isinstance(window, list) else window
-            images.append(_plain(window["image"]))
-            labels.append(_plain(window["label"]))
+            images.append(_untracked(window["image"]))
+            labels.append(_untracked(window["label"]))
         return torch.stack(images), torch.stack(labels)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """A tensor without MONAI's record of transforms, which would grow by an entry a step."""
+def _untracked(tensor: Tensor) -> Tensor:
+    """A tensor without MONAI's record of the transforms applied to it, which would grow with every step."""
     return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
 
 
@@ -132,10 +152,21 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Progress:
-    """Train the parameters that require a gradient, from `folder/checkpoint.pt` on where there is one.
+    """Train the parameters that require gradients, with MONAI's sum of Dice loss and cross-entropy.
 
-    Writes `checkpoint.pt` and `metrics.csv` (step, loss, learning rate, validation Dice). The caller's random state is
-    as before afterwards. ValueError where the loss is no longer finite or a checkpoint does not fit.
+    The global random state of PyTorch is restored afterwards.
+
+    Args:
+        model: Trained in place, on the device it is on.
+        volumes: The training cases.
+        plan: How to train.
+        folder: Gets `metrics.csv` (step, loss, learning rate, validation Dice) and `checkpoint.pt`. A checkpoint that
+            is there already is resumed from.
+        validate: Returns the validation Dice of the model.
+        on_step: Called after each step with the number of steps done and the loss.
+
+    Raises:
+        ValueError: The loss is not finite, or the checkpoint does not fit the model.
     """
     from monai.losses.dice import DiceCELoss
 
@@ -143,7 +174,7 @@ def train(
     device = next(iter(parameters.values())).device
     optimizer = make_optimizer(parameters, plan)
     progress = _resume(folder / "checkpoint.pt", parameters, optimizer)
-    # Dice over foreground alone: with the background in it, a class of 2 % of the voxels was never found in 500 steps
+    # The Dice loss leaves the background out: with it, a class of 2 % of the voxels was not learnt in 500 steps.
     sampler, loss_of = Sampler(volumes, plan), DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
     with torch.random.fork_rng():
         for step in range(progress.step, plan.steps):
@@ -197,7 +228,7 @@ def _save(
 
 @torch.no_grad()
 def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a checkpoint's tensors in place; a fresh Progress where there is none."""
+    """Load a checkpoint into the parameters and the optimizer; without one, Progress of no steps."""
     if not path.is_file():
         return Progress()
     content = read_checkpoint(path)

@@ -58,7 +58,7 @@ def test_listing_measures_nothing(flag: str, monkeypatch: pytest.MonkeyPatch) ->
     output = bench("--list", *filter(None, [flag]))
     assert f"set {name}, {len(SETS[name]())} cases" in output
     assert all(case.id in output for case in SETS[name]())
-    assert "forms on cpu: frozen, lora, " in output
+    assert "variants on cpu: frozen, lora, " in output
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_every_dtype_is_rounded_once_and_reported(
     adapted = run.network()
     layer = adapted.get_submodule("vit.blocks.1.attn.qkv")
     exact = layer.weight_slices().flatten(0, 1).double() + layer.stack.delta_weights(
-        layer.own_slices, torch.float64
+        layer.layer_slices.indices, torch.float64
     ).flatten(0, 1)
     torch.testing.assert_close(tensors["vit.blocks.1.attn.qkv.weight"], exact.to(getattr(torch, dtype)), rtol=0, atol=0)
     (line,) = (line for line in done.output.splitlines() if line.strip().startswith("24x24"))

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
-from tcurlora_ext.cli.finetune import finetune as finetune_command
-from tcurlora_ext.cli.pretrain import pretrain as pretrain_command
+from tcurlora_ext.cli.app import app
 from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.segmentation import pretraining, synthetic
 from tcurlora_ext.segmentation.methods import METHODS
@@ -27,10 +25,6 @@ SIZES = '{"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "fe
 
 @pytest.fixture
 def command() -> Callable[..., str]:
-    app = typer.Typer()
-    app.command()(finetune_command)
-    app.command()(pretrain_command)
-
     def run(*words: object) -> str:
         result = CliRunner().invoke(app, [str(word) for word in words])
         if result.exception is not None:
@@ -85,7 +79,7 @@ def test_the_embedded_default_in_miniature(
     )
     for name in METHODS:
         assert f"{name}, seed 0:" in text
-    assert "blocks as at a random start" in text
+    assert "with randomly initialised transformer blocks" in text
     assert "before adaptation: Dice" in text
     assert f"report: {out / 'report.html'}" in text.replace("\n", "")
     check_report(out, list(METHODS))
@@ -179,12 +173,13 @@ def test_a_failed_pretraining_input_writes_nothing(data: Path, tmp_path: Path) -
         (("--spacing", "-1"), "spacing: found '-1'"),
     ],
 )
-def test_options_that_do_not_parse_are_named(
-    words: tuple[str, ...], message: str, command: Callable[..., str], tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match="expected") as raised:
-        command("finetune", "--output", tmp_path / "run", *words)
-    assert message in str(raised.value)
+def test_options_that_do_not_parse_are_named(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["finetune", "--output", str(tmp_path / "run"), *words])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert "expected" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_unetr_trains_its_decoder_beside_an_adapter(pristine_data: Path, tmp_path: Path) -> None:

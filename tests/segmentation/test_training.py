@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tcurlora_ext.io import records as artifacts
 from tcurlora_ext.io.atomic import replacing, write_bytes
 from tcurlora_ext.io.records import read_csv
+from tcurlora_ext.io.tensors import read_checkpoint
 from tcurlora_ext.segmentation import training
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network
@@ -137,7 +137,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
         check=False,
     )
     assert killed.returncode == -9, killed.stderr.decode()[-2000:]
-    checkpoint = artifacts.read_checkpoint(out / "tcur/seed0/checkpoint.pt")  # the earlier one, whole
+    checkpoint = read_checkpoint(out / "tcur/seed0/checkpoint.pt")  # the earlier one, whole
     assert checkpoint["step"] == 2
     assert (out / "head/seed0/result.json").is_file()
     assert not (out / "report.html").exists()
