@@ -316,16 +316,8 @@ class TCURStack(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, _, missing_keys, unexpected_keys, _ = rest
         reloaded, self.reloaded = self.reloaded, Reloaded()
         if not any(key.startswith(prefix) for key in state_dict):
             # A state_dict without adapter. The layers, registered before their stack, have loaded their weights by now.
@@ -333,9 +325,7 @@ class TCURStack(nn.Module):
             if weights is not None and reloaded.changed:
                 self.follow_base(weights)
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "scale" in state_dict:
             self.scale = float(state_dict[prefix + "scale"])
             if prefix + "scale" in unexpected_keys:
