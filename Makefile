@@ -12,21 +12,44 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 # Threads that wait sleep instead of spinning: beside one other busy process a training step took 0.6 s, not 3.8 s.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint ctest docs bench gpu gpu-bench profile clean
+# Two workers with one thread each; what Triton and Inductor compile stays in build/ for the next run.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+export TORCHINDUCTOR_COMPILE_THREADS := 1
+export TRITON_CACHE_DIR := $(abspath build/triton)
+export TORCHINDUCTOR_CACHE_DIR := $(abspath build/inductor)
+
+.PHONY: demo test test-all lint ctest oldest docs bench gpu gpu-bench profile clean
 .DELETE_ON_ERROR:
 
 # Adapts a network to the embedded data and writes $(RUN)/report.html; called again, it goes on where it stopped.
 demo: $(INSTALLED)
 	$(BIN)/tcurlora finetune --output $(RUN) --resume
 
-test: lint ctest
-	$(BIN)/python -m pytest
+test: lint
+	$(PYTEST)
+
+# What takes long and changes seldom: PEFT's own suites, the kernels compiled anew and with every option in the
+# interpreter, sanitizers, the site, the examples, the C++ library by itself, and the oldest libraries that are allowed.
+test-all: lint ctest oldest
+	$(PYTEST) -m slow
 
 lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The core of the tests with the oldest transformers and PEFT that pyproject.toml allows; the torch is the same.
+OLDEST := build/oldest
+oldest: $(BUILT)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv $(OLDEST)
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  > "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --ignore-installed \
+	  --requirement tests/oldest.txt
+	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/integrations/peft \
+	  tests/adapter/test_written_before.py tests/adapter/test_options.py
 
 # The C++ sources as a library, in a program without Python.
 ctest: $(BUILT)

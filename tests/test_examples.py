@@ -151,6 +151,7 @@ def test_the_docs_and_the_script_give_the_same_command(name: str) -> None:
     assert f"python examples/{name}" in (EXAMPLES / name).read_text()
 
 
+@pytest.mark.slow
 def test_unetr_saves_an_adapter_that_scores_the_same_when_loaded(runs: Callable[[str], Run]) -> None:
     folder, output = runs("unetr_hippocampus.py")
     rows = table(output)
@@ -160,11 +161,13 @@ def test_unetr_saves_an_adapter_that_scores_the_same_when_loaded(runs: Callable[
     assert adapted - alone == (4 * 12 + 12 + 12) * 2 * 2  # q, k, v, out, linear1, linear2 of 12 blocks at rank 2
 
 
+@pytest.mark.slow
 def test_unetr_pretrains_until_its_loss_falls(runs: Callable[[str], Run]) -> None:
     losses = [float(loss) for loss in re.findall(r"of 40: loss (\S+)", runs("unetr_hippocampus.py")[1])]
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_unetr_takes_weights_in_place_of_its_own(
     again: Script, runs: Callable[[str], Run], decathlon: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +180,7 @@ def test_unetr_takes_weights_in_place_of_its_own(
     assert table(second)["before"] == table(output)["before"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -196,6 +200,7 @@ def test_unetr_names_what_is_wrong(
     assert message in refused("unetr_hippocampus.py", *[places.get(argument, argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_llama_learns_the_new_text_and_loads_what_it_saved(runs: Callable[[str], Run]) -> None:
     folder, output = runs("llama_peft.py")
     rows = table(output)
@@ -207,6 +212,7 @@ def test_llama_learns_the_new_text_and_loads_what_it_saved(runs: Callable[[str],
     assert "it writes: '  // The " in output
 
 
+@pytest.mark.slow
 def test_llama_takes_a_folder_and_a_text(again: Script, runs: Callable[[str], Run], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
     base = runs("llama_peft.py")[0] / "base"
@@ -216,6 +222,7 @@ def test_llama_takes_a_folder_and_a_text(again: Script, runs: Callable[[str], Ru
     assert float(table(output)["tCUR"][1]) < float(table(output)["before"][1])
 
 
+@pytest.mark.slow
 def test_llama_names_what_is_wrong(refused: Script, runs: Callable[[str], Run], tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("few words")
@@ -225,6 +232,7 @@ def test_llama_names_what_is_wrong(refused: Script, runs: Callable[[str], Run], 
     assert "no-such-model" in refused("llama_peft.py", "--model", "./no-such-model", "--text", short)
 
 
+@pytest.mark.slow
 def test_vit_learns_the_new_digits_and_loads_and_merges_what_it_saved(
     runs: Callable[[str], Run],
 ) -> None:
@@ -239,6 +247,7 @@ def test_vit_learns_the_new_digits_and_loads_and_merges_what_it_saved(
     assert (folder / "merged" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_vit_takes_a_folder_of_images(
     again: Script, runs: Callable[[str], Run], pictures: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +257,7 @@ def test_vit_takes_a_folder_of_images(
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "bright", "1": "dark"}
 
 
+@pytest.mark.slow
 def test_vit_names_what_is_wrong(refused: Script, runs: Callable[[str], Run], pictures: Path, tmp_path: Path) -> None:
     base = runs("vit_classification.py")[0] / "base"
     for name in ("cats", "dogs"):

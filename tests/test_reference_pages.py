@@ -25,6 +25,8 @@ import tcurlora_ext as tcur
 from tcurlora_ext.cli.app import app
 from tcurlora_ext.integrations import peft
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -29,16 +29,18 @@ CHOICES: dict[str, dict[str, Any]] = {
     "rank_pattern": {"rank_pattern": {"mlp.linear1": (3, 1), r".*linear2": 4}},
 }
 NETWORK = Path(__file__).with_name("conftest.py")
+# Loads every adapter of a folder onto a base of its own: one new process for all choices.
 LOAD = """
-import importlib.util, sys
+import importlib.util, pathlib, sys
 import torch, tcurlora_ext as tcur
-network, state, adapter, x, y = sys.argv[1:]
+network, folder = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("network", network)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-model = module.Network().eval()
-model.load_state_dict(torch.load(state))
-torch.save(tcur.load_adapter(model, adapter)(torch.load(x)), y)
+for case in pathlib.Path(folder).iterdir():
+    model = module.Network().eval()
+    model.load_state_dict(torch.load(case / "base.pt"))
+    torch.save(tcur.load_adapter(model, case)(torch.load(case / "x.pt")), case / "y.pt")
 """
 
 
@@ -63,16 +65,29 @@ def test_the_configuration_survives_json(config: tcur.TCURConfig) -> None:
     assert tcur.TCURConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_a_file_gives_the_same_output_in_a_new_process(
-    network: nn.Module, config: tcur.TCURConfig, train: Any, x: Tensor, tmp_path: Path
-) -> None:
-    state, file, data, found = (tmp_path / name for name in ("base.pt", "adapter.safetensors", "x.pt", "y.pt"))
-    torch.save(network.state_dict(), state)
-    torch.save(x, data)
-    train(inject(network, config))
-    tcur.save_adapter(network, file)
-    subprocess.run([sys.executable, "-c", LOAD, NETWORK, state, file, data, found], check=True)
-    assert torch.equal(torch.load(found), network(x))
+@pytest.fixture(scope="module")
+def elsewhere(make_network: Any, train: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
+    """By choice the output of an adapted network here, and of its file in a new process."""
+    folder, outputs = tmp_path_factory.mktemp("elsewhere"), {}
+    for name, options in CHOICES.items():
+        torch.manual_seed(0)
+        network, x, case = make_network(), torch.randn(2, 5, 6), folder / name.replace(" ", "-")
+        case.mkdir()
+        torch.save(network.state_dict(), case / "base.pt")
+        torch.save(x, case / "x.pt")
+        train(inject(network, tcur.TCURConfig(**{"rank": 2} | options)))
+        tcur.save_adapter(network, case)
+        outputs[name] = [network(x)]
+    subprocess.run([sys.executable, "-c", LOAD, NETWORK, folder], check=True)
+    for name, found in outputs.items():
+        found.append(torch.load(folder / name.replace(" ", "-") / "y.pt"))
+    return outputs
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_file_gives_the_same_output_in_a_new_process(choice: str, elsewhere: dict[str, list[Tensor]]) -> None:
+    here, there = elsewhere[choice]
+    assert torch.equal(there, here)
 
 
 def test_the_state_loads_into_a_twin(adapted: Any, make_network: Any, config: tcur.TCURConfig, x: Tensor) -> None:

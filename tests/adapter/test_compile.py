@@ -112,6 +112,7 @@ def test_checkpointed_blocks_compile_to_the_same_gradients(adapted: Any, x: Tens
         assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_a_model(adapted: Any, x: Tensor) -> None:
     compiled = torch.compile(copy.deepcopy(adapted), fullgraph=True)
     results = []

@@ -34,12 +34,14 @@ def test_every_kernel_computes_the_definition(compiler: str, tmp_path: Path) -> 
     assert checks(build_and_run(compiler, [], [], tmp_path)) > 10_000
 
 
+@pytest.mark.slow
 def test_half_types_too(compiler: str, cuda_headers: list[str], tmp_path: Path) -> None:
     said = build_and_run(compiler, cuda_headers, ["quick"], tmp_path)
     assert checks(said) > 3_000
     assert "with half types" in said
 
 
+@pytest.mark.slow
 def test_no_access_outside_an_array_and_no_undefined_behaviour(compiler: str, tmp_path: Path) -> None:
     options = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     (tmp_path / "empty.cpp").write_text("int main() {}\n")

@@ -39,6 +39,7 @@ def test_every_source_is_known(sources: Path) -> None:
     assert {source.stem for source in sources.glob("*.cu")} == set(KERNELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_every_kernel_lives_in_registers(reports: dict[str, str], name: str) -> None:
     said = reports[name]

@@ -19,6 +19,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 import tcurlora_ext
 
+pytestmark = pytest.mark.slow
+
 VERSION = importlib.metadata.version("peft")
 
 # Imported at the top of PEFT's tests, used by none of those that run here.
