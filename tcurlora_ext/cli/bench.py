@@ -1,4 +1,4 @@
-"""``tcurlora bench``: what the adapter costs on this device, beside LoRA, dense forms and the device's limits."""
+"""``tcurlora bench``: what the adapter costs on this device, compared with LoRA and with variants that build dW."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from tcurlora_ext.cli.options import words
 
 if TYPE_CHECKING:
     from tcurlora_ext.bench.cases import Case
+    from tcurlora_ext.bench.variants import Variant
 
 COLUMNS = {
-    "variant": "form", "median_ms": "ms", "p20_ms": "p20", "p80_ms": "p80", "over_frozen": "x frozen",
+    "variant": "variant", "median_ms": "ms", "p20_ms": "p20", "p80_ms": "p80", "over_frozen": "x frozen",
     "over_lora": "x LoRA", "over_peft_r32": "x PEFT r=32", "share_of_limit": "of limit", "extra_peak_mib": "extra MiB",
-    "saved_mib": "saved MiB", "trained": "trained", "launches": "launches",
+    "saved_mib": "saved MiB", "trained": "trained parameters", "launches": "launches",
 }  # fmt: skip
 
 
 def bench(
-    full: Annotated[bool, typer.Option("--full", help="Everything, in two dtypes: hours on a CPU.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All cases, in two dtypes: hours on a CPU.")] = False,
     growth: Annotated[bool, typer.Option("--growth", help="Cost against tokens, rank, slices and width.")] = False,
-    gpu: Annotated[bool, typer.Option("--gpu", help="What a GPU measures in eight minutes, in bfloat16.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="A set for a GPU: eight minutes, in bfloat16.")] = False,
     cases: Annotated[str | None, typer.Option(help="Only cases with one of these words, comma separated.")] = None,
-    variants: Annotated[str | None, typer.Option(help="Only these forms (and frozen and lora), the same way.")] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="Only these variants (and frozen and lora), the same way.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least 2.")] = 9,
     output: Annotated[Path, typer.Option(help="Folder of results; a device has a folder of its own in it.")] = Path(
         "bench/results"
     ),
-    list_cases: Annotated[bool, typer.Option("--list", help="Show the cases and forms, measure nothing.")] = False,
+    list_cases: Annotated[bool, typer.Option("--list", help="List the cases and variants, measure nothing.")] = False,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two result files: what differs and what is noise.")
+        tuple[Path, Path] | None, typer.Option(help="Compare two result files: what differs beyond noise.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="With --compare: also what is noise.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --compare: also rows of noise.")] = False,
 ) -> None:
     """Measure the adapter on this device, in less than five minutes on two cores, and write CSV.
 
-    Every form's outputs and gradients are checked first; one that computes something else is not timed.
+    Outputs and gradients of every variant are checked first: a wrong one ends the run before it is timed.
     """
     from tcurlora_ext.bench.devices import choose_device
 
@@ -52,11 +55,11 @@ def bench(
     name = "full" if full else "growth" if growth else "gpu" if gpu else "quick"
     wanted = _cases(name, words(cases))
     target = choose_device(device)
-    forms = _forms(words(variants), target)
+    chosen = _variants(words(variants), target)
     if list_cases:
-        _list(name, wanted, forms, target)
+        _list(name, wanted, chosen, target)
         return
-    _measure(name, wanted if cases else None, forms, target, rounds, output)
+    _measure(name, wanted if cases else None, chosen, target, rounds, output)
 
 
 def _cases(name: str, parts: tuple[str, ...] | None) -> list[Case]:
@@ -66,8 +69,8 @@ def _cases(name: str, parts: tuple[str, ...] | None) -> list[Case]:
     return SETS[name]() if parts is None else selected(SETS[name](), parts)
 
 
-def _forms(parts: tuple[str, ...] | None, device: Any) -> list[str]:
-    """Names of the forms that run."""
+def _variants(parts: tuple[str, ...] | None, device: Any) -> list[str]:
+    """Names of the variants that are measured."""
     from tcurlora_ext.bench.variants import variants
 
     known = [variant.name for variant in variants(device)]
@@ -77,14 +80,14 @@ def _forms(parts: tuple[str, ...] | None, device: Any) -> list[str]:
     return found
 
 
-def _list(name: str, cases: list[Case], forms: list[str], device: Any) -> None:
+def _list(name: str, cases: list[Case], variants: list[str], device: Any) -> None:
     typer.echo(f"set {name}, {len(cases)} cases")
     for case in cases:
         typer.echo(f"  {case.id}" + (f", sweep of {case.sweep}" if case.sweep else ""))
-    typer.echo(f"forms on {device}: {', '.join(forms)}")
+    typer.echo(f"variants on {device}: {', '.join(variants)}")
 
 
-def _measure(name: str, cases: list[Case] | None, forms: list[str], device: Any, rounds: int, output: Path) -> None:
+def _measure(name: str, cases: list[Case] | None, variants: list[str], device: Any, rounds: int, output: Path) -> None:
     from tcurlora_ext.bench.results import write_host, write_set
     from tcurlora_ext.io.table import text_table
 
@@ -93,14 +96,15 @@ def _measure(name: str, cases: list[Case] | None, forms: list[str], device: Any,
         typer.echo(f"{first['case']}, r={first['rank']}, T={first['tokens']}, {first['mode']}, {first['dtype']}")
         typer.echo(text_table(list(COLUMNS.values()), [[str(row[key]) for key in COLUMNS] for row in rows]) + "\n")
 
-    path = write_set(
-        name, device, output, cases, rounds, keep=lambda variant, case: variant.name in forms, say=typer.echo, show=show
-    )
+    def keep(variant: Variant, case: Case) -> bool:
+        return variant.name in variants
+
+    path = write_set(name, device, output, cases, rounds, keep=keep, log=typer.echo, show=show)
     if cases is None and name != "growth":
         host = write_host(device, output, rounds)
         typer.echo("the host's time for a forward call, us")
         typer.echo(
-            text_table(["form", "median", "least"], [[r["variant"], r["median_us"], r["least_us"]] for r in host])
+            text_table(["variant", "median", "least"], [[r["variant"], r["median_us"], r["least_us"]] for r in host])
         )
     typer.echo(f"written to {path.parent}")
 

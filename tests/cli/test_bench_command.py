@@ -44,7 +44,7 @@ def test_it_measures_shows_writes_and_compares(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_some_cases_and_forms_alone(tmp_path: Path) -> None:
+def test_some_cases_and_variants_alone(tmp_path: Path) -> None:
     bench("--cases", "r=2", "--variants", "tcur eager", "--rounds", "2", "--output", str(tmp_path))
     (path,) = tmp_path.rglob("*.csv")  # host times belong to the whole set
     rows = read_csv(path)
@@ -58,7 +58,7 @@ def test_listing_measures_nothing(flag: str, monkeypatch: pytest.MonkeyPatch) ->
     output = bench("--list", *filter(None, [flag]))
     assert f"set {name}, {len(SETS[name]())} cases" in output
     assert all(case.id in output for case in SETS[name]())
-    assert "forms on cpu: frozen, lora, " in output
+    assert "variants on cpu: frozen, lora, " in output
 
 
 @pytest.mark.parametrize(
