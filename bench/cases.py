@@ -1,7 +1,8 @@
 """What is measured: layers, stacks, blocks and whole networks, by the sizes of the models they come from.
 
-A case is a network, the tokens it reads, the tubal rank and whether it trains. Its stacks are those of the whole model:
-the layer alone, or one block of 32, multiplies by C and R of all S slices, and so does a case.
+A case is a network, its number of tokens, the tubal rank and the mode, training or inference. A case that is only a
+part of a model, one layer or one block of 32, has the stacks of the whole model: its layers multiply by the C and R of
+all S slices, as they do in the model.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+
+from .names import CURLORA, DENSE, PAPER_LORA, STACK, TRANSIENT, kernel_variants, operator_variants
 
 MODES = ("training", "inference")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,12 +32,18 @@ class Layer:
 class Case:
     """One measurement.
 
-    network   "layer", "stack" (all of its layers, each on an input of its own), "encoder", "llama block", "unetr step"
-    layer     the layer of a layer's or stack's case
-    tokens    T, the rows of a layer's input; of a network, those of one of its layers
-    sweep     which growth curve it is a point of; empty for a case of its own
-    compiled  whether the forms that go through torch.compile, half a minute of compiling each, are among the forms
-    forms     these alone, by their names, beside the frozen network and LoRA; empty for all
+    Attributes:
+        name: What the results call it.
+        network: "layer", "stack" (all layers of a stack, each on an input of its own), "encoder", "llama block" or
+            "unetr step".
+        tokens: T, the number of rows of a layer's input; for a network, of the input of each of its layers.
+        layer: The layer, where ``network`` is "layer" or "stack".
+        rank: The tubal rank r.
+        mode: "training" or "inference".
+        dtype: Of weights and activations.
+        sweep: The growth curve that it is a point of ("tokens", "rank", "slices", "width"); "" for none.
+        compiled: Whether the variants that go through torch.compile are measured: each compiles for half a minute.
+        variants: Names of the variants that are measured beside the frozen network and LoRA; empty: all.
     """
 
     name: str
@@ -46,7 +55,7 @@ class Case:
     dtype: str = "float32"
     sweep: str = ""
     compiled: bool = True
-    forms: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -68,7 +77,7 @@ VIT_L = (
     Layer("vit-l linear1", 1024, 4096, 1, 24),
     Layer("vit-l linear2", 4096, 1024, 1, 24),
 )
-# 32 blocks each. Layers of one shape are one stack and cost the same, so they are one case.
+# 32 blocks each. Layers of one shape share a stack and cost the same, so they are one case.
 LLAMA_7B = (
     Layer("llama-7b q,k,v,o", 4096, 4096, 1, 128),
     Layer("llama-7b gate,up", 4096, 11008, 1, 64),
@@ -80,18 +89,22 @@ LLAMA_3_8B = (
     Layer("llama-3-8b gate,up", 4096, 14336, 1, 64),
     Layer("llama-3-8b down", 14336, 4096, 1, 32),
 )
-GROWING = ("tcur native", "tcur triton", "tcur dense layer", "tcur transient")
-# What a network's memory is compared by: LoRA as the paper has it, the operator, and what builds dW.
-MEMORY = (
-    "peft lora r=32", "tcur eager", "tcur native", "tcur triton", "tcur dense layer", "tcur dense stack",
-    "curlora dense",
-)  # fmt: skip
 RANKS = (1, 4, 8, 16)
-TINY = Layer("tiny", 16, 16, 1, 4)  # its arithmetic is nothing: what is left is the host's work for a call
+TINY = Layer("tiny", 16, 16, 1, 4)  # its arithmetic takes no time: what is left is the host's work for a call
+
+
+def growth_variants() -> tuple[str, ...]:
+    """What growth curves show: the operator by its fast backends, and two ways of building dW."""
+    return (*kernel_variants(), DENSE, TRANSIENT)
+
+
+def memory_variants() -> tuple[str, ...]:
+    """What is compared in whole networks: LoRA of the paper's rank, the operator, and the variants that build dW."""
+    return (PAPER_LORA, *operator_variants(), DENSE, STACK, CURLORA)
 
 
 def of_layer(layer: Layer, tokens: int, **rest: object) -> Case:
-    """The case of one layer."""
+    """The case of one layer; ``rest`` are further fields of :class:`Case`."""
     return replace(Case(layer.name, "layer", tokens, layer), **rest)  # type: ignore[arg-type]
 
 
@@ -101,11 +114,11 @@ def quick() -> list[Case]:
     cases += [of_layer(UNETR[1], 2048, mode="inference")]
     cases = [replace(case, compiled=(case.name, case.mode) == ("unetr out_proj", "training")) for case in cases]
     encoder, block = Case("unetr encoder", "encoder", 216), Case("llama-7b block", "llama block", 128)
-    return [*cases, *(replace(case, compiled=False, forms=MEMORY) for case in (encoder, block))]
+    return [*cases, *(replace(case, compiled=False, variants=memory_variants()) for case in (encoder, block))]
 
 
 def full() -> list[Case]:
-    """Everything in float32 and bfloat16: hours on a CPU, for a GPU otherwise."""
+    """Everything in float32 and bfloat16: meant for a GPU, hours on a CPU."""
     cases = []
     for dtype, mode in product(("float32", "bfloat16"), MODES):
         common = {"dtype": dtype, "mode": mode}
@@ -119,14 +132,14 @@ def full() -> list[Case]:
 
 
 def networks() -> list[Case]:
-    """Whole stacks and models: UNETR's stacks, its encoder at 128^3 batch 4, a Llama block, a full training step."""
+    """Whole stacks and networks: UNETR's stacks, its encoder on 4 crops of 128^3, a Llama block, a training step."""
     stacks = [Case(f"{layer.name} stack", "stack", 2048, layer) for layer in UNETR[1:]]
     encoder, block = Case("unetr encoder", "encoder", 2048), Case("llama-7b block", "llama block", 2048)
     return [*stacks, encoder, block, Case("unetr step", "unetr step", 512, compiled=False)]
 
 
 def gpu() -> list[Case]:
-    """The eight minutes of ``make gpu-bench``: what the project's targets speak of first, then more in bfloat16."""
+    """The eight minutes of ``make gpu-bench``, in bfloat16: the cases with a target in docs/benchmarks.md first."""
     target = of_layer(LLAMA_3_8B[0], 8192, rank=4)  # q = 256
     encoder, step, block = Case("unetr encoder", "encoder", 2048), networks()[-1], networks()[-2]
     cases = [
@@ -152,12 +165,12 @@ def growth() -> list[Case]:
     cases += [of_layer(replace(middle, stack=slices), 2048, sweep="slices") for slices in (6, 12, 24, 48, 96)]
     for width in (256, 384, 768, 1536, 3072):
         cases.append(of_layer(replace(middle, in_features=width, out_features=width), 2048, sweep="width"))
-    return [replace(case, compiled=False, forms=GROWING) for case in cases]
+    return [replace(case, compiled=False, variants=growth_variants()) for case in cases]
 
 
 SETS = {"quick": quick, "full": full, "gpu": gpu, "growth": growth}
 
 
 def every() -> Iterator[Case]:
-    """All cases of all sets, once each."""
+    """All cases of all sets, without repetition."""
     return iter(dict.fromkeys(case for make in SETS.values() for case in make()))

@@ -1,4 +1,4 @@
-"""What a step costs by count: FLOPs of its products, and the fewest bytes that it has to move."""
+"""What a step costs by count: FLOPs of its matrix products, and the fewest bytes that it has to move."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _FUSED = {
 
 
 def flops(problem: Problem) -> int:
-    """FLOPs of the products of one step (2abc for (a, b)(b, c)); counted on the form before torch.compile."""
-    plain = Problem(problem.variant, problem.case, problem.network, problem.plain, problem.plain)
+    """FLOPs of the matrix products of one step, 2abc for (a, b)(b, c); counted without torch.compile."""
+    eager = Problem(problem.variant, problem.case, problem.network, problem.adapted, problem.adapted)
     with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter:
-        plain.step()
+        eager.step()
     return counter.get_total_flops()
 
 
 def fewest_bytes(problem: Problem, passed: Passed) -> int:
-    """Bytes that a step moves if everything between its ends is fused.
+    """Bytes that a step would move if the forward pass were one fused kernel, and the backward pass another.
 
-    Each pass reads the parameters and factors; the forward pass reads the inputs and writes the outputs; what is saved
-    for the backward pass is written once (inputs are there already) and read once; the backward pass reads the
-    outputs' gradients and writes those of the inputs and of what trains.
+    Each pass reads the parameters and factors. The forward pass reads the inputs and writes the outputs and what is
+    saved for the backward pass, inputs aside. The backward pass reads what was saved and the gradients of the outputs,
+    and writes the gradients of the inputs and of the trained parameters.
     """
     run = problem.network.runs[0]
     inputs = {x.untyped_storage().data_ptr(): x.nbytes for x in run.inputs}
-    frozen = sum(owned(problem.plain).values())
-    moved = frozen + sum(inputs.values()) + passed.outputs
+    weights = sum(owned(problem.adapted).values())
+    moved = weights + sum(inputs.values()) + passed.outputs
     if problem.case.mode == "training":
         written = sum(size for address, size in passed.saved.items() if address not in inputs)
-        gradients = sum(g.nbytes for g in run.gradients or ()) + sum(w.nbytes for w in problem.wanted(run.inputs))
-        moved += frozen + written + sum(passed.saved.values()) + gradients
+        gradients = sum(g.nbytes for g in run.gradients or ()) + sum(w.nbytes for w in problem.leaves(run.inputs))
+        moved += weights + written + sum(passed.saved.values()) + gradients
     return moved

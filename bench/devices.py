@@ -1,4 +1,4 @@
-"""The device that is measured: its name, its clock, its ceilings, and what every row of results says about the run."""
+"""The device that is measured: its name, timing on it, its ceilings, and the columns that every row of results has."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-WRITTEN = (":!bench/results", ":!docs", ":!README.md")  # by a measurement and by what makes pages of it
+WRITTEN = (":!bench/results", ":!docs", ":!README.md")  # by measurements, plots and tables
 PACKAGES = ("tcurlora_ext", "torch", "triton", "peft", "transformers", "monai")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name such as "cpu" or "cuda:1". ValueError where there is no such device."""
+    """The device by a name such as "cpu" or "cuda:1". ValueError where there is no such device."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's or GPU's name, with the threads in use of a processor."""
+    """The GPU's name, or the processor's with the number of threads that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -42,18 +42,18 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(name: str) -> str:
-    """A device's name as a folder's."""
+    """A name as a folder or file name: lower case, with hyphens for spaces."""
     return name.replace(",", "").replace("(R)", "").replace("(TM)", "").replace(" ", "-").lower()
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """Device, versions and commit, for every row."""
+    """The columns device, versions and commit."""
     found = {"device": device_name(device)} | {package: _version(package) for package in PACKAGES}
     return found | {"commit": _commit()}
 
 
 def _commit() -> str:
-    """The commit that runs, with "-dirty" where files other than results and pages differ from it."""
+    """The commit that is checked out, with "-dirty" where a file other than results and docs differs from it."""
     git = ["git", "-C", str(REPOSITORY)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:
@@ -69,42 +69,42 @@ def _version(package: str) -> str:
         return ""
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what was asked of it."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(steps: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds that some steps took, the device's work included, and until the host had asked for all of it."""
-    wait(device)
+    """Seconds until the device had finished some steps, and seconds until the host had queued them."""
+    synchronize(device)
     start = time.perf_counter()
     steps()
-    asked = time.perf_counter() - start
-    wait(device)
-    return time.perf_counter() - start, asked
+    queued = time.perf_counter() - start
+    synchronize(device)
+    return time.perf_counter() - start, queued
 
 
-def several(call: Callable[[], Any], times: int) -> None:
-    """So many calls."""
+def repeat(call: Callable[[], Any], times: int) -> None:
+    """Call a function several times."""
     for _ in range(times):
         call()
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device does at best: FLOP/s of a large product, bytes/s read and written by a large copy."""
+    """The device's peaks, as in a roofline model: FLOP/s of a large product, bytes/s of a large copy, both ways."""
 
     flops: float
     bytes: float
 
     def limit(self, flops: float, moved: float) -> float:
-        """The least seconds that so many FLOPs and bytes take."""
+        """The least time in seconds for so many FLOPs and bytes."""
         return max(flops / self.flops, moved / self.bytes)
 
 
 def ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
-    """Measured now: a product of 8192 (a CPU: 4096) cubed and a copy of 1 GiB (256 MiB)."""
+    """Measure them: a product of two 8192 x 8192 matrices and a copy of 1 GiB; on a CPU 4096 x 4096 and 256 MiB."""
     side, size = (8192, 2**30) if device.type == "cuda" else (4096, 2**28)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
@@ -117,7 +117,7 @@ def ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
 
 
 def _least(call: Callable[[], Any], device: torch.device) -> float:
-    """The fewest seconds of a call, tried until four more were no faster by 1 %: a process begins slowly."""
+    """The least time of a call in seconds, tried until four tries in a row were not 1 % faster: the first are slow."""
     call()
     least, since = float("inf"), 0
     while since < 4:

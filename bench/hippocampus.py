@@ -1,27 +1,30 @@
-"""Hippocampus from five subjects: adapters against the head alone, in a network that needs its transformer.
+"""Hippocampus segmentation from five subjects: adapters compared with training the output head alone.
 
-A plain ViT segmenter is pretrained on synthetic T1-like crops made from label maps, label hippocampus, then adapted to
-real MRI with labels of its anterior and posterior parts, five subjects of the few-shot list, by every method asked for.
+A ViT segmenter without skip connections, so that every prediction passes through its transformer, is pretrained to
+segment the hippocampus on synthetic T1-like crops made from label maps. It is then adapted by each method to real MRI
+of five subjects, whose labels of the anterior and the posterior part are merged into one class.
 
     python bench/hippocampus.py SYNTHSEG_MAPS HIPPOCAMPUS WORK RESULTS [--methods head,lora,tcur] [--seeds 3]
 
-SYNTHSEG_MAPS holds hip_crops.npz and the contrast priors, HIPPOCAMPUS images/, labels/ and splits.json. Runs go on
-where they stopped. RESULTS gets summary.csv, metrics.csv and run.json.
+A run that was stopped resumes when it is started again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from rich.console import Console
 
+from tcurlora_ext.bench.entry import run_command
 from tcurlora_ext.io.atomic import write_with
 from tcurlora_ext.io.records import read_json, write_json
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
@@ -31,14 +34,14 @@ from tcurlora_ext.segmentation.terminal import Display
 LEFT_HIPPOCAMPUS = 17  # FreeSurfer's value; right-sided crops are mirrored to the left
 DRAWS = 2  # images of each crop
 VALIDATION_SUBJECTS = 3
-WINDOW = (42, 58, 44)  # mm = voxels, cut out around the hippocampus, as the real data are crops of at most 43x59x47
+WINDOW = (42, 58, 44)  # voxels of 1 mm around the hippocampus; the real data are crops of at most 43x59x47
 
 
 def make_source(maps: Path, folder: Path) -> None:
-    """Write T1-like images of the crops in the Decathlon layout; subjects of training and validation apart.
+    """Write T1-like images of the crops in the Decathlon's layout; no subject is in both training and validation.
 
-    Each centre is moved by up to 3 mm. A class's mean and standard deviation are drawn from the priors, voxels
-    from that Gaussian, blurred by 0.7 mm.
+    Each crop's centre is moved by up to 3 mm. Each class's mean and standard deviation are drawn from the priors, its
+    voxels from that Gaussian; the image is then blurred by a Gaussian of 0.7 mm.
     """
     import nibabel as nib
     from scipy.ndimage import gaussian_filter
@@ -66,7 +69,7 @@ def make_source(maps: Path, folder: Path) -> None:
 
 
 def make_target(data: Path, folder: Path) -> None:
-    """The real data with its two parts of the hippocampus as one class; images and lists as they are."""
+    """Write the real data with the two parts of the hippocampus as one class; images and splits are copied."""
     import nibabel as nib
 
     (folder / "labels").mkdir(parents=True, exist_ok=True)
@@ -80,67 +83,52 @@ def make_target(data: Path, folder: Path) -> None:
 
 
 def cut(mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, ...]:
-    """A window around the centre of the mask's bounding box, moved at random."""
+    """The slices of a window around the centre of the mask's bounding box, moved at random."""
     where = np.argwhere(mask)
     centre = (where.min(0) + where.max(0) + 1) // 2 + rng.integers(-3, 4, 3)
     low = [int(np.clip(c - w // 2, 0, n - w)) for c, w, n in zip(centre, WINDOW, mask.shape, strict=True)]
     return tuple(slice(a, a + w) for a, w in zip(low, WINDOW, strict=True))
 
 
-def main() -> None:
-    """Make the source, pretrain, adapt, copy the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("maps", "data", "work", "results"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--methods", default="head,lora,tcur")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--pretrain-steps", type=int, default=600)
-    parser.add_argument("--train-list", default="5_subjects_seed0")
-    parser.add_argument("--val-list", default="val")
-    parser.add_argument("--run", default="finetune", help="name of the run's folder under WORK")
-    parser.add_argument("--lr", default="{}", help='JSON, e.g. {"tcur": 3e-3}; default: per method')
-    options = parser.parse_args()
+def hippocampus(
+    maps: Annotated[Path, typer.Argument(metavar="SYNTHSEG_MAPS", help="Holds hip_crops.npz and the contrast priors.")],
+    data: Annotated[Path, typer.Argument(metavar="HIPPOCAMPUS", help="Holds images/, labels/ and splits.json.")],
+    work: Annotated[Path, typer.Argument(metavar="WORK", help="Folder for data, the pretrained network and runs.")],
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Gets summary.csv, metrics.csv and run.json.")],
+    methods: Annotated[str, typer.Option(help="Comma separated.")] = "head,lora,tcur",
+    seeds: Annotated[int, typer.Option(help="Runs per method.")] = 3,
+    steps: Annotated[int, typer.Option(help="Of adapting.")] = 120,
+    pretrain_steps: Annotated[int, typer.Option(help="Of pretraining.")] = 600,
+    train_list: Annotated[str, typer.Option(help="Of splits.json.")] = "5_subjects_seed0",
+    val_list: Annotated[str, typer.Option(help="Of splits.json.")] = "val",
+    run: Annotated[str, typer.Option(help="Name of the run's folder in WORK.")] = "finetune",
+    lr: Annotated[str, typer.Option(help='JSON, e.g. {"tcur": 3e-3}. Default: a rate per method.')] = "{}",
+) -> None:
+    """Pretrain a segmenter on synthetic hippocampi, adapt it to real MRI by several methods, copy the results."""
     display = Display(Console(width=120))
-    source, base = options.work / "source", options.work / "pretrain"
+    source, base, target = work / "source", work / "pretrain", work / "target"
     if not (source / "splits.json").is_file():
-        make_source(options.maps, source)
+        make_source(maps, source)
     if not (base / "transformer.json").is_file():
-        pretrain(
-            PretrainSettings(source, roi=(24, 32, 24), spacing=(2.0, 2.0, 2.0), steps=options.pretrain_steps),
-            base,
-            resume=True,
-            display=display,
-        )
-    target = options.work / "target"
+        settings = PretrainSettings(source, roi=(24, 32, 24), spacing=(2.0, 2.0, 2.0), steps=pretrain_steps)
+        pretrain(settings, base, resume=True, display=display)
     if not (target / "splits.json").is_file():
-        make_target(options.data, target)
-    run = options.work / options.run
-    finetune(
-        FinetuneSettings(
-            target,
-            base / "base.safetensors",
-            methods=tuple(options.methods.split(",")),
-            seeds=options.seeds,
-            steps=options.steps,
-            lr=json.loads(options.lr),
-            train_list=options.train_list,
-            val_list=options.val_list,
-        ),
-        run,
-        resume=True,
-        display=display,
-    )
-    publish(run, options.results)
+        make_target(data, target)
+    adapting = FinetuneSettings(
+        target, base / "base.safetensors", methods=tuple(methods.split(",")), seeds=seeds, steps=steps,
+        lr=json.loads(lr), train_list=train_list, val_list=val_list,
+    )  # fmt: skip
+    finetune(adapting, work / run, resume=True, display=display)
+    publish(work / run, results)
 
 
 def publish(run: Path, results: Path) -> None:
-    """Copy what is small: tables, the transformer check, settings and versions with the commit and the command."""
+    """Copy the small files of a run: its tables, and settings and versions together with the commit and the command."""
     results.mkdir(parents=True, exist_ok=True)
     for name in ("summary.csv", "metrics.csv", "transformer.json"):
         shutil.copy(run / name, results / name)
     description = read_json(run / "run.json")
-    for key in ("data", "pretrained"):  # where the files lay says nothing about the result
+    for key in ("data", "pretrained"):  # the folder that they were in has no effect on the result
         if description["settings"][key] is not None:
             description["settings"][key] = Path(description["settings"][key]).name
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -148,5 +136,10 @@ def publish(run: Path, results: Path) -> None:
     write_json(results / "run.json", {**description, "commit": commit, "arguments": words})
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command."""
+    return run_command(hippocampus, arguments, "python bench/hippocampus.py")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The host's time for a call: forward on a layer so small that its arithmetic is nothing, gradients asked for."""
+"""The host's time for a call: a forward pass that autograd records, of a layer whose arithmetic takes no time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tcurlora_ext.adapter.layer.linear import TCURLinear
 
 from .cases import TINY, of_layer
-from .devices import several, timed
+from .devices import repeat, timed
 from .networks import build
 from .reference import Reference
 from .run import Row, number
@@ -22,9 +22,9 @@ CALLS = 500
 
 
 def host_times(device: torch.device, rounds: int) -> list[Row]:
-    """A row a form: median and least time of a call in us, on one thread, by interleaved rounds of 500 calls.
+    """One row per variant: median and least time of a call in us, on one thread, by interleaved rounds of 500 calls.
 
-    Of tCUR by each backend also the registered operator alone, without the module around it.
+    For each backend there is a second row for the registered operator, called without the module around it.
     """
     case = of_layer(TINY, 4, rank=2, compiled=False)
     network, reference = build(case, device), Reference()
@@ -33,16 +33,16 @@ def host_times(device: torch.device, rounds: int) -> list[Row]:
         if variant.fits(case, network):
             problem = prepare(variant, case, network)
             reference.check(problem)
-            calls[variant.name] = partial(problem.plain.get_submodule("plain0"), network.runs[0].inputs[0])
-            if variant.name.startswith("tcur ") and isinstance(problem.plain.get_submodule("plain0"), TCURLinear):
-                calls[f"{variant.name}, operator"] = operator_call(problem, variant.name.removeprefix("tcur "))
+            calls[variant.name] = partial(problem.adapted.get_submodule("linear0"), network.runs[0].inputs[0])
+            if variant.backend:
+                calls[f"{variant.name}, operator"] = operator_call(problem)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds + 1):  # the first warms up
             for name, call in calls.items():
-                taken[name].append(1e6 / CALLS * timed(partial(several, call, CALLS), device)[1])
+                taken[name].append(1e6 / CALLS * timed(partial(repeat, call, CALLS), device)[1])
     finally:
         torch.set_num_threads(threads)
     return [
@@ -51,11 +51,11 @@ def host_times(device: torch.device, rounds: int) -> list[Row]:
     ]
 
 
-def operator_call(problem: Problem, backend: str) -> Callable[[], Any]:
-    """``torch.ops.tcurlora.linear`` with the layer's own arguments."""
-    layer = problem.plain.get_submodule("plain0")
+def operator_call(problem: Problem) -> Callable[[], Any]:
+    """``torch.ops.tcurlora.linear`` with the arguments that the layer gives it."""
+    layer = problem.adapted.get_submodule("linear0")
     assert isinstance(layer, TCURLinear)
     stack, x = layer.stack, problem.network.runs[0].inputs[0]
     tensors = (x, layer.weight, layer.bias, stack.col, stack.core_fourier(), stack.row)
-    numbers = (layer.first_slice, layer.num_slices, stack.scale, stack.options.transform, backend)
-    return partial(torch.ops.tcurlora.linear.default, *tensors, *numbers)
+    rest = (layer.first_slice, layer.num_slices, stack.scale, stack.options.transform, problem.variant.backend)
+    return partial(torch.ops.tcurlora.linear.default, *tensors, *rest)

@@ -1,4 +1,4 @@
-"""What a step keeps and allocates: bytes saved for the backward pass, and the peak over what was there before."""
+"""What a step saves and allocates: bytes saved for the backward pass, and the peak beyond what was allocated before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch._C._autograd import DeviceType
 
 from .variants import Problem
 
-# The profiler announces every start and stop on stderr otherwise; read when it is first used.
+# Without it the profiler reports every start and stop on stderr. It is read when the profiler is first used.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
@@ -27,11 +27,12 @@ def owned(module: nn.Module) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Passed:
-    """What a forward pass left behind.
+    """What a forward pass saved and returned.
 
-    saved     storages that autograd keeps for the backward pass, parameters and buffers aside: address -> bytes; one
-              that several layers keep counts once, in full
-    outputs   bytes of the outputs
+    Attributes:
+        saved: Storages that autograd saves for the backward pass, parameters and buffers aside: address -> bytes. One
+            that several layers save counts once, in full.
+        outputs: Bytes of the outputs.
     """
 
     saved: dict[int, int]
@@ -39,15 +40,15 @@ class Passed:
 
 
 def forward_pass(problem: Problem) -> Passed:
-    """Run the first input forward and see what is kept: nothing for inference."""
-    frozen = owned(problem.plain)
+    """Run the first input forward and record what autograd saves: nothing in inference."""
+    parameters = owned(problem.adapted)
     saved: dict[int, int] = {}
-    alive = []  # or an address would be given out twice
+    alive = []  # a freed tensor's address could be given to another
 
     def pack(tensor: Tensor) -> Tensor:
         alive.append(tensor)
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
+        if storage.data_ptr() not in parameters:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -56,7 +57,7 @@ def forward_pass(problem: Problem) -> Passed:
     return Passed(saved, sum(y.nbytes for y in outputs))
 
 
-# Operators that make a view, an empty tensor or nothing; what they call where they have to copy counts.
+# Operators that return a view or an empty tensor. Where one has to copy, the operator that it calls for that counts.
 _FREE = re.compile(
     r"(aten::)?(as_strided|view|t|transpose|permute|select|slice|narrow|expand|unsqueeze|squeeze|flatten|unflatten|reshape"
     r"|_reshape_alias|_unsafe_view|detach|unbind|split|chunk|alias|movedim|numpy_T|empty.*|new_empty.*|resolve_.*|to"
@@ -66,12 +67,13 @@ _FREE = re.compile(
 
 @dataclass(frozen=True)
 class Observed:
-    """What a step did.
+    """What the profiler saw of a step.
 
-    peak      the most bytes that it held beyond what was allocated before it
-    launches  kernels, copies and fills on a GPU; on a CPU, operators and stages that compute something: of operators
-              that call others the innermost, and of the native backend, which calls products below the dispatcher, the
-              operator's stages
+    Attributes:
+        peak: The most bytes that were allocated at once beyond those allocated before the step.
+        launches: On a GPU, kernels, copies and fills. On a CPU, calls of operators that compute something, counted
+            innermost first: an operator that calls such operators does not count itself. The native backend calls
+            matrix products below PyTorch's dispatcher, so for it the stages of the operator count.
     """
 
     peak: int
@@ -81,7 +83,7 @@ class Observed:
 def observe(step: Callable[[], Any], device: torch.device) -> Observed:
     """Run a step under the profiler.
 
-    The peak on a CPU is PyTorch's allocator's: what libraries keep for themselves is not in it.
+    On a CPU the peak is that of PyTorch's allocator: memory that libraries allocate themselves is not in it.
     """
     gc.collect()
     return _on_gpu(step, device) if device.type == "cuda" else _on_cpu(step)
@@ -117,7 +119,7 @@ def _on_cpu(step: Callable[[], Any]) -> Observed:
 
 
 def innermost(events: Iterable[Any]) -> Iterator[Any]:
-    """Of a CPU profile's events, those that compute something and hold no other that does."""
+    """The events of a CPU profile that compute something and contain no other event that does."""
     for event in events:
         if event.cpu_parent is None:
             yield from _innermost(event)

@@ -1,7 +1,8 @@
-"""The networks that cases measure, frozen, with random inputs and output gradients."""
+"""The frozen networks of the cases, with random inputs and gradients of their outputs."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +10,15 @@ from torch import Tensor, nn
 
 from .cases import Case, Layer
 
-# Inputs are rotated, so that a step finds none in a cache: 256 MiB is more than any GPU's L2 (H100: 50, H200: 60,
-# B200: 126 MiB) and than most processors' L3. A network of several layers moves more than that in one step by itself.
+# Successive steps take different inputs, so that a step finds none in a cache: 256 MiB is more than any GPU's L2
+# (H100: 50, H200: 60, B200: 126 MiB) and most processors' L3. A step of a whole network moves more than that by itself.
 ROTATED_BYTES = 2**28
-MOST_INPUTS = 64  # for a few tokens the weights are what fills the cache
+MOST_INPUTS = 64  # with few tokens the weights fill the cache, not the inputs
 
 
 @dataclass(frozen=True)
 class Run:
-    """The arguments of one forward pass, and the gradients of its outputs (None: 1, for a loss)."""
+    """The inputs of one forward pass, and the gradients of its outputs; None where the output is a scalar loss."""
 
     inputs: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...] | None
@@ -25,11 +26,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Network:
-    """A plain frozen network.
+    """A frozen network without adapters.
 
-    targets   names of the layers that adapters go into; ``fused``: how many slices a name's last component holds
-    repeats   how many such networks the whole model has: its stacks are so many times as tall
-    trained   parameters that train beside the adapter, by the beginning of their names; their step is AdamW's
+    Attributes:
+        module: The network.
+        runs: Its inputs; steps take one after the other.
+        targets: Names of the layers that get an adapter.
+        fused: Last component of a layer's name -> how many slices the layer's weight holds.
+        repeats: How often the whole model has this network: its stacks have so many times as many slices.
+        trained: Prefixes of the names of parameters that train beside the adapter; AdamW updates them.
     """
 
     module: nn.Module
@@ -41,21 +46,21 @@ class Network:
 
 
 class Bank(nn.Module):
-    """Layers side by side, each on an input of its own, as they would find it in a network."""
+    """Layers of one shape side by side, each on an input of its own, as in a network."""
 
     def __init__(self, layer: Layer, count: int) -> None:
         super().__init__()
-        name = "fused" if layer.slices > 1 else "plain"
+        name = "fused" if layer.slices > 1 else "linear"
         for index in range(count):
             self.add_module(f"{name}{index}", nn.Linear(layer.in_features, layer.slices * layer.out_features))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        # An injected model also has a container of stacks among its children.
+        # An adapted model has a container of stacks as its last child.
         return tuple(layer(x) for layer, x in zip(self.children(), inputs, strict=False))
 
 
 class LlamaBlock(nn.Module):
-    """One decoder block of Llama-7B of random weights on (1, T, 4096)."""
+    """One decoder block of Llama-7B with random weights, on x (1, T, 4096)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +78,7 @@ class LlamaBlock(nn.Module):
 
 
 class UnetrLoss(nn.Module):
-    """UNETR at 128^3 and the Dice and cross-entropy loss of its training."""
+    """UNETR for crops of 128^3 with its training loss, Dice and cross-entropy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +93,7 @@ class UnetrLoss(nn.Module):
 
 
 def build(case: Case, device: torch.device) -> Network:
-    """The network of a case, on the device, in its dtype; the same numbers every time."""
+    """The network of a case on the device, in the case's dtype; a fixed seed makes its weights and inputs."""
     torch.manual_seed(0)
     with torch.device(device):
         network = _BUILDERS[case.network](case)
@@ -96,8 +101,8 @@ def build(case: Case, device: torch.device) -> Network:
     return network
 
 
-def _normal(case: Case, *shape: int, wants_gradient: bool = False) -> Tensor:
-    return torch.randn(*shape).to(getattr(torch, case.dtype)).requires_grad_(wants_gradient)
+def _normal(case: Case, *shape: int, requires_grad: bool = False) -> Tensor:
+    return torch.randn(*shape).to(getattr(torch, case.dtype)).requires_grad_(requires_grad)
 
 
 def _linear_names(module: nn.Module) -> list[str]:
@@ -112,14 +117,14 @@ def _bank(case: Case) -> Network:
         raise ValueError(f"{case.name}: {count} x {layer.slices} slices do not fill a stack of {layer.stack}")
     bank = Bank(layer, count)
     rows = layer.slices * layer.out_features
-    trains = case.mode == "training"
-    size = getattr(torch, case.dtype).itemsize * count * case.tokens * (layer.in_features + trains * rows)
+    training = case.mode == "training"
+    size = getattr(torch, case.dtype).itemsize * count * case.tokens * (layer.in_features + training * rows)
     runs = [
         Run(
-            tuple(_normal(case, case.tokens, layer.in_features, wants_gradient=trains) for _ in range(count)),
-            tuple(_normal(case, case.tokens, rows) for _ in range(count)) if trains else None,
+            tuple(_normal(case, case.tokens, layer.in_features, requires_grad=training) for _ in range(count)),
+            tuple(_normal(case, case.tokens, rows) for _ in range(count)) if training else None,
         )
-        for _ in range(min(MOST_INPUTS, -(-ROTATED_BYTES // size)))
+        for _ in range(min(MOST_INPUTS, math.ceil(ROTATED_BYTES / size)))
     ]
     names = _linear_names(bank)
     return Network(bank, runs, names, dict.fromkeys(names, layer.slices), layer.stack // (count * layer.slices))
@@ -129,7 +134,7 @@ def _encoder(case: Case) -> Network:
     from monai.networks.blocks.transformerblock import TransformerBlock
 
     encoder = nn.Sequential(*(TransformerBlock(768, 3072, 12) for _ in range(12)), nn.LayerNorm(768))
-    # 512 tokens a crop of 128^3: as many crops as there are tokens for.
+    # A crop of 128^3 is 512 tokens.
     shape = (max(1, case.tokens // 512), min(case.tokens, 512), 768)
     return _tokens_in_and_out(case, encoder, shape, {"qkv": 3}, 1)
 
@@ -141,9 +146,9 @@ def _llama_block(case: Case) -> Network:
 def _tokens_in_and_out(
     case: Case, module: nn.Module, shape: tuple[int, ...], fused: dict[str, int], repeats: int
 ) -> Network:
-    """A network whose output has its input's shape, as it stands behind an embedding: its input wants a gradient."""
-    trains = case.mode == "training"
-    run = Run((_normal(case, *shape, wants_gradient=trains),), (_normal(case, *shape),) if trains else None)
+    """A network whose output has the shape of its input; the input, an embedding's output, requires a gradient."""
+    training = case.mode == "training"
+    run = Run((_normal(case, *shape, requires_grad=training),), (_normal(case, *shape),) if training else None)
     return Network(module, [run], _linear_names(module), fused, repeats)
 
 

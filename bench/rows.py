@@ -1,4 +1,4 @@
-"""Files of results as rows of text: reading them, what tells rows apart, numbers and names of a row."""
+"""Result files as rows of text: reading and checking them, the key of a row, its numbers and titles."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from tcurlora_ext.io.records import read_csv
 
 from .devices import PACKAGES
+from .names import operator_variants
 
 Row = dict[str, str]
 PROVENANCE = ("device", *PACKAGES, "commit")
-# What a row measures; a stack's height and a layer's width tell the points of a growth sweep apart.
+# The columns that identify a row; a layer's width and its stack's slices differ between the points of a sweep.
 KEY = ("case", "sweep", "mode", "dtype", "tokens", "rank", "in", "out", "slices", "stack", "variant")
-# What no result file lacks: what its readers use. A cell may be empty.
+# The columns that readers of a result file need. A cell may be empty.
 NUMBERS = (
     "tokens", "rank", "rounds", "p20_ms", "median_ms", "p80_ms", "over_frozen_p20", "over_frozen", "over_frozen_p80",
     "over_lora", "over_peft_r32", "gflop", "fewest_mib", "share_of_limit", "peak_mib", "saved_mib", "adapter_mib",
@@ -27,8 +28,8 @@ NEEDED = (*PROVENANCE, *KEY, "q", "network", *NUMBERS)
 def read_results(path: Path) -> list[Row]:
     """The rows of a result file of cases, all values as text.
 
-    OSError where there is no such file. ValueError where it holds no rows, lacks a column, has two rows of one case and
-    variant, or a cell that is no number where a number belongs.
+    OSError where there is no such file. ValueError where it has no rows, lacks a column, has two rows of one case and
+    variant, or has text in a column of numbers.
     """
     rows = read_rows(path, NEEDED)
     seen: set[tuple[str, ...]] = set()
@@ -46,7 +47,7 @@ def read_results(path: Path) -> list[Row]:
 
 
 def read_rows(path: Path, needed: tuple[str, ...]) -> list[Row]:
-    """The rows of a CSV file that has the columns ``needed`` and one row at least. OSError or ValueError otherwise."""
+    """The rows of a CSV file with the columns ``needed`` and at least one row. OSError or ValueError otherwise."""
     try:
         rows = read_csv(path)
     except FileNotFoundError as error:
@@ -76,7 +77,7 @@ def _is_amount(text: str, positive: bool) -> bool:
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """What tells a row from the others of a file and finds its like in another file."""
+    """What identifies a row within a file, and finds the row of the same measurement in another file."""
     return tuple(row[name] for name in KEY)
 
 
@@ -86,7 +87,7 @@ def value(row: Row, column: str) -> float | None:
 
 
 def number(row: Row, column: str) -> float:
-    """A number of a row that has to be there. ValueError naming row and column where it is not."""
+    """A number of a row. ValueError naming row and column where the cell holds none."""
     try:
         return float(row[column])
     except ValueError as error:
@@ -96,7 +97,7 @@ def number(row: Row, column: str) -> float:
 
 
 def title(row: Row) -> str:
-    """What was measured, without the variant."""
+    """What was measured, the variant aside."""
     return " ".join(_parts(row))
 
 
@@ -106,7 +107,7 @@ def _parts(row: Row) -> list[str]:
 
 
 def labels(rows: list[Row]) -> tuple[dict[str, str], str]:
-    """Short names of the cases of some rows by their titles, and what all of them share, which the names leave out."""
+    """Title -> a short name of the case, and what all cases have in common, which the short names leave out."""
     parts = {title(row): _parts(row) for row in rows}
     shared = set.intersection(*(set(found[1:]) for found in parts.values()))
     first = next(iter(parts.values()))
@@ -123,15 +124,16 @@ def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
 
 
 def tcur_backend(rows: list[Row]) -> str:
-    """The variant "tcur <backend>" that takes the least time in all over the cases that every backend ran.
+    """The operator's fastest variant "tcur <backend>": the least total time over the cases that all backends ran.
 
-    ValueError where no backend is among the rows.
+    ValueError where there is no row of a backend.
     """
+    known = operator_variants()
     times: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["variant"] in ("tcur eager", "tcur native", "tcur triton"):
+        if row["variant"] in known:
             times.setdefault(row["variant"], {})[" ".join(key(row)[:-1])] = number(row, "median_ms")
     if not times:
-        raise ValueError("found no row of 'tcur eager', 'tcur native' or 'tcur triton', expected one of them at least")
+        raise ValueError(f"found no row of a backend, expected at least one of {', '.join(known)}")
     common = set.intersection(*(set(found) for found in times.values()))
     return min(times, key=lambda name: sum(times[name][case] for case in common))

@@ -1,4 +1,4 @@
-"""Runs cases: every form is checked, then timed beside the others round by round, then counted. Rows are plain text."""
+"""Runs cases: every variant is checked, then all are timed in interleaved rounds, then their costs are counted."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 
 from .cases import Case
 from .counts import fewest_bytes, flops
-from .devices import PACKAGES, Ceilings, ceilings, several, timed
+from .devices import PACKAGES, Ceilings, ceilings, repeat, timed
 from .memory import forward_pass, observe
+from .names import FROZEN, LORA, PAPER_LORA
 from .networks import build
 from .reference import Reference
-from .variants import FLOOR, LORA, PAPER_RANK, Problem, Variant, prepare, variants
+from .variants import Problem, Variant, prepare, variants
 
 LAYER_COLUMNS = ("in", "out", "slices", "stack", "q")
-PAPER = f"peft lora r={PAPER_RANK}"
-# Steps between two looks at the clock add up to this much on a GPU, so that launches run ahead of it as in training.
+# On a GPU so many steps are timed together that they take this long: the host then queues work ahead of the device, as
+# it does in training.
 BATCH_SECONDS = 0.02
 
 Row = dict[str, Any]
@@ -28,12 +29,20 @@ Keep = Callable[[Variant, Case], bool]
 
 
 def run(
-    cases: Sequence[Case], device: torch.device, rounds: int, keep: Keep, say: Callable[[str], None]
+    cases: Sequence[Case], device: torch.device, rounds: int, keep: Keep, log: Callable[[str], None]
 ) -> Iterator[list[Row]]:
-    """Case by case its rows, one a variant that ``keep`` wants; the floor and LoRA of rank q always run.
+    """Measure cases one after the other.
 
-    ``rounds`` is at least 2. A case that does not fit into the memory, or whose network's package is missing, is
-    skipped, and ``say`` is told so.
+    Args:
+        cases: What is measured.
+        device: Where.
+        rounds: How often each variant is timed, at least 2.
+        keep: Whether a variant of a case is measured. The frozen network and LoRA of rank q always are, for the ratios.
+        log: Called with a line of text for every case that is skipped, because the device has too little memory for it
+            or a package of its network is not installed.
+
+    Yields:
+        The rows of a case, one per variant.
     """
     found: dict[str, Ceilings] = {}
     for case in cases:
@@ -42,38 +51,38 @@ def run(
         try:
             yield measure(case, device, rounds, keep, found[case.dtype])
         except torch.OutOfMemoryError:
-            say(f"{case.id}: skipped, {device} has too little memory for it")
+            log(f"{case.id}: skipped, {device} has too little memory for it")
         except ModuleNotFoundError as error:
             if error.name not in PACKAGES:
                 raise
-            say(f"{case.id}: skipped, the package '{error.name}' is not installed")
+            log(f"{case.id}: skipped, the package '{error.name}' is not installed")
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def measure(case: Case, device: torch.device, rounds: int, keep: Keep, limits: Ceilings) -> list[Row]:
-    """The rows of one case. RuntimeError where a form's result is wrong; then nothing of the case is timed."""
+    """The rows of one case. RuntimeError where a variant's result is wrong; then nothing of the case is timed."""
     network = build(case, device)
     reference = Reference()
     problems: list[Problem] = []
     errors: list[float] = []
     for variant in variants(device):
-        if variant.fits(case, network) and (variant.name in (FLOOR, LORA) or keep(variant, case)):
+        if variant.fits(case, network) and (variant.name in (FROZEN, LORA) or keep(variant, case)):
             problems.append(prepare(variant, case, network))
             errors.append(reference.check(problems[-1]))
     del reference
     if case.network not in ("layer", "stack"):
-        rounds = max(2, rounds // 3)  # a network's step is long and spreads less
-    times, asked = interleaved(problems, device, rounds)
+        rounds = max(2, rounds // 3)  # a network's step takes long and varies less
+    times, host = interleaved(problems, device, rounds)
     rows = [
-        about(case) | {"variant": problem.variant.name, "rounds": rounds}
+        case_columns(case) | {"variant": problem.variant.name, "rounds": rounds}
         | time_columns(name, times) | cost_columns(problem, device, statistics.median(times[name]), limits)
-        | {"host_ms": number(1e3 * statistics.median(asked[name])), "error": f"{error:.0e}"}
+        | {"host_ms": number(1e3 * statistics.median(host[name])), "error": f"{error:.0e}"}
         for (name, problem), error in zip(named(problems), errors, strict=True)
     ]  # fmt: skip
-    floor = rows[0]
+    frozen = rows[0]
     for row in rows:
-        row["extra_peak_mib"] = number(float(row["peak_mib"]) - float(floor["peak_mib"]))
+        row["extra_peak_mib"] = number(float(row["peak_mib"]) - float(frozen["peak_mib"]))
     return rows
 
 
@@ -84,27 +93,30 @@ def named(problems: Sequence[Problem]) -> list[tuple[str, Problem]]:
 def interleaved(
     problems: Sequence[Problem], device: torch.device, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds a step by variant and round, and seconds until the host had asked for it. All have run once before."""
-    counts = {name: _steps_a_look(problem, device) for name, problem in named(problems)}
+    """Seconds per step by variant and round, and the part of them that the host took to queue its work.
+
+    Every problem has run once before, so that nothing is compiled or allocated for the first time here.
+    """
+    counts = {name: _steps_per_timing(problem, device) for name, problem in named(problems)}
     times: dict[str, list[float]] = {name: [] for name, _ in named(problems)}
-    asked: dict[str, list[float]] = {name: [] for name, _ in named(problems)}
+    host: dict[str, list[float]] = {name: [] for name, _ in named(problems)}
     for _ in range(rounds):
         for name, problem in named(problems):
-            taken, host = timed(partial(several, problem.step, counts[name]), device)
+            taken, queued = timed(partial(repeat, problem.step, counts[name]), device)
             times[name].append(taken / counts[name])
-            asked[name].append(host / counts[name])
-    return times, asked
+            host[name].append(queued / counts[name])
+    return times, host
 
 
-def _steps_a_look(problem: Problem, device: torch.device) -> int:
+def _steps_per_timing(problem: Problem, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     problem.step()
     return math.ceil(BATCH_SECONDS / timed(problem.step, device)[0])
 
 
-def about(case: Case) -> Row:
-    """The columns that say what was measured; those of a layer are empty for a network."""
+def case_columns(case: Case) -> Row:
+    """The columns that say what was measured; a layer's sizes are empty for a network."""
     layer = case.layer
     shape = [""] * 5 if layer is None else [
         layer.in_features, layer.out_features, layer.slices, layer.stack, case.rank * layer.stack
@@ -116,15 +128,15 @@ def about(case: Case) -> Row:
 
 
 def time_columns(name: str, times: dict[str, list[float]]) -> Row:
-    """Median and fifths of the time, and of its ratio, round by round, to the floor and to LoRA."""
+    """Median and percentiles of the time, and of its ratios to other variants' times in the same round."""
     taken = times[name]
     row: Row = dict(zip(("p20_ms", "median_ms", "p80_ms"), map(number, middle([1e3 * t for t in taken])), strict=True))
-    for key, other in (("over_frozen", FLOOR), ("over_lora", LORA), ("over_peft_r32", PAPER)):
+    for key, other in (("over_frozen", FROZEN), ("over_lora", LORA), ("over_peft_r32", PAPER_LORA)):
         ratios = [t / o for t, o in zip(taken, times[other], strict=True)] if other in times else []
         found = map(number, middle(ratios)) if ratios else ("", "", "")
         row |= dict(zip((f"{key}_p20", key, f"{key}_p80"), found, strict=True))
-    extra = [(t - f) / (w - f) for t, f, w in zip(taken, times[FLOOR], times[LORA], strict=True) if w > f]
-    return row | {"extra_over_lora": number(statistics.median(extra)) if extra and name != FLOOR else ""}
+    extra = [(t - f) / (w - f) for t, f, w in zip(taken, times[FROZEN], times[LORA], strict=True) if w > f]
+    return row | {"extra_over_lora": number(statistics.median(extra)) if extra and name != FROZEN else ""}
 
 
 def middle(values: Sequence[float]) -> tuple[float, float, float]:
@@ -134,12 +146,12 @@ def middle(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def cost_columns(problem: Problem, device: torch.device, seconds: float, limits: Ceilings) -> Row:
-    """Counts, shares of the ceilings, memory and launches."""
+    """FLOPs and bytes by count and as shares of the device's ceilings, memory, trained parameters and launches."""
     passed = forward_pass(problem)
     work, moved = flops(problem), fewest_bytes(problem, passed)
     observed = observe(problem.step, device)
-    compiled = problem.variant.compiled  # saved tensors of a compiled function cannot be watched
-    adapter = sum(p.nbytes for p in problem.plain.parameters()) + sum(b.nbytes for b in problem.plain.buffers())
+    compiled = problem.variant.compiled  # the saved tensors of a compiled function cannot be seen
+    adapter = sum(p.nbytes for p in problem.adapted.parameters()) + sum(b.nbytes for b in problem.adapted.buffers())
     adapter -= sum(p.nbytes for p in problem.network.module.parameters())
     adapter -= sum(b.nbytes for b in problem.network.module.buffers())
     return {

@@ -1,48 +1,59 @@
-"""One training step of small layers by every backend that works on the GPU, for compute-sanitizer to watch.
+"""One training step of small layers by every backend with kernels that works on the GPU, for compute-sanitizer.
 
-Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1: allocations of their own, or an access beyond a tensor would fall into the
-allocator's pool unseen.
+Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own: in the caching allocator's
+pool an access beyond a tensor would go unnoticed.
+
+    compute-sanitizer python -m tcurlora_ext.bench.sanitize
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import torch
+import typer
 
-from tcurlora_ext.bench.cases import Case, Layer, of_layer
-from tcurlora_ext.bench.networks import build
-from tcurlora_ext.bench.reference import Reference
-from tcurlora_ext.bench.variants import prepare, variants
+from .cases import Case, Layer, of_layer
+from .entry import run_command
+from .names import kernel_variants
+from .networks import build
+from .reference import Reference
+from .variants import Variant, prepare, variants
 
-# Ragged in every size; ranks with kernels of their own and without; one tile of groups and several.
+# No size is a multiple of a tile's; ranks with a specialised kernel and without; one tile of groups and several.
 CASES = [
     of_layer(Layer(f"{s} slices", 72, 56, n, s), 67, rank=r, dtype=dtype, compiled=False)
     for r in (1, 2, 3, 8, 16)
     for s, n in ((1, 1), (12, 3))
     for dtype in ("float32", "bfloat16")
 ]
-# The other forms have no kernels of this project's.
-NAMES = ("tcur native", "tcur triton")
 
 
-def step(case: Case, device: torch.device) -> None:
-    """A training step by every backend with kernels; RuntimeError where a result is wrong."""
+def step(case: Case, found: Sequence[Variant], device: torch.device) -> None:
+    """A training step by each of these variants; RuntimeError where a result is wrong."""
     network = build(case, device)
     reference = Reference()
-    for variant in variants(device):
-        if variant.name in NAMES:
-            problem = prepare(variant, case, network)
-            reference.check(problem)
-            problem.step()
+    for variant in found:
+        problem = prepare(variant, case, network)
+        reference.check(problem)
+        problem.step()
 
 
-def main() -> None:
+def sanitize() -> None:
+    """Run a training step of small layers on the GPU, by every backend that has kernels there."""
     device = torch.device("cuda")
+    found = [variant for variant in variants(device) if variant.name in kernel_variants()]
     for case in CASES:
-        step(case, device)
+        step(case, found, device)
     torch.cuda.synchronize()
-    found = [variant.name for variant in variants(device) if variant.name in NAMES]
-    print(f"{len(CASES)} layers by {', '.join(found)}: right")
+    typer.echo(f"{len(CASES)} layers by {', '.join(variant.name for variant in found)}: right")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command."""
+    return run_command(sanitize, arguments, "python -m tcurlora_ext.bench.sanitize")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

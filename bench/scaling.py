@@ -1,27 +1,29 @@
-"""Llama's shapes from 7B to 405B on many processes, by count: what ``tcurlora plan --ranks`` says of each.
+"""Llama from 7B to 405B on many processes, by count: what ``tcurlora plan --ranks`` says about each size.
 
     python -m tcurlora_ext.bench.scaling      writes bench/results/plan/llama.csv, which docs/scaling.md shows
     tcurlora plan tcurlora_ext.bench.scaling:llama --kwargs '{"size": "405B"}' --dtype bfloat16 --ranks 64
 
-Nothing is measured and no weight is made. The rates are round numbers of no particular machine.
+Nothing is measured and no weights are allocated. The rates are round numbers, not those of a particular machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.analysis.plan import plan
 from tcurlora_ext.analysis.processes import RankCost, Rates, rank_costs
 from tcurlora_ext.io.records import write_csv
+
+from .entry import run_command
 
 # hidden size, intermediate size, layers, heads, key and value heads, vocabulary: Llama 2 7B, Llama 3.1 8B, 70B, 405B.
 SIZES = {
@@ -36,7 +38,7 @@ DTYPE = torch.bfloat16
 
 
 def llama(size: str = "7B") -> nn.Module:
-    """transformers' Llama of these shapes; build it on the meta device. Raises ValueError for an unknown size."""
+    """transformers' Llama of this size; build it on the meta device. Raises ValueError for an unknown size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if size not in SIZES:
@@ -51,7 +53,7 @@ def llama(size: str = "7B") -> nn.Module:
 
 
 def rows(sizes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A record a size, method and layout: tCUR with stacks by shape and by role, and LoRA of the same rank."""
+    """One record per size, method and layout: tCUR with stacks by shape and by role, and LoRA of the same rank."""
     for size in sizes:
         with torch.device("meta"):
             model = llama(size)
@@ -74,15 +76,18 @@ def _named(cost: RankCost, stack_by: str) -> dict[str, Any]:
     return asdict(cost) | {"method": names[cost.method]}
 
 
+def scaling(
+    output: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("bench/results/plan/llama.csv"),
+) -> None:
+    """Count what tCUR and LoRA cost on many processes, for Llama from 7B to 405B, and write CSV."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(output, list(rows(list(SIZES))))
+    typer.echo(output)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the file."""
-    parser = argparse.ArgumentParser(prog="python -m tcurlora_ext.bench.scaling", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("bench/results/plan/llama.csv"))
-    given = parser.parse_args(arguments)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(given.output, list(rows(list(SIZES))))
-    print(given.output)
-    return 0
+    """The exit code of the command."""
+    return run_command(scaling, arguments, "python -m tcurlora_ext.bench.scaling")
 
 
 if __name__ == "__main__":

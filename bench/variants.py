@@ -1,4 +1,4 @@
-"""The forms that are compared: how each adapts a plain frozen network, and one step of it."""
+"""The variants that are compared: how each adapts a frozen network, and one step of the result."""
 
 from __future__ import annotations
 
@@ -23,88 +23,104 @@ from tcurlora_ext.maths.selection import Selection
 from tcurlora_ext.operator.backends import missing
 
 from .cases import Case
-from .forms import AdapterFirstLoRA, CURLoRA, DenseTCUR, PlainLoRA, StackDelta, StackTCUR, TransientTCUR, randomise
+from .compared_layers import AdapterFirstLoRA, CURLoRA, DenseTCUR, LoRA, StackDelta, StackTCUR, TransientTCUR, randomise
+from .names import CURLORA, DENSE, FROZEN, LORA, PAPER_LORA, PAPER_RANK, STACK, TRANSIENT, operator_variants
 from .networks import Network
 
 Adapt = Callable[[nn.Module, Network, Case], nn.Module]
-FLOOR, LORA = "frozen", "lora"
-PAPER_RANK = 32  # of the LoRA that the paper compares with
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One form. Variants of a ``family`` hold the same numbers, so they share one reference.
+    """One way to adapt a network.
 
-    compiled    goes through torch.compile
-    whole       needs every slice of its stack to be in the network
-    transient   whether it differs from another form in the training of layers alone
+    Attributes:
+        name: What the results call it.
+        family: Variants of a family have the same weights and adapters, so they are checked against one reference.
+        adapt: (network's module, network, case) -> the adapted module.
+        backend: The backend that runs the operator; "" where the variant is not the operator by a chosen backend.
+        compiled: Whether it goes through torch.compile.
+        whole: Whether it needs every slice of its stacks to be in the network.
+        layers_alone: Whether it is measured only in the training of single layers and stacks.
     """
 
     name: str
     family: str
     adapt: Adapt
+    backend: str = ""
     compiled: bool = False
     whole: bool = False
-    transient: bool = False
+    layers_alone: bool = False
 
     def fits(self, case: Case, network: Network) -> bool:
-        """Whether there is such a form of this case, and the case wants it."""
-        unwanted = case.forms and self.name not in (FLOOR, LORA, *case.forms)
+        """Whether the case asks for this variant and its network allows it."""
+        not_asked = case.variants and self.name not in (FROZEN, LORA, *case.variants)
         compiled = self.compiled and not case.compiled
         partial_stack = self.whole and network.repeats > 1
-        other = self.transient and (case.mode != "training" or case.network not in ("layer", "stack"))
-        return not (unwanted or compiled or partial_stack or other)
+        other = self.layers_alone and (case.mode != "training" or case.network not in ("layer", "stack"))
+        return not (not_asked or compiled or partial_stack or other)
 
 
 @dataclass
 class Problem:
-    """A network in one form, ready to run; ``step`` takes the next of the network's inputs."""
+    """The network of a case, adapted by one variant and ready to run; each step takes the next of its inputs.
+
+    Attributes:
+        variant: How it was adapted.
+        case: What is measured.
+        network: The network before it was adapted, with its inputs.
+        adapted: The adapted module.
+        module: What a step calls: the adapted module, or what torch.compile made of it.
+        steps: How many steps were taken.
+        optimizer: AdamW, where parameters of the network train beside the adapter.
+        trained: The parameters that train.
+    """
 
     variant: Variant
     case: Case
     network: Network
-    plain: nn.Module  # the adapted module
-    module: Callable[..., Any]  # the same, or what torch.compile makes of it
+    adapted: nn.Module
+    module: Callable[..., Any]
     steps: int = field(default=0, init=False)
     optimizer: torch.optim.Optimizer | None = field(default=None, init=False)
     trained: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trained = [p for p in self.plain.parameters() if p.requires_grad]
+        self.trained = [p for p in self.adapted.parameters() if p.requires_grad]
         if self.network.trained:
-            # Rate 0: every step costs what a step costs and finds the numbers it was checked with.
+            # With a learning rate of 0 a step costs the same and the parameters stay those that were checked.
             self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0)
 
     def step(self) -> None:
-        """A forward pass; in training also the gradients of the inputs and of what trains, and the optimizer's step."""
+        """A forward pass; in training also a backward pass and, where there is an optimizer, its step."""
         run = self.network.runs[self.steps % len(self.network.runs)]
         self.steps += 1
         outputs = self.outputs(run.inputs)
         if self.case.mode == "training":
-            torch.autograd.backward(outputs, run.gradients, inputs=self.wanted(run.inputs))
+            torch.autograd.backward(outputs, run.gradients, inputs=self.leaves(run.inputs))
             if self.optimizer is not None:
                 self.optimizer.step()
-            for tensor in self.wanted(run.inputs):
+            for tensor in self.leaves(run.inputs):
                 tensor.grad = None
 
     def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A forward pass, with gradients in training alone."""
+        """The outputs of a forward pass, which autograd records in training only."""
         with torch.set_grad_enabled(self.case.mode == "training"):
             found = self.module(*inputs)
         return found if isinstance(found, tuple) else (found,)
 
-    def wanted(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What a step computes gradients of."""
+    def leaves(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The tensors whose gradients a step computes: inputs that require one, then the trained parameters."""
         return [*(x for x in inputs if x.requires_grad), *self.trained]
 
 
 def prepare(variant: Variant, case: Case, network: Network) -> Problem:
-    """The case's network in this form; the frozen weights are shared, what trains is its own."""
-    # torch.compile keeps what it compiled for a code object; cases share those, so a later one would be recompiled
-    # with dynamic shapes.
+    """Adapt the case's network by a variant; frozen weights are shared with the network, trained ones are copies."""
+    # torch.compile caches by code object, which cases share: without a reset the next case would be compiled with
+    # dynamic shapes.
     if variant.compiled:
         torch.compiler.reset()
-    # The numbers of an adapter depend on nothing but the case: variants of a family have the same ones.
+    # An adapter's weights depend on the case alone: variants of a family have the same ones.
     torch.manual_seed(1)
     shared = {id(p): p for p in network.module.parameters()}
     module = variant.adapt(copy.deepcopy(network.module, shared), network, case)
@@ -121,21 +137,24 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
 
 
 def variants(device: torch.device) -> list[Variant]:
-    """All forms that work on this device with the packages that are there, the floor first."""
-    backends = [name for name in tcur.backends() if not missing(name, device.type)]
+    """All variants that work on this device with the packages that are installed, the frozen network first."""
     found = [
-        Variant(FLOOR, FLOOR, lambda module, network, case: module),
-        Variant(LORA, LORA, partial(_wrap, PlainLoRA)),
+        Variant(FROZEN, FROZEN, lambda module, network, case: module),
+        Variant(LORA, LORA, partial(_wrap, LoRA)),
         Variant("lora adapter first", "lora", partial(_wrap, AdapterFirstLoRA)),
-        Variant("lora compiled", "lora", partial(_wrap, PlainLoRA), compiled=True),
+        Variant("lora compiled", "lora", partial(_wrap, LoRA), compiled=True),
         Variant("peft lora", "peft lora", partial(_peft, None)),
-        Variant(f"peft lora r={PAPER_RANK}", f"peft lora r={PAPER_RANK}", partial(_peft, PAPER_RANK)),
-        *(Variant(f"tcur {name}", "tcur", partial(_tcur, name)) for name in backends),
+        Variant(PAPER_LORA, PAPER_LORA, partial(_peft, PAPER_RANK)),
+        *(
+            Variant(name, "tcur", partial(_tcur, backend), backend)
+            for name, backend in operator_variants().items()
+            if not missing(backend, device.type)
+        ),
         Variant("tcur compiled", "tcur", partial(_tcur, "auto"), compiled=True),
-        Variant("tcur dense layer", "tcur", partial(_dense, DenseTCUR)),
-        Variant("tcur transient", "tcur", partial(_dense, TransientTCUR), transient=True),
-        Variant("tcur dense stack", "tcur", _dense_stack, whole=True),
-        Variant("curlora dense", "curlora", _curlora),
+        Variant(DENSE, "tcur", partial(_dense, DenseTCUR)),
+        Variant(TRANSIENT, "tcur", partial(_dense, TransientTCUR), layers_alone=True),
+        Variant(STACK, "tcur", _dense_stack, whole=True),
+        Variant(CURLORA, "curlora", _curlora),
     ]
     return [variant for variant in found if find_spec("peft") or not variant.name.startswith("peft")]
 
@@ -143,7 +162,7 @@ def variants(device: torch.device) -> list[Variant]:
 def groups_of(
     module: nn.Module, network: Network, case: Case, backend: str
 ) -> tuple[tcur.TCURConfig, dict[str, list[Target]]]:
-    """The configuration that adapts the network's targets, and its stacks' members."""
+    """The configuration that adapts the network's targets, and the members of each stack by its name."""
     config = tcur.TCURConfig(case.rank, network.targets, split_fused=network.fused, backend=backend)
     return config, group(find_targets(module, config), config)
 
@@ -155,10 +174,10 @@ def _tcur(backend: str, module: nn.Module, network: Network, case: Case) -> nn.M
 
 
 def _random_stack(members: Iterable[Target], repeats: int, config: tcur.TCURConfig) -> TCURStack:
-    """A stack as tall as in the whole model, whose core makes dW as large as W.
+    """A stack with as many slices as in the whole model, and a random core by which dW is as large as W.
 
     Its factors come from random weights: S overlapping windows of one buffer, which takes a 128th of the memory of
-    Llama-7B's stack. What is measured does not depend on where the numbers come from.
+    Llama-7B's stack. Time and memory do not depend on the values.
     """
     members = list(members)
     weight = members[0].weight
@@ -181,10 +200,10 @@ def _tcur_layers(module: nn.Module) -> list[tuple[str, TCURLinear]]:
     return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, TCURLinear)]
 
 
-def _dense(form: Callable[[TCURLinear], nn.Module], module: nn.Module, network: Network, case: Case) -> nn.Module:
+def _dense(layer_type: Callable[[TCURLinear], nn.Module], module: nn.Module, network: Network, case: Case) -> nn.Module:
     module = _tcur("auto", module, network, case)
     for name, layer in _tcur_layers(module):
-        module.set_submodule(name, form(layer))
+        module.set_submodule(name, layer_type(layer))
     return module
 
 
@@ -199,12 +218,14 @@ def _dense_stack(module: nn.Module, network: Network, case: Case) -> nn.Module:
     return module
 
 
-def _wrap(form: Callable[[nn.Linear, int], nn.Module], module: nn.Module, network: Network, case: Case) -> nn.Module:
-    """Plain layers wrapped by a form of rank q."""
+def _wrap(
+    layer_type: Callable[[nn.Linear, int], nn.Module], module: nn.Module, network: Network, case: Case
+) -> nn.Module:
+    """The network's target layers wrapped by adapted layers of rank q."""
     for name, width in _widths(module, network, case).items():
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        module.set_submodule(name, form(layer, width))
+        module.set_submodule(name, layer_type(layer, width))
     return module
 
 
@@ -213,20 +234,20 @@ def _curlora(module: nn.Module, network: Network, case: Case) -> nn.Module:
 
 
 def _widths(module: nn.Module, network: Network, case: Case) -> dict[str, int]:
-    """Layer -> q, the rank of the LoRA whose products are as wide as tCUR's."""
+    """Layer -> q = r S, the rank of a LoRA whose products have the sizes of tCUR's."""
     groups = groups_of(module, network, case, "auto")[1].values()
     return {t.name: case.rank * network.repeats * sum(m.slices for m in members) for members in groups for t in members}
 
 
 def _peft(rank: int | None, module: nn.Module, network: Network, case: Case) -> nn.Module:
-    """PEFT's LoRA as a user gets it, of one rank or of rank q, without dropout."""
+    """PEFT's LoRA without dropout, of this rank or, for None, of rank q."""
     from peft import LoraConfig, get_peft_model
 
     ranks = _widths(module, network, case) if rank is None else dict.fromkeys(network.targets, rank)
     config = LoraConfig(r=next(iter(ranks.values())), target_modules=network.targets, rank_pattern=ranks)
     config.alpha_pattern = ranks  # scaling alpha / r = 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of networks that are no transformers models
+        warnings.simplefilter("ignore")  # PEFT warns about networks that are not transformers models
         adapted = get_peft_model(module, config)
     for layer in adapted.modules():
         if hasattr(layer, "lora_A") and "default" in layer.lora_A:

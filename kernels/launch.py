@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -82,10 +83,6 @@ def _operand(tensor: Tensor, rows: int, columns: int, descriptors: bool) -> Any:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _groups(middle: Middle) -> dict[str, Any]:
     return {"C": middle.c, "R": middle.r, "HALVES": middle.halves}
 
@@ -112,7 +109,7 @@ def project_launch(
         **_groups(middle), "GROUPS": tiling.groups, "BLOCK_M": bm, "BLOCK_K": bk, "BLOCK_C": tiling.block_c,
         "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g, "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
-    programs = _cdiv(middle.groups, tiling.groups) * _cdiv(x.shape[0], bm)
+    programs = triton.cdiv(middle.groups, tiling.groups) * triton.cdiv(x.shape[0], bm)
     return Launch(project, programs, arguments, constants, config.num_warps, config.num_stages)
 
 
@@ -131,7 +128,7 @@ def project_back_launch(
         **_groups(middle), "GROUPS": tiling.groups, "BLOCK_M": bm, "BLOCK_K": bk, "BLOCK_C": tiling.block_c,
         "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g, "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
-    programs = _cdiv(middle.groups, tiling.groups) * _cdiv(g.shape[0], bm)
+    programs = triton.cdiv(middle.groups, tiling.groups) * triton.cdiv(g.shape[0], bm)
     return Launch(project_back, programs, arguments, constants, config.num_warps, config.num_stages)
 
 
@@ -158,7 +155,7 @@ def expand_launch(
         "BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "BAND": config.band, "BACKWARD": backward,
         "HAS_BIAS": bias is not None, "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
-    tiles = _cdiv(a.shape[0], bm) * _cdiv(width, bn) * num_slices
+    tiles = triton.cdiv(a.shape[0], bm) * triton.cdiv(width, bn) * num_slices
     programs = min(tiles, multiprocessors * config.programs)
     return Launch(expand, programs, arguments, constants, config.num_warps, config.num_stages)
 
@@ -183,7 +180,7 @@ def fused_launch(
         "BLOCK_C": tiling.block_c, "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g, "HAS_BIAS": bias is not None,
         "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
-    programs = _cdiv(x.shape[0], bm) * _cdiv(out, bn) * middle.num_slices
+    programs = triton.cdiv(x.shape[0], bm) * triton.cdiv(out, bn) * middle.num_slices
     return Launch(fused, programs, arguments, constants, config.num_warps, config.num_stages)
 
 
@@ -207,13 +204,13 @@ def fused_back_launch(
         "BLOCK_C": tiling.block_c, "BLOCK_R": tiling.block_r, "BLOCK_G": tiling.block_g,
         "PRECISION": precision, "DESCRIPTORS": descriptors,
     }  # fmt: skip
-    programs = _cdiv(g.shape[0], bm) * _cdiv(row.shape[1], bn)
+    programs = triton.cdiv(g.shape[0], bm) * triton.cdiv(row.shape[1], bn)
     return Launch(fused_back, programs, arguments, constants, config.num_warps, config.num_stages)
 
 
 def chunk_rows(tokens: int, block: int) -> int:
     """The number of tokens that one program of stage 1 sums: at least 256, and enough for at most 32 chunks."""
-    return _cdiv(max(256, _cdiv(tokens, 32)), block) * block
+    return triton.cdiv(max(256, triton.cdiv(tokens, 32)), block) * block
 
 
 def core_gradient_launches(
@@ -223,7 +220,7 @@ def core_gradient_launches(
     tiling = middle.tiling(config.block_q)
     tokens = h.shape[0]
     length = chunk_rows(tokens, config.block_m)
-    chunks = _cdiv(tokens, length)
+    chunks = triton.cdiv(tokens, length)
     shape = (chunks, middle.num_slices, middle.groups, middle.halves * middle.c, middle.halves * middle.r)
     workspace = torch.empty(shape, dtype=torch.float32, device=h.device)
     first = {
@@ -234,7 +231,7 @@ def core_gradient_launches(
         **_groups(middle), "GROUPS": tiling.groups, "BLOCK_T": config.block_m, "BLOCK_C": tiling.block_c,
         "BLOCK_R": tiling.block_r, "PRECISION": precision,
     }  # fmt: skip
-    programs = _cdiv(middle.groups, tiling.groups) * middle.num_slices * chunks
+    programs = triton.cdiv(middle.groups, tiling.groups) * middle.num_slices * chunks
     second = {
         "workspace": workspace, "phases": middle.phases, "gradient": gradient, "chunks": chunks,
         "slices": middle.slices, "num_slices": middle.num_slices, "first_slice": middle.first_slice,
@@ -244,7 +241,7 @@ def core_gradient_launches(
     return (
         Launch(partial_gradient, programs, first, constants, config.num_warps, config.num_stages),
         Launch(
-            reduce_gradient, middle.groups * _cdiv(middle.c * middle.r, block), second,
+            reduce_gradient, middle.groups * triton.cdiv(middle.c * middle.r, block), second,
             {**_groups(middle), "BLOCK": block}, 1 if block <= 128 else 4, 1,
         ),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""torch.profiler where there is no Nsight: time and launches of every stage, from the operator's user annotations."""
+"""Profiles by torch.profiler, where Nsight does not work: time and launches of every stage, by user annotations."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from typing import Any
 import torch
 from torch._C._autograd import DeviceType
 
-from ..devices import wait
+from ..devices import synchronize
 from ..memory import innermost
 from ..variants import Problem
 from .measured import OUTSIDE, TOTAL, Work, by_stage
 from .stages import is_stage
 
 STEP = "one step"
-STEPS = 15  # each profiled alone; the medians are reported
+STEPS = 15  # each is profiled by itself; the result is the median
 
 
 @dataclass(frozen=True)
 class Event:
-    """A stretch of time, in microseconds: a named range, or a piece of work."""
+    """A named range or a piece of work, such as a kernel, on the timeline.
+
+    Attributes:
+        name: Of the range, kernel or operator.
+        start: In microseconds.
+        end: In microseconds.
+        is_range: Whether it is a range.
+    """
 
     name: str
     start: float
@@ -36,10 +43,10 @@ class Event:
 
 
 def profile(problem: Problem, device: torch.device) -> list[Work]:
-    """Medians over some steps, one ``Work`` a stage.
+    """Medians over :data:`STEPS` steps, one ``Work`` per stage.
 
-    On a CPU the time is the host's, and launches are operators that compute something; on a GPU the time is that of
-    kernels, copies and fills, which are the launches.
+    On a CPU the time is that of the stage on the host, and launches are calls of operators that compute something. On a
+    GPU the time is that of kernels, copies and fills, and these are the launches.
     """
     steps = [by_stage(_one_step(problem, device)) for _ in range(STEPS)]
     return [
@@ -55,13 +62,13 @@ def _one_step(problem: Problem, device: torch.device) -> list[Work]:
     with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * on_gpu) as profile:
         with torch.profiler.record_function(STEP):
             problem.step()
-        wait(device)
+        synchronize(device)
     found = profile.events() or []
     there = [event for event in found if (event.device_type == DeviceType.CUDA) == on_gpu]
     ranges = [_event(event, is_range=True) for event in there if event.is_user_annotation]
     if on_gpu:
         return gpu_work([*ranges, *(_event(event) for event in there if not event.is_user_annotation)])
-    # A range of the C++ part that calls no operator is work itself.
+    # A stage of the C++ extension may call no operator: then its range counts as a launch.
     return cpu_work([*ranges, *map(_event, innermost(there))])
 
 
@@ -70,7 +77,7 @@ def _event(found: Any, is_range: bool = False) -> Event:
 
 
 def cpu_work(events: Sequence[Event]) -> list[Work]:
-    """A stage takes as long as its range; outside is what is left of the step."""
+    """Work on a CPU: a stage takes as long as its range; the rest of the step is outside of all stages."""
     stages, inside = _split(events)
     works = [Work(stage.name, stage.seconds, len(found)) for stage, found in zip(stages, inside, strict=False)]
     step = next(event for event in events if event.is_range and event.name == STEP)
@@ -78,14 +85,14 @@ def cpu_work(events: Sequence[Event]) -> list[Work]:
 
 
 def gpu_work(events: Sequence[Event]) -> list[Work]:
-    """Kernels by the range that they ran in on the device's timeline, which has one stream."""
+    """Work on a GPU: each kernel belongs to the range in which it ran on the device's timeline, a single stream."""
     stages, inside = _split(events)
     names = [*(stage.name for stage in stages), OUTSIDE]
     return [Work(name, event.seconds) for name, found in zip(names, inside, strict=True) for event in found]
 
 
 def _split(events: Sequence[Event]) -> tuple[list[Event], list[list[Event]]]:
-    """The stages, which do not nest, in their order; the work of each of them, and last that outside of all."""
+    """The stages in order, which do not nest; the work of each stage, and in a last list the work outside of all."""
     stages = sorted((e for e in events if e.is_range and is_stage(e.name)), key=lambda event: event.start)
     starts = [stage.start for stage in stages]
     inside: list[list[Event]] = [[] for _ in range(len(stages) + 1)]

@@ -1,31 +1,33 @@
-"""One step of a case under a profiler, stage by stage, beside the least that each stage has to do:
+"""One step of a case under a profiler: what each stage took, and the least it can take by count.
 
     python -m tcurlora_ext.bench.profile "unetr qkv" --variant "tcur native"
 
-writes profile-<case>-<variant>.csv and .png into a folder of the device's name. Nsight Compute counts the bytes of the
-device's memory and the tensor cores' use; without it Nsight Systems times the kernels; without either, and on a CPU,
-torch.profiler does. What each column is and how to read them: docs/profiling.md.
+writes profile-<case>-<variant>.csv and .png into a folder named after the device. Nsight Compute measures the device
+memory's traffic and the use of the tensor cores. Where it does not work, Nsight Systems times the kernels; where that
+does not either, and on a CPU, torch.profiler times the stages. docs/profiling.md explains the columns.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from tcurlora_ext.io.records import write_csv
 from tcurlora_ext.io.table import text_table
 
 from ..cases import DTYPES, MODES, Case, every
 from ..counts import fewest_bytes, flops
-from ..devices import Ceilings, ceilings, choose_device, device_name, folder_name, provenance, wait
+from ..devices import Ceilings, ceilings, choose_device, device_name, folder_name, provenance, synchronize
+from ..entry import run_command
 from ..memory import forward_pass
 from ..networks import build
-from ..run import Row, about, number
+from ..run import Row, case_columns, number
 from ..variants import Problem, prepare, variants
 from . import annotated, nsight
 from .figure import draw
@@ -36,47 +38,69 @@ WARM_UP = 3
 FALLBACK = "torch.profiler"
 
 
-def choose_case(name: str, **changes: object) -> Case:
-    """The first case of that name, with what is not None changed. ValueError naming the names that there are."""
+def choose_case(name: str, **overrides: object) -> Case:
+    """The first case of this name with some fields replaced.
+
+    Args:
+        name: Of a case in any of the sets.
+        overrides: rank, tokens, dtype and mode; None leaves the case's own.
+
+    Raises:
+        ValueError: There is no such case, or a field has no such value; the message lists what there is.
+    """
     names = list(dict.fromkeys(case.name for case in every()))
     if name not in names:
         raise ValueError(f"no case is named {name!r}; expected one of: {'; '.join(names)}")
     for key in ("rank", "tokens"):
-        value = changes.get(key)
+        value = overrides.get(key)
         if isinstance(value, int) and value < 1:
             raise ValueError(f"--{key} is {value}, expected at least 1")
+    for key, known in (("dtype", DTYPES), ("mode", MODES)):
+        if overrides.get(key) not in (None, *known):
+            raise ValueError(f"--{key} is {overrides[key]!r}, expected one of {', '.join(known)}")
     case = next(case for case in every() if case.name == name)
-    return replace(case, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return replace(case, **given)  # type: ignore[arg-type]
 
 
 def make_problem(case: Case, variant: str, device: torch.device) -> Problem:
-    """The case in that form, after its warm-up. ValueError where there is no such form here or of this case."""
+    """The case adapted by a variant, after its warm-up. ValueError where this case or device has no such variant."""
     network = build(case, device)
-    known = {form.name: form for form in variants(device) if form.fits(case, network)}
+    known = {found.name: found for found in variants(device) if found.fits(case, network)}
     if variant not in known:
         raise ValueError(f"{case.id} has no variant {variant!r} on {device}; expected one of: {'; '.join(known)}")
     problem = prepare(known[variant], case, network)
     for _ in range(WARM_UP):
         problem.step()
-    wait(device)
+    synchronize(device)
     return problem
 
 
 def one_step(problem: Problem, device: torch.device) -> None:
-    """What runs under Nsight: one step between cudaProfilerStart and cudaProfilerStop."""
-    wait(device)
+    """One step between cudaProfilerStart and cudaProfilerStop, the part of the process that Nsight profiles."""
+    synchronize(device)
     torch.cuda.profiler.start()
     problem.step()
-    wait(device)
+    synchronize(device)
     torch.cuda.profiler.stop()
 
 
 def measure(
-    problem: Problem, device: torch.device, has_stages: bool, say: Callable[[str], None]
+    problem: Problem, device: torch.device, has_stages: bool, log: Callable[[str], None]
 ) -> tuple[str, list[Work]]:
-    """The name of the tool that worked and what it saw; ``say`` is told why those before it did not."""
+    """Profile a step with the first tool that works.
+
+    Args:
+        problem: The case and variant, warmed up.
+        device: Where it runs.
+        has_stages: Whether the variant runs through stages; a tool that then sees none of them did not work.
+        log: Called with a line of text for every tool, with the reason why it was not used or its path.
+
+    Returns:
+        The tool's name and what it measured.
+    """
     case = problem.case
-    command = [
+    arguments = [
         sys.executable, "-m", "tcurlora_ext.bench.profile", case.name, "--variant", problem.variant.name,
         "--rank", str(case.rank), "--tokens", str(case.tokens), "--dtype", case.dtype, "--mode", case.mode,
         "--device", str(device), "--only-run",
@@ -84,20 +108,20 @@ def measure(
     for tool in ("ncu", "nsys"):
         path = nsight.find(tool)
         if device.type != "cuda":
-            say(f"{tool}: not used, {device} is no NVIDIA GPU")
+            log(f"{tool}: not used, {device} is no NVIDIA GPU")
         elif path is None:
-            say(f"{tool}: not found on the PATH, in CUDA_HOME/bin or in /opt/nvidia/{nsight.FOLDERS[tool]}")
+            log(f"{tool}: not found on the PATH, in CUDA_HOME/bin or in /opt/nvidia/{nsight.FOLDERS[tool]}")
         else:
             try:
-                works = nsight.profile(tool, path, command)
+                works = nsight.profile(tool, path, arguments)
             except nsight.ToolError as error:
-                say(f"{tool}: {path} failed: {error}")
+                log(f"{tool}: {path} failed: {error}")
                 continue
             if not has_stages or any(work.stage != OUTSIDE for work in works):
-                say(f"{tool}: {path}")
+                log(f"{tool}: {path}")
                 return tool, works
-            say(f"{tool}: saw no stage; those of Python need the package nvtx, those of C++ CUDA's header nvtx3")
-    say(f"{FALLBACK}: {torch.__version__}")
+            log(f"{tool}: saw no stage; those of Python need the package nvtx, those of C++ CUDA's header nvtx3")
+    log(f"{FALLBACK}: {torch.__version__}")
     return FALLBACK, annotated.profile(problem, device)
 
 
@@ -109,7 +133,7 @@ def rows_of(
     works: Sequence[Work],
     counts: Mapping[str, Count],
 ) -> list[Row]:
-    """One row a stage, then what is outside of all, then the whole step."""
+    """One row per stage, then one for what is outside of all stages, then one for the whole step."""
     measured = by_stage(works)
     stages = list(dict.fromkeys([*counts, *(name for name in measured if name not in (OUTSIDE, TOTAL))]))
     work = flops(problem)
@@ -118,25 +142,25 @@ def rows_of(
     }
     counted[OUTSIDE] = ("", work - sum(c.flops for c in counts.values()), None)
     counted[TOTAL] = ("", work, fewest_bytes(problem, forward_pass(problem)))
-    source = {"tool": tool} | provenance(device)
+    origin = {"tool": tool} | provenance(device)
     rows = []
     for stage in (*stages, OUTSIDE, TOTAL):
         calls, operations, moved = counted.get(stage, ("", None, None))
         found = measured.get(stage)
         least = None if operations is None or moved is None else limits.limit(operations, moved)
         rows.append(
-            about(problem.case)
+            case_columns(problem.case)
             | {"variant": problem.variant.name, "stage": stage, "calls": calls}
             | _measured_columns(found)
             | {"gflop": _cell(operations, 1e9), "fewest_mib": _cell(moved, 2**20), "least_ms": _cell(least, 1e-3)}
             | {"ceiling_gflops": _cell(limits.flops, 1e9), "ceiling_gbs": _cell(limits.bytes, 1e9)}
-            | source
+            | origin
         )
     return rows
 
 
 def _measured_columns(work: Work | None) -> Row:
-    """Empty where nothing was seen or the tool cannot say."""
+    """The columns that the tool measured, empty where it did not."""
     if work is None:
         return dict.fromkeys(("launches", "time_ms", "read_mib", "written_mib", "tensor_share"), "")
     return {
@@ -152,11 +176,11 @@ def _cell(value: float | None, unit: float) -> str:
     return "" if value is None else number(value / unit)
 
 
-def profile(case: Case, variant: str, device: torch.device, limits: Ceilings, say: Callable[[str], None]) -> list[Row]:
-    """The rows of one case in one form."""
+def profile(case: Case, variant: str, device: torch.device, limits: Ceilings, log: Callable[[str], None]) -> list[Row]:
+    """The rows of one case and variant."""
     problem = make_problem(case, variant, device)
     counts = count(layer_calls(problem))
-    tool, works = measure(problem, device, bool(counts), say)
+    tool, works = measure(problem, device, bool(counts), log)
     return rows_of(problem, device, limits, tool, works, counts)
 
 
@@ -167,36 +191,34 @@ def show(rows: Sequence[Row]) -> str:
     return text_table(names, [[str(row[name]) for name in names] for row in rows])
 
 
+def command(
+    case: Annotated[str, typer.Argument(help='Its name, such as "unetr qkv", "unetr encoder", "llama-7b block".')],
+    variant: Annotated[str, typer.Option(help="A variant of the benchmark.")] = "tcur native",
+    rank: Annotated[int | None, typer.Option(help="Tubal rank. Default: the case's, as of the next three.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows of a layer's input.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = None,
+    mode: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODES)}.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where it is.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of results; a device has a folder of its own in it.")] = Path(
+        "bench/results"
+    ),
+    only_run: Annotated[bool, typer.Option("--only-run", hidden=True)] = False,
+) -> None:
+    """Profile one step of a case and write a table and a picture of its stages."""
+    target = choose_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_case(case, rank=rank, tokens=tokens, dtype=dtype, mode=mode)
+    if only_run:
+        one_step(make_problem(chosen, variant, target), target)
+        return
+    limits = ceilings(getattr(torch, chosen.dtype), target)
+    rows = profile(chosen, variant, target, limits, typer.echo)
+    path = output / folder_name(device_name(target)) / f"{folder_name(f'profile-{chosen.name}-{variant}')}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(path, rows)
+    draw(rows, path.with_suffix(".png"))
+    typer.echo(f"\n{show(rows)}\n\n{path}\n{path.with_suffix('.png')}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 2 with one line on stderr for wrong input, as the command ``tcurlora`` has it."""
-    parser = argparse.ArgumentParser(prog="python -m tcurlora_ext.bench.profile", description=__doc__.split("\n")[0])
-    parser.add_argument("case", help='the name of a case, such as "unetr qkv", "unetr encoder", "llama-7b block"')
-    parser.add_argument("--variant", default="tcur native", help="a form of the benchmark (default: tcur native)")
-    parser.add_argument("--rank", type=int, help="tubal rank")
-    parser.add_argument("--tokens", type=int)
-    parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--mode", choices=MODES)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
-    parser.add_argument("--only-run", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    try:
-        device = choose_device(options.device)
-        case = choose_case(
-            options.case, rank=options.rank, tokens=options.tokens, dtype=options.dtype, mode=options.mode
-        )
-        if options.only_run:
-            one_step(make_problem(case, options.variant, device), device)
-            return 0
-        limits = ceilings(getattr(torch, case.dtype), device)
-        rows = profile(case, options.variant, device, limits, print)
-        name = folder_name(f"profile-{case.name}-{options.variant}")
-        path = options.output / folder_name(device_name(device)) / f"{name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(path, rows)
-        draw(rows, path.with_suffix(".png"))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{show(rows)}\n\n{path}\n{path.with_suffix('.png')}")
-    return 0
+    """The exit code of the command: 2 for wrong input."""
+    return run_command(command, arguments, "python -m tcurlora_ext.bench.profile")

@@ -1,4 +1,4 @@
-"""A picture of a profile: what each stage took beside the least that it has to."""
+"""A picture of a profile: what each stage took, and the least it can take by count."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MEASURED, SECOND, LEAST = BLUE, SKY, ORANGE
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Writes the PNG: bytes read and written beside the fewest, or time beside the least where none were counted."""
+    """Write the PNG: bytes read and written with the fewest possible; time with the least where bytes are unknown."""
     plt = pyplot()
     shown = [row for row in rows if row["stage"] != TOTAL]
     total = rows[-1]
-    counted_bytes = any(row["read_mib"] for row in shown)
+    has_bytes = any(row["read_mib"] for row in shown)
     series = (
         [("read_mib", "read", MEASURED), ("written_mib", "written", SECOND)]
-        if counted_bytes
+        if has_bytes
         else [("time_ms", "measured", MEASURED)]
     )
-    least, unit = ("fewest_mib", "MiB") if counted_bytes else ("least_ms", "ms")
+    least, unit = ("fewest_mib", "MiB") if has_bytes else ("least_ms", "ms")
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.55 * len(shown)), layout="constrained")
     places = range(len(shown))
     starts = [0.0] * len(shown)
@@ -36,14 +36,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         bars = axes.barh([y - 0.2 for y in places], widths, 0.38, left=starts, color=colour, label=label)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axes.bar_label(bars, [f"{end:.3g}" for end in starts], padding=3, fontsize=8)
-    floors = [row[least] for row in shown]
-    bars = axes.barh([y + 0.2 for y in places], [float(x or 0) for x in floors], 0.38, color=LEAST, hatch="///",
+    lowest = [row[least] for row in shown]
+    bars = axes.barh([y + 0.2 for y in places], [float(x or 0) for x in lowest], 0.38, color=LEAST, hatch="///",
                      edgecolor="white", label="least, by count")  # fmt: skip
-    axes.bar_label(bars, [f"{float(x):.3g}" if x else "" for x in floors], padding=3, fontsize=8)
+    axes.bar_label(bars, [f"{float(x):.3g}" if x else "" for x in lowest], padding=3, fontsize=8)
     axes.set_yticks(places, [_label(row) for row in shown], fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.1)
-    what = "device memory" if counted_bytes else "time"
+    what = "device memory" if has_bytes else "time"
     axes.set_xlabel(f"{what} of one step, {unit}, by {total['tool']}")
     axes.set_title(
         f"{total['case']}, {total['variant']}: {total['tokens']} tokens, r = {total['rank']}, {total['dtype']}, "
@@ -59,6 +59,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _label(row: dict[str, Any]) -> str:
-    """A stage with the number of its calls, a merged one with a line for each of its parts."""
+    """A stage with the number of its calls; a merged stage has one line per part."""
     calls = f", {row['calls']} calls" if row["calls"] not in ("", 1) else ""
     return str(row["stage"]).replace(", ", "\n") + calls

@@ -1,4 +1,4 @@
-"""What a profiler saw, whatever its name: pieces of work, each in a stage or outside of all."""
+"""What a profiler measured, the same for all of them: work, by stages and outside of all stages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ TOTAL = "total"
 
 @dataclass(frozen=True)
 class Work:
-    """One or more launches of a stage; None where a tool cannot say.
+    """One or more launches of a stage. What a tool does not measure is None.
 
-    seconds       that they took
-    read, written bytes of the device's memory
-    tensor        the share of the active cycles in which the tensor cores worked, 0 to 1
+    Attributes:
+        stage: Its name, or :data:`OUTSIDE`.
+        seconds: The time that the launches took together.
+        launches: How many they are.
+        read: Bytes read from the device's memory.
+        written: Bytes written to it.
+        tensor: The share of active cycles in which the tensor cores were busy, 0 to 1.
     """
 
     stage: str
@@ -27,7 +31,7 @@ class Work:
 
 
 def by_stage(works: Iterable[Work]) -> dict[str, Work]:
-    """Stage -> the sum of its work, in order of appearance, what is outside last; then the total under ``TOTAL``."""
+    """Stage -> the sum of its work, in order of appearance; then :data:`OUTSIDE`, then :data:`TOTAL`."""
     groups: dict[str, list[Work]] = {}
     for work in works:
         groups.setdefault(work.stage, []).append(work)
@@ -37,7 +41,7 @@ def by_stage(works: Iterable[Work]) -> dict[str, Work]:
 
 
 def _sum(stage: str, works: Sequence[Work]) -> Work:
-    """``tensor`` is the mean, weighed by time."""
+    """The sum of some work; ``tensor`` is the mean, weighted by time."""
     seconds = sum(work.seconds for work in works)
     busy = [(work.tensor, work.seconds) for work in works if work.tensor is not None]
     weight = sum(time for _, time in busy)
@@ -52,6 +56,6 @@ def _sum(stage: str, works: Sequence[Work]) -> Work:
 
 
 def _known(values: Iterable[float | None]) -> float | None:
-    """The sum of those that are known; None where none is."""
+    """The sum of the values that are not None; None where there is none."""
     found = [value for value in values if value is not None]
     return sum(found) if found else None

@@ -1,8 +1,8 @@
-"""Nsight Compute and Nsight Systems: where they are, how a step is run under them, and what their CSV says.
+"""Nsight Compute and Nsight Systems: finding them, running a step under them, and reading their CSV.
 
-The step runs in a process of its own, between cudaProfilerStart and cudaProfilerStop, after its warm-up. Stages are
-NVTX push/pop ranges of the domain "tcurlora" (tcurlora_ext.trace); both tools put a kernel into the range in which the
-host launched it, on the thread that did. No GPU has run it yet.
+The step runs in a process of its own, after its warm-up, between cudaProfilerStart and cudaProfilerStop. Stages are
+NVTX push/pop ranges of the domain "tcurlora" (tcurlora_ext.trace). Both tools assign a kernel to the range in which its
+thread on the host launched it. This module has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .stages import is_stage
 READ, WRITTEN, TIME = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
 TENSOR = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"
 RANGES = "thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg"
-# Of both tools' unit rows and column titles.
+# Units in the tools' unit rows and column titles -> their factor to bytes, seconds or a share.
 UNITS = {
     "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "%": 0.01,
     "ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0,
@@ -33,20 +33,29 @@ FOLDERS = {"ncu": "nsight-compute", "nsys": "nsight-systems"}
 
 
 class ToolError(RuntimeError):
-    """A profiler that is there and gave no profile; the message says why."""
+    """A profiler is installed but gave no profile; the message says why."""
 
 
 def find(tool: str) -> str | None:
-    """The path of ``ncu`` or ``nsys``: on the PATH, in CUDA_HOME/bin, or where NVIDIA's packages put it."""
+    """The path of ``ncu`` or ``nsys`` on the PATH, in CUDA_HOME/bin or in /opt/nvidia; None where it is not found."""
     places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
-    # The newest version last by name; nsys lies in bin, ncu beside it.
+    # The newest version has the last name. nsys is in its folder's bin, ncu in the folder itself.
     installed = sorted(Path("/opt/nvidia", FOLDERS[tool]).glob("*"), reverse=True)
     places += [place for folder in installed for place in (folder, folder / "bin")]
     return shutil.which(tool) or shutil.which(tool, path=os.pathsep.join(map(str, places)))
 
 
 def profile(tool: str, path: str, command: Sequence[str]) -> list[Work]:
-    """What the tool at ``path`` sees of ``command``. ToolError where it, or the command, fails or sees no kernel."""
+    """The work that a tool measures of a command.
+
+    Args:
+        tool: "ncu" or "nsys".
+        path: Of the tool.
+        command: The program to run and its arguments.
+
+    Raises:
+        ToolError: The tool or the command failed, or no kernel was seen.
+    """
     with tempfile.TemporaryDirectory() as folder:
         works = _ncu(path, command, Path(folder)) if tool == "ncu" else _nsys(path, command, Path(folder))
     if not works:
@@ -81,7 +90,11 @@ def _nsys(path: str, command: Sequence[str], folder: Path) -> list[Work]:
 
 
 def run(command: Sequence[str], log: Path | None = None) -> str:
-    """The command's stdout. ToolError with the last line that it or its log says where its exit code is not 0."""
+    """Run a command and return its stdout.
+
+    Raises:
+        ToolError: Its exit code is not 0. The message quotes its last error, or else its last line.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = "\n".join((done.stdout, done.stderr, log.read_text() if log is not None and log.exists() else ""))
@@ -92,7 +105,7 @@ def run(command: Sequence[str], log: Path | None = None) -> str:
 
 
 def ncu_work(text: str) -> list[Work]:
-    """Kernels of ``ncu --nvtx --csv --page raw``: a header, a row of units, a row a kernel; other lines are skipped."""
+    """Kernels in the output of ``ncu --nvtx --csv --page raw``: a header, a row of units, one row per kernel."""
     table = _table(text, "ID")
     if len(table) < 3:
         return []
@@ -111,13 +124,18 @@ def ncu_work(text: str) -> list[Work]:
 
 
 def ncu_stage(cell: str) -> str:
-    """The innermost stage of a kernel's ranges: each is ``"domain:name:..."`` in quotes, the outermost first."""
+    """The innermost stage among a kernel's ranges, which ncu lists from the outermost as ``"domain:name:..."``."""
     found = [name for name in re.findall(rf'"{DOMAIN}:([^:"]+)', cell) if is_stage(name)]
     return found[-1] if found else OUTSIDE
 
 
 def nsys_work(ranges: str, kernels: str) -> list[Work]:
-    """Stages from the report ``nvtx_kern_sum``, and what is outside of them from the total of ``cuda_gpu_kern_sum``."""
+    """Work from two reports of nsys.
+
+    Args:
+        ranges: The CSV of ``nvtx_kern_sum``: kernels by stage.
+        kernels: The CSV of ``cuda_gpu_kern_sum``: all kernels. Those that are in no stage are outside.
+    """
     works = []
     for row in _named(ranges, "NVTX Range"):
         domain, _, name = row["NVTX Range"].partition(":")
@@ -130,7 +148,7 @@ def nsys_work(ranges: str, kernels: str) -> list[Work]:
 
 
 def _total_time(row: dict[str, str]) -> float:
-    """Seconds; the unit stands in the column's title, "Total Time (ns)"."""
+    """The column "Total Time (<unit>)" in seconds."""
     title = next(title for title in row if title.startswith("Total Time ("))
     return _number(row[title], title.removeprefix("Total Time (").rstrip(")")) or 0.0
 
@@ -141,7 +159,7 @@ def _named(text: str, first: str) -> list[dict[str, str]]:
 
 
 def _table(text: str, first: str) -> list[list[str]]:
-    """The rows of the CSV in a tool's output, from the header that begins with ``first`` to the next empty line."""
+    """The rows of the CSV in a tool's output, from the header with this first column to the next empty line."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.replace('"', "").startswith(f"{first},")), None)
     if start is None:
@@ -151,7 +169,7 @@ def _table(text: str, first: str) -> list[list[str]]:
 
 
 def _number(text: str, unit: str) -> float | None:
-    """A number in base units, a percentage as a share; None for an empty cell or "n/a"."""
+    """A cell in bytes or seconds, a percentage as a share; None for an empty cell or "n/a"."""
     try:
         return float(text.replace(",", "")) * UNITS.get(unit, 1.0)
     except ValueError:

@@ -1,7 +1,8 @@
-"""What each stage of the operator has to do, by count: FLOPs of its products, and the fewest bytes that it moves.
+"""What each stage of the operator costs by count: FLOPs of its matrix products, and the fewest bytes that it moves.
 
-A stage is one of the named ranges of tcurlora_ext.trace. Its name says what it computes, so the counts follow from the
-name: a merged stage ("h = x row^T, m = h B^T") is the sum of its parts, without what stays between them.
+A stage is one of the named ranges of tcurlora_ext.trace. Its name says what it computes, and the counts are derived
+from the name: those of a merged stage ("h = x row^T, m = h B^T") are the sum of its parts', without the tensors that
+only pass from one part to the next.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from ..variants import Problem
 
 @dataclass(frozen=True)
 class _Part:
-    """One line of the maths: the tensors that it reads and writes, and its products by their names in CallFlops."""
+    """One line of the maths.
+
+    Attributes:
+        reads: The tensors that it reads.
+        writes: The tensor that it writes.
+        products: Its matrix products, by the names of the methods of :class:`CallFlops` that count them.
+    """
 
     reads: tuple[str, ...]
     writes: str
@@ -45,22 +52,24 @@ PARTS = {
     "dh = p B": _part("p core", "dh", "middle"),
     "dx = g W + dh row": _part("g weight dh row", "dx", "base", "row"),
 }
-# What only passes from one part to another: not written where all that read it are in the same stage.
+# Intermediate tensors: not written to memory where all parts that read them are in the same stage.
 BETWEEN = ("h", "m", "p", "dh")
 
 
 def is_stage(name: str) -> bool:
-    """Whether a range's name is made of parts that are known."""
+    """Whether a range's name consists of the parts in :data:`PARTS`."""
     return all(part in PARTS for part in name.split(", "))
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """Forward and, in training, backward of one adapted layer.
+    """One call of an adapted layer: forward and, in training, backward.
 
-    size      bytes of a number of x, weight, bias, col and row; the core and its gradient are float32
-    bias      whether the layer has one
-    stages    the ranges that the call ran through, in order
+    Attributes:
+        sizes: Tokens, slices and sizes of the layer.
+        size: Bytes per element of x, weight, bias, col and row; the core and its gradient are float32.
+        bias: Whether the layer has a bias.
+        stages: The ranges that the call ran through, in order.
     """
 
     sizes: CallFlops
@@ -69,12 +78,12 @@ class LayerCall:
     stages: tuple[str, ...]
 
     def flops(self, stage: str) -> int:
-        """Of one pass through a stage."""
+        """FLOPs of one pass through a stage."""
         products = [product for part in stage.split(", ") for product in PARTS[part].products]
         return sum(getattr(self.sizes, product)() for product in products)
 
     def fewest_bytes(self, stage: str) -> int:
-        """Every tensor that comes from outside of the stage read once, every one that leaves it written once."""
+        """Bytes of one pass through a stage: each tensor from outside read once, each that leaves it written once."""
         read: set[str] = set()
         written: set[str] = set()
         for part in stage.split(", "):
@@ -88,13 +97,13 @@ class LayerCall:
     def _bytes(self, tensor: str) -> int:
         s = self.sizes
         core = 4 * s.S * s.c * s.r
-        numbers = {
+        elements = {
             "x": s.T * s.in_, "dx": s.T * s.in_, "y": s.T * s.n * s.out, "g": s.T * s.n * s.out,
             "h": s.T * s.r * s.S, "dh": s.T * s.r * s.S, "m": s.T * s.n * s.c * s.S, "p": s.T * s.n * s.c * s.S,
             "weight": s.n * s.out * s.in_, "bias": s.n * s.out * self.bias, "col": s.out * s.c * s.S,
             "row": s.r * s.S * s.in_,
         }  # fmt: skip
-        return core if tensor in ("core", "dcore") else self.size * numbers[tensor]
+        return core if tensor in ("core", "dcore") else self.size * elements[tensor]
 
 
 def _reads(stage: str) -> set[str]:
@@ -103,7 +112,7 @@ def _reads(stage: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Count:
-    """Of all passes through one stage in a step."""
+    """All passes through one stage in a step: how many, their FLOPs and their fewest bytes."""
 
     calls: int
     flops: int
@@ -111,7 +120,7 @@ class Count:
 
 
 def count(calls: Iterable[LayerCall]) -> dict[str, Count]:
-    """Stage -> its count over all layers, in the order in which the first of them runs."""
+    """Stage -> its count over all calls, in the order in which stages first run."""
     found: dict[str, Count] = {}
     for call in calls:
         for stage, times in Counter(call.stages).items():
@@ -125,21 +134,22 @@ def count(calls: Iterable[LayerCall]) -> dict[str, Count]:
 
 
 def layer_calls(problem: Problem) -> list[LayerCall]:
-    """Calls of the adapted layers in one step. Runs the network forward once, and each kind of layer alone once.
+    """The calls of adapted layers in one step.
 
-    Which ranges a layer runs through depends on its backend, device and sizes: it is asked, not predicted.
+    Runs the network forward once. Which ranges a layer runs through depends on its backend, device and sizes, so one
+    layer of each kind is then run by itself under the profiler.
     """
     seen: list[tuple[TCURLayer, Tensor]] = []
 
-    def look(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         assert isinstance(layer, TCURLayer)
         seen.append((layer, inputs[0]))
 
-    layers = [layer for layer in problem.plain.modules() if isinstance(layer, TCURLayer)]
-    handles = [layer.register_forward_hook(look) for layer in layers]
+    layers = [layer for layer in problem.adapted.modules() if isinstance(layer, TCURLayer)]
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         with torch.set_grad_enabled(problem.case.mode == "training"):
-            problem.plain(*problem.network.runs[0].inputs)
+            problem.adapted(*problem.network.runs[0].inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -153,15 +163,15 @@ def layer_calls(problem: Problem) -> list[LayerCall]:
     return calls
 
 
-def _one_call(layer: TCURLayer, x: Tensor, trains: bool) -> LayerCall:
-    """The call of one layer on an input of such a shape."""
+def _one_call(layer: TCURLayer, x: Tensor, training: bool) -> LayerCall:
+    """The call of one layer on an input of this shape, run under the profiler."""
     alone = torch.zeros_like(x).requires_grad_(x.requires_grad)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        with torch.set_grad_enabled(trains):
+        with torch.set_grad_enabled(training):
             y = layer(alone)
-        if trains:
-            wanted = [layer.stack.core, *([alone] if alone.requires_grad else [])]
-            torch.autograd.grad(y, wanted, torch.zeros_like(y))
+        if training:
+            leaves = [layer.stack.core, *([alone] if alone.requires_grad else [])]
+            torch.autograd.grad(y, leaves, torch.zeros_like(y))
     ranges = [event for event in profile.events() or [] if event.is_user_annotation and is_stage(event.name)]
     names = [event.name for event in sorted(ranges, key=lambda event: event.time_range.start)]
     rows, in_features = layer.as_matrix(layer.weight).shape

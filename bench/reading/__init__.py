@@ -1,1 +1,1 @@
-"""What is read out of the files of results: comparisons, crossovers, figures and the tables of the documentation."""
+"""What is made from result files: comparisons, crossovers, figures and the tables of the documentation."""

@@ -1,29 +1,30 @@
-"""Two result files side by side: what became faster or slower, and what is only noise.
+"""Two result files compared: which variants became faster or slower, and which differences are noise.
 
-Machines drift: the same program takes a few per cent more or less an hour later. So a verdict on a form rests on its
-time over the frozen layer's, measured in the same rounds, and on how that ratio spreads over the rounds of each file.
+A machine's speed drifts: the same program takes a few per cent more or less an hour later. A variant is therefore
+judged by the ratio of its time to the frozen network's, both measured in the same rounds, and by how much this ratio
+varies over the rounds of each file. The frozen network itself is judged by its time.
 
-The rule. Each file gives an interval: the 20th to the 80th percentile of the ratio over the rounds, for the frozen
-layer itself of its time. Where intervals lie apart and the median moved by ``least`` (10 %) or more, a row is "faster"
-or "slower", otherwise "noise". Of n < 14 rounds the interval is stretched about its median by 14 / n, because so few
-rounds leave the percentiles themselves to chance. Where the floor of a case moved by a quarter or more on the same
-device and torch, the machine was in another state and the case's forms are "disturbed": no verdict.
+The rule. Each file gives an interval, from the 20th to the 80th percentile over its rounds. Where the two intervals do
+not overlap and the median changed by ``least`` (10 %) or more, the row is "faster" or "slower", otherwise "noise".
+Percentiles of fewer than 14 rounds are unreliable, so with n < 14 rounds the interval is stretched about its median by
+14 / n. Where the frozen network's own time changed by 25 % or more although device and torch are the same, something
+else slowed the machine during one of the two runs: all variants of that case are "disturbed", without a verdict.
 
-How sound it is. If nothing changed and rounds are independent, intervals of 20 rounds lie apart in 0.02 % of rows, of
-14 in 0.2 %, of 5 or 7, stretched, in 0.3 %, of 3 in 1 % (by simulation of normal, heavy-tailed and skewed times; of 7
-rounds unstretched it would be 4 %). But two runs differ by more than their rounds show: where memory came to lie, what
-else runs. Two runs of one commit on two shared cores, layers of UNETR on 64 and 256 tokens: of cases whose floor
-stayed, 1 of 66 rows (7 rounds) and 1 of 85 (15 rounds) were called a change, with 2 % in place of 10 % 1 and 7. In the
-other cases one run was 3 to 40 times as slow, as beside another busy process, and ratios moved by half: hence
-"disturbed".
+False alarms. If nothing changed and rounds are independent, the intervals do not overlap in 0.02 % of rows with 20
+rounds, 0.2 % with 14, 0.3 % with 5 or 7 (stretched; 4 % unstretched with 7) and 1 % with 3, by simulation of normal,
+heavy-tailed and skewed times. Two runs differ by more than their rounds show, though, for example by where memory was
+allocated. In two runs of one commit on two shared cores, on layers of UNETR with 64 and 256 tokens, 1 of 66 rows (7
+rounds) and 1 of 85 (15 rounds) were called a change; with a ``least`` of 2 % it would have been 1 and 7. These rows are
+without those of "disturbed" cases: there one run was 3 to 40 times as slow, as beside another busy process, and ratios
+changed by half.
 
-What it does not see. With 20 rounds a shift of 1.7 standard deviations of single rounds is found in 6 of 10 rows, one
-of 2.5 almost always; with 7 rounds one of 4 in 9 of 10; and none below ``least``. The floor is in every ratio: if the
-frozen layer itself became faster, as by another version of torch, all forms look slower. A verdict on the floor has the
-drift of the machine in it. A ratio of whole steps also dilutes what changed in the adapter alone. For a small
-difference run each commit twice: it is there if both runs of one lie apart from both of the other.
+Missed changes. With 20 rounds a shift of 1.7 standard deviations of single rounds is found in 6 of 10 rows and one of
+2.5 almost always; with 7 rounds one of 4 in 9 of 10; none below ``least`` is found. Every ratio contains the frozen
+network's time: where that became faster, for example by another version of torch, all variants look slower. A ratio of
+whole steps also dilutes a change in the adapter alone. To find a small difference run each commit twice: it is there if
+both runs of one commit lie apart from both of the other.
 
-Memory, launches, counts and trained numbers do not depend on chance: any difference of them is listed as a change.
+Memory, launches, counts and trained parameters do not vary from run to run: any difference is listed as a change.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from pathlib import Path
 
 from tcurlora_ext.io.table import text_table
 
+from ..names import FROZEN
 from ..rows import PROVENANCE, Row, key, number, read_results, title, value
-from ..variants import FLOOR
 
 COUNTED = ("peak_mib", "saved_mib", "adapter_mib", "trained", "launches", "gflop", "fewest_mib")
-ENOUGH_ROUNDS = 14  # for the percentiles as they are
-LEAST_SHIFT = 0.1  # what is no noise moves by as much
-STEADY = 1.25  # a floor that moved by this factor was measured on another machine, as it were
+ENOUGH_ROUNDS = 14  # with fewer, intervals are stretched
+LEAST_SHIFT = 0.1  # a smaller relative change of the median is noise
+STEADY = 1.25  # a case whose frozen network's time changed by this factor was disturbed
 FASTER, SLOWER, NOISE, DISTURBED, UNKNOWN = "faster", "slower", "noise", "disturbed", "no times"
 
 
@@ -47,7 +48,11 @@ FASTER, SLOWER, NOISE, DISTURBED, UNKNOWN = "faster", "slower", "noise", "distur
 class Pair:
     """The rows of one case and variant in A and B.
 
-    changes   counted columns that differ: name -> (in A, in B), as text
+    Attributes:
+        a: In A.
+        b: In B.
+        verdict: "faster", "slower", "noise", "disturbed" or "no times".
+        changes: Columns of :data:`COUNTED` that differ: name -> (text in A, text in B).
     """
 
     a: Row
@@ -57,13 +62,22 @@ class Pair:
 
     @property
     def noise(self) -> bool:
-        """Whether nothing is to be seen in it."""
+        """Whether times differ by noise only, and no count differs."""
         return self.verdict == NOISE and not self.changes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """``notes`` says what else differs: devices, versions, dtypes."""
+    """Two result files compared row by row.
+
+    Attributes:
+        a: The first file.
+        b: The second.
+        notes: Other differences between the files: devices, versions, dtypes, rounds.
+        pairs: Rows that are in both.
+        only_a: Rows that are in A only.
+        only_b: Rows that are in B only.
+    """
 
     a: Path
     b: Path
@@ -77,7 +91,7 @@ class Comparison:
         return sum(pair.verdict == verdict for pair in self.pairs)
 
     def text(self, everything: bool = False) -> str:
-        """The comparison to read: what differs, or every pair."""
+        """The comparison as text: pairs that differ, or all of them."""
         shown = [pair for pair in self.pairs if everything or not pair.noise]
         parts = [f"A  {self.a}\nB  {self.b}", *(f"note: {note}" for note in self.notes)]
         if shown:
@@ -94,14 +108,21 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, least: float = LEAST_SHIFT) -> Comparison:
-    """What differs between two result files, in A's order; ``least`` is the part by which a change moves a median.
+    """Compare two result files.
 
-    Raises OSError or ValueError naming the file, what was found and what was expected.
+    Args:
+        a: The first file; pairs are in its order.
+        b: The second.
+        least: Relative changes of the median below this are noise.
+
+    Raises:
+        OSError: A file is not there or cannot be read.
+        ValueError: A file is not a result file; the message says what was found and what was expected.
     """
     found_a, found_b = ({key(row): row for row in read_results(path)} for path in (a, b))
-    floors = {title(row): row for row in found_a.values() if row["variant"] == FLOOR}
+    frozen = {title(row): row for row in found_a.values() if row["variant"] == FROZEN}
     disturbed = {
-        title(row) for row in found_b.values() if row["variant"] == FLOOR and _moved(floors.get(title(row)), row)
+        title(row) for row in found_b.values() if row["variant"] == FROZEN and _jumped(frozen.get(title(row)), row)
     }
     pairs = [
         Pair(row, found_b[at], _verdict(row, found_b[at], title(row) in disturbed, least), _changes(row, found_b[at]))
@@ -115,8 +136,8 @@ def compare(a: Path, b: Path, least: float = LEAST_SHIFT) -> Comparison:
     )  # fmt: skip
 
 
-def _moved(a: Row | None, b: Row) -> bool:
-    """Whether a floor's time says that one program ran on one device in two states."""
+def _jumped(a: Row | None, b: Row) -> bool:
+    """Whether the frozen network's time changed by more than drift, on the same device with the same torch."""
     if a is None or (a["device"], a["torch"]) != (b["device"], b["torch"]) or not (a["median_ms"] and b["median_ms"]):
         return False
     ratio = number(b, "median_ms") / number(a, "median_ms")
@@ -125,11 +146,11 @@ def _moved(a: Row | None, b: Row) -> bool:
 
 def _verdict(a: Row, b: Row, disturbed: bool, least: float) -> str:
     columns = ("p20_ms", "median_ms", "p80_ms")
-    if a["variant"] != FLOOR:
+    if a["variant"] != FROZEN:
         columns = ("over_frozen_p20", "over_frozen", "over_frozen_p80")
     if not all(row[column] for row in (a, b) for column in columns):
         return UNKNOWN
-    if disturbed and a["variant"] != FLOOR:
+    if disturbed and a["variant"] != FROZEN:
         return DISTURBED
     (low_a, mid_a, high_a), (low_b, mid_b, high_b) = (_interval(row, columns) for row in (a, b))
     if abs(mid_b / mid_a - 1) < least:
@@ -140,7 +161,7 @@ def _verdict(a: Row, b: Row, disturbed: bool, least: float) -> str:
 
 
 def _interval(row: Row, columns: tuple[str, str, str]) -> tuple[float, float, float]:
-    """The stretched interval with its median in the middle."""
+    """The 20th percentile, the median and the 80th percentile, stretched where there are few rounds."""
     low, middle, high = (number(row, column) for column in columns)
     stretch = max(1.0, ENOUGH_ROUNDS / number(row, "rounds"))
     return middle - stretch * (middle - low), middle, middle + stretch * (high - middle)
@@ -160,7 +181,7 @@ def _notes(a: list[Row], b: list[Row]) -> list[str]:
 
 
 def _table(pairs: list[Pair]) -> str:
-    """One table, its columns aligned throughout, under a heading for each case."""
+    """One table with a heading above the rows of each case."""
     header = ("", "A, ms", "B, ms", "B/A", "A over frozen", "B over frozen", "", "changes")
     cells = [
         (
@@ -190,6 +211,6 @@ def _ratio(a: Row, b: Row) -> str:
 
 
 def _over(row: Row) -> str:
-    if row["variant"] == FLOOR or not row["over_frozen_p20"]:
+    if row["variant"] == FROZEN or not row["over_frozen_p20"]:
         return ""
     return f"{number(row, 'over_frozen_p20'):.2f} .. {number(row, 'over_frozen_p80'):.2f}"

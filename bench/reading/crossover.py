@@ -1,15 +1,16 @@
 """Where building dW becomes cheaper than the operator: from measured times, from counted FLOPs, and in closed form.
 
-An answer is a number of tokens T: above it the dense form is cheaper. 0 says that it is everywhere among the points,
-and infinity that it is not even at the last one.
+A crossover is a number of tokens T above which the variant that builds dW is cheaper. It is 0 where that variant is
+cheaper at every measured point, and infinity where it is not even at the last one.
 
-By count, for one layer of in -> out (all row blocks together), T tokens and q = r S, in FLOPs:
+In closed form, one layer from in to out features (all its slices together) on T tokens with q = r S takes these FLOPs:
 
     operator       forward 2 T q (in + out)   backward the same
     dense layer    forward 2 q in out         backward 2 T in out + 2 q in out    (g^T x; the core's gradient from it)
     transient      forward 2 q in out         backward 2 T in out + 4 q in out    (and dW built again)
 
-beside the frozen layer's 2 T in out each way. The middle product and its gradient, r / out of these, are left out.
+in addition to the frozen layer's 2 T in out in either pass. The middle product and its gradient, a share r / out of
+these, are left out.
 """
 
 from __future__ import annotations
@@ -20,17 +21,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cases import MODES
+from ..names import DENSE, FROZEN, TRANSIENT
 from ..rows import Row, number, tcur_backend
-from ..variants import FLOOR
-
-DENSE, TRANSIENT, STACK = "tcur dense layer", "tcur transient", "tcur dense stack"
 
 
 def crossing(tokens: Sequence[float], operator: Sequence[float], dense: Sequence[float]) -> float:
-    """The last T at which the dense form becomes the cheaper one of two measured curves.
+    """The last T at which one measured curve falls below the other.
 
-    The logarithm of their ratio is interpolated linearly in log T. 0 where ``dense`` is lower at every point, infinity
-    where it is not lower at the last. ValueError unless ``tokens`` rise and there are as many of each.
+    Args:
+        tokens: The T of each point, rising.
+        operator: The operator's time at each point.
+        dense: The time of the variant that builds dW.
+
+    Returns:
+        The T from which on ``dense`` is lower, by linear interpolation of the logarithm of the ratio over log T. 0
+        where it is lower at every point, infinity where it is not lower at the last.
+
+    Raises:
+        ValueError: ``tokens`` do not rise, or there are not as many times as tokens.
     """
     if not len(tokens) == len(operator) == len(dense) > 0 or list(tokens) != sorted(set(tokens)):
         raise ValueError(f"found {list(tokens)} tokens, {len(operator)} and {len(dense)} times, expected rising tokens")
@@ -45,9 +53,10 @@ def crossing(tokens: Sequence[float], operator: Sequence[float], dense: Sequence
 
 
 def lines_cross(tokens: Sequence[float], operator: Sequence[float], dense: Sequence[float]) -> float:
-    """The T above which the dense form takes fewer FLOPs; both grow by a constant a token, so two points tell.
+    """The T above which the variant that builds dW takes fewer FLOPs, from the FLOPs at two or more T.
 
-    0 where it takes fewer for every T > 0, infinity where it does for none.
+    FLOPs are linear in T, so the first and the last point determine both lines. 0 where the variant takes fewer FLOPs
+    for every T > 0, infinity where it never does.
     """
     gaps = [d - o for o, d in zip(operator, dense, strict=True)]
     slope = (gaps[-1] - gaps[0]) / (tokens[-1] - tokens[0])
@@ -57,14 +66,14 @@ def lines_cross(tokens: Sequence[float], operator: Sequence[float], dense: Seque
 
 
 def inference(in_features: int, out_features: int) -> float:
-    """T above which a forward pass builds dW for less than the operator takes: in out / (in + out), whatever q."""
+    """The T above which building dW costs less than the operator in inference: in out / (in + out), for any q."""
     return in_features * out_features / (in_features + out_features)
 
 
 def training(in_features: int, out_features: int, width: int, transient: bool = False) -> float:
-    """The same for forward and backward of q = ``width``: 2 q in out / (2 q (in + out) - in out), 3 for a transient dW.
+    """The same in training, for q = ``width``: 2 q in out / (2 q (in + out) - in out), with 3 q for a transient dW.
 
-    Infinity where 2 q (in + out) <= in out: the gradient of a dense dW then costs more than the operator on any input.
+    Infinity where 2 q (in + out) <= in out: then the gradient of a dense dW costs more than the operator for any T.
     """
     area = in_features * out_features
     saved = 2 * width * (in_features + out_features) - area
@@ -73,10 +82,17 @@ def training(in_features: int, out_features: int, width: int, transient: bool = 
 
 @dataclass(frozen=True)
 class Crossover:
-    """Measured, by the FLOPs that were counted, and in closed form, between two variants of one mode.
+    """The T above which a variant that builds dW is cheaper than the operator.
 
-    highest   the most tokens that were measured
-    lowest    the fewest
+    Attributes:
+        mode: "training" or "inference".
+        operator: The operator's variant.
+        dense: The variant that builds dW.
+        measured: By measured times.
+        counted: By counted FLOPs.
+        formula: In closed form.
+        lowest: The fewest tokens that were measured.
+        highest: The most.
     """
 
     mode: str
@@ -90,9 +106,9 @@ class Crossover:
 
 
 def crossovers(rows: list[Row]) -> list[Crossover]:
-    """What the sweep over tokens of one file says, for both modes and both dense forms where they are there.
+    """The crossovers of the sweep over tokens in a file's rows, per mode and variant that builds dW.
 
-    The operator is the backend with the least time in all.
+    The operator is that of the fastest backend, by :func:`tcurlora_ext.bench.rows.tcur_backend`.
     """
     sweep = [row for row in rows if row["sweep"] == "tokens"]
     there = {(row["mode"], row["variant"]) for row in sweep}
@@ -120,7 +136,7 @@ def _crossover(rows: list[Row], operator: str, dense: str) -> Crossover:
 
 
 def curves(rows: list[Row], variants: Sequence[str], column: str) -> tuple[list[float], list[list[Row]]]:
-    """The points that all the variants have, rising, and each one's rows there."""
+    """The values of a column, rising, at which all the variants were measured, and each variant's rows there."""
     at = [{number(row, column): row for row in rows if row["variant"] == variant} for variant in variants]
     common = sorted(set.intersection(*(set(points) for points in at)))
     if len(common) < 2:
@@ -130,11 +146,14 @@ def curves(rows: list[Row], variants: Sequence[str], column: str) -> tuple[list[
 
 @dataclass(frozen=True)
 class Merge:
-    """A dW that is built once and merged, beside the operator for every token, without gradients.
+    """Inference with a dW that is built once and merged, compared with the operator at every call.
 
-    build_ms    to build W + dW: the dense layer's time over the frozen one's, the median of the sweep's points
-    token_us    what a token costs the operator over the frozen layer, at the most tokens
-    measured    after how many tokens in all, over all calls, merging has paid; ``formula`` by count
+    Attributes:
+        operator: The operator's variant.
+        build_ms: Time to build W + dW: the dense layer's minus the frozen layer's, the median over the sweep's points.
+        token_us: The operator's time per token minus the frozen layer's, at the most tokens that were measured.
+        measured: The number of tokens, over all calls together, after which merging has saved as much time as it took.
+        formula: The same by FLOPs.
     """
 
     operator: str
@@ -145,13 +164,13 @@ class Merge:
 
 
 def merge(rows: list[Row]) -> Merge:
-    """From the sweep over tokens of one file. ValueError where it has no inference."""
+    """Merging, by the sweep over tokens in a file's rows. ValueError where that has no inference."""
     sweep = [row for row in rows if row["sweep"] == "tokens"]
     operator = tcur_backend(sweep)
     inferring = [row for row in sweep if row["mode"] == "inference"]
-    tokens, sides = curves(inferring, (FLOOR, operator, DENSE), "tokens")
-    floor, ours, dense = ([number(row, "median_ms") for row in side] for side in sides)
-    build = statistics.median(d - f for f, d in zip(floor, dense, strict=True))
-    token = (ours[-1] - floor[-1]) / tokens[-1]
+    tokens, sides = curves(inferring, (FROZEN, operator, DENSE), "tokens")
+    frozen, ours, dense = ([number(row, "median_ms") for row in side] for side in sides)
+    build = statistics.median(d - f for f, d in zip(frozen, dense, strict=True))
+    token = (ours[-1] - frozen[-1]) / tokens[-1]
     into, out = int(sides[0][0]["in"]), int(sides[0][0]["out"]) * int(sides[0][0]["slices"])
     return Merge(operator, build, 1e3 * token, build / token if token > 0 else math.inf, inference(into, out))

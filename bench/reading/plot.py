@@ -2,33 +2,35 @@
 
     python -m tcurlora_ext.bench.reading.plot [RESULTS] [--output FOLDER]
 
-For every device's folder in RESULTS, of what is there: quick-time.png and quick-memory.png from quick.csv, the same
-from gpu.csv, growth.png from growth.csv. A picture names its file and that file's hash in its metadata and holds no
-date, so that drawing the same numbers again changes nothing and a picture of other numbers can be found
-(:func:`source`).
+For every device's folder in RESULTS it draws quick-time.png and quick-memory.png from quick.csv, the same from gpu.csv,
+and growth.png from growth.csv, where these files exist. A picture's metadata holds its file's name and hash
+(:func:`source`) and no date: the same results give the same bytes, and a picture of older results can be recognised.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from tcurlora_ext.io.atomic import write_with
 from tcurlora_ext.segmentation.figures import pyplot
 
+from ..entry import run_command
+from ..names import DENSE, FROZEN, LORA, TRANSIENT
 from ..rows import Row, by_case, labels, number, read_results, tcur_backend, value
-from ..variants import FLOOR, LORA
-from .crossover import DENSE, TRANSIENT, Crossover, crossovers, curves
+from .crossover import Crossover, crossovers, curves
 from .styles import style, style_order
 
 COMMAND = "python -m tcurlora_ext.bench.reading.plot"
-# Independent of a user's matplotlibrc; sizes are for a page 9 inches wide.
+# Used instead of the user's matplotlibrc. Sizes in points, for a figure 9 inches wide.
 LOOK = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 9, "figure.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
@@ -41,13 +43,22 @@ PANELS = (
     ("slices", "training", "slices S of the stack"),
     ("width", "training", "width of the layer, in = out"),
 )
-POINT = {"slices": "stack", "width": "in"}  # the column of a sweep's axis, where it is not the sweep's name
+POINT = {"slices": "stack", "width": "in"}  # the column of a sweep's axis where that is not the sweep's name
 
 
 def draw(results: Path, output: Path) -> list[Path]:
-    """All figures of a folder of results, as output/<device folder>/<figure>.png; what was written.
+    """Draw all figures of a folder of results as output/<device folder>/<figure>.png.
 
-    Raises OSError or ValueError, naming a file, what was found and what was expected.
+    Args:
+        results: Holds one folder per device.
+        output: Gets one folder per device.
+
+    Returns:
+        The paths of the figures.
+
+    Raises:
+        OSError: The folder is not there or has no result file that is drawn.
+        ValueError: A file is not a result file; the message says what was found and what was expected.
     """
     if not results.is_dir():
         raise FileNotFoundError(f"{results}: no such folder, expected a folder for each device in it")
@@ -62,8 +73,7 @@ def draw(results: Path, output: Path) -> list[Path]:
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
                 target = output / path.parent.name / name
-                about = {"Software": None, "Source": source(path)}
-                write_with(target, partial(figure.savefig, metadata=about))
+                write_with(target, partial(figure.savefig, metadata={"Software": None, "Source": source(path)}))
                 plt.close(figure)
             written.append(target)
     if not written:
@@ -72,12 +82,12 @@ def draw(results: Path, output: Path) -> list[Path]:
 
 
 def source(path: Path) -> str:
-    """What a picture's metadata says of the file it was drawn from: device folder, name and hash."""
+    """The result file of a picture as its metadata names it: the device's folder, name and hash."""
     return f"{path.parent.name}/{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def _drawings() -> Iterator[tuple[str, str, Any]]:
-    """File of results, picture, and what draws it from pyplot and rows."""
+    """Result file, picture, and the function that draws it from pyplot and rows."""
     for name in ("quick", "gpu"):
         yield f"{name}.csv", f"{name}-time.png", times
         yield f"{name}.csv", f"{name}-memory.png", memory
@@ -85,22 +95,22 @@ def _drawings() -> Iterator[tuple[str, str, Any]]:
 
 
 def times(plt: Any, rows: list[Row]) -> Any:
-    """Time over the frozen floor, a panel a case, a line a variant; whiskers from the 20th to the 80th percentile."""
+    """Time relative to the frozen network's: one panel per case, one line per variant, 20th to 80th percentile."""
     cases = by_case(rows)
     names, shared = labels(rows)
-    variants = sorted({row["variant"] for row in rows} - {FLOOR}, key=style_order)
+    variants = sorted({row["variant"] for row in rows} - {FROZEN}, key=style_order)
     across = min(4, len(cases))
-    down = -(-len(cases) // across)
+    down = math.ceil(len(cases) / across)
     figure, grid = plt.subplots(
         down, across, figsize=(9, 0.9 + down * (0.5 + 0.19 * len(variants))), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for axes, (at, forms) in zip(grid.flat, cases.items(), strict=False):
+    for axes, (at, variant_rows) in zip(grid.flat, cases.items(), strict=False):
         axes.set_title(names[at].replace(" T=", "\nT="))
-        axes.axvline(1, color=style(FLOOR)[0], lw=1)
+        axes.axvline(1, color=style(FROZEN)[0], lw=1)
         for place, name in enumerate(variants):
-            if name in forms and value(forms[name], "over_frozen") is not None:
-                _dot(axes, place, forms[name])
+            if name in variant_rows and value(variant_rows[name], "over_frozen") is not None:
+                _dot(axes, place, variant_rows[name])
         axes.set_xlim(left=min(0.95, axes.get_xlim()[0]))
     for axes in grid.flat[len(cases) :]:
         axes.set_visible(False)
@@ -120,13 +130,13 @@ def _dot(axes: Any, place: int, row: Row) -> None:
 
 
 def _variant_axis(axes: Any, variants: Sequence[str]) -> None:
-    """Names of the variants at the left, the first at the top. Shared axes follow."""
+    """Label the axis by the variants' names, the first at the top; axes that share it follow."""
     axes.set_yticks(range(len(variants)), variants)
     axes.set_ylim(len(variants) - 0.5, -0.5)
 
 
 def memory(plt: Any, rows: list[Row]) -> Any:
-    """Extra peak and bytes saved for the backward pass by variant, a row of panels a network (else a case)."""
+    """Extra peak and bytes saved for backward by variant, one row of panels per network; without networks, per case."""
     networks = [row for row in rows if row["network"] not in ("layer", "stack")] or rows
     cases = by_case([row for row in networks if row["mode"] == "training"] or networks)
     names, shared = labels(rows)
@@ -136,14 +146,14 @@ def memory(plt: Any, rows: list[Row]) -> Any:
         layout="constrained",
     )  # fmt: skip
     labels_ = {
-        "extra_peak_mib": "peak of a step over the frozen network's, MiB",
+        "extra_peak_mib": "peak of a step beyond the frozen network's, MiB",
         "saved_mib": "saved for backward, MiB",
     }
-    for line, (at, forms) in zip(grid, cases.items(), strict=True):
+    for line, (at, variant_rows) in zip(grid, cases.items(), strict=True):
         for axes, (column, label) in zip(line, labels_.items(), strict=True):
-            points = {name: value(row, column) for name, row in forms.items()}
+            points = {name: value(row, column) for name, row in variant_rows.items()}
             if column == "extra_peak_mib":
-                points.pop(FLOOR, None)  # 0 by definition
+                points.pop(FROZEN, None)  # 0 by definition
             found = {name: amount for name, amount in points.items() if amount is not None}
             for name, amount in found.items():
                 colour, marker = style(name)
@@ -152,10 +162,10 @@ def memory(plt: Any, rows: list[Row]) -> Any:
                 )
             if found and min(found.values()) > 0 and max(found.values()) > 8 * min(found.values()):
                 axes.set_xscale("log")
-                _plain_ticks(plt, axes.xaxis)
+                _decimal_ticks(plt, axes.xaxis)
             axes.set(title=names[at], xlabel=label)
     _variant_axis(grid[0, 0], variants)
-    figure.suptitle(f"Memory ({shared}); compiled forms do not show what they save")
+    figure.suptitle(f"Memory ({shared}); what compiled variants save is unknown")
     return figure
 
 
@@ -173,7 +183,7 @@ def growth(plt: Any, rows: list[Row]) -> Any:
         len(panels), 2, figsize=(9, 1.0 + 2.1 * len(panels)), squeeze=False, layout="constrained"
     )  # fmt: skip
     crossings = {(one.mode, one.dense): one for one in crossovers(swept)}
-    variants = [FLOOR, LORA, backend, DENSE, TRANSIENT]
+    variants = [FROZEN, LORA, backend, DENSE, TRANSIENT]
     for (left, right), (sweep, mode, label) in zip(grid, panels, strict=True):
         there = [name for name in variants if any(row["variant"] == name for row in points[sweep, mode])]
         for name in there:
@@ -189,7 +199,7 @@ def growth(plt: Any, rows: list[Row]) -> Any:
             axes.set(xlabel=label, ylabel=unit)
             axes.set_xticks(at, [f"{x:,.0f}" for x in at])
             axes.xaxis.minorticks_off()
-            _plain_ticks(plt, axes.yaxis)
+            _decimal_ticks(plt, axes.yaxis)
         if sweep == "tokens" and (mode, DENSE) in crossings:
             _mark(left, crossings[mode, DENSE])
     usual = {
@@ -203,8 +213,8 @@ def growth(plt: Any, rows: list[Row]) -> Any:
     return figure
 
 
-def _plain_ticks(plt: Any, axis: Any) -> None:
-    """1, 2, 5, 10, ... on a logarithmic axis, written as numbers; a finer series where it spans little."""
+def _decimal_ticks(plt: Any, axis: Any) -> None:
+    """Ticks 1, 2, 5, 10, ... on a logarithmic axis, written as decimals; a finer series where its range is small."""
     low, high = axis.get_data_interval()
     axis.set_major_locator(
         plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 6))
@@ -214,7 +224,7 @@ def _plain_ticks(plt: Any, axis: Any) -> None:
 
 
 def _mark(axes: Any, one: Crossover) -> None:
-    """The crossover as two lines: where the medians cross, and where counted FLOPs do; one off the axis is left out."""
+    """The crossover as two vertical lines, by measured times and by counted FLOPs; one off the axis is left out."""
     lines = sorted([(one.measured, "-", "measured"), (one.counted, "--", "by FLOPs")])
     colour = style(one.dense)[0]
     for (at, line, name), left in zip(lines, (True, False), strict=True):
@@ -227,19 +237,19 @@ def _mark(axes: Any, one: Crossover) -> None:
             )  # fmt: skip
 
 
+def plot(
+    results: Annotated[Path, typer.Argument(metavar="[RESULTS]", help="Holds one folder per device.")] = Path(
+        "bench/results"
+    ),
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets one folder per device.")] = Path("docs/figures"),
+) -> None:
+    """Draw the figures of the docs from result files."""
+    typer.echo("\n".join(map(str, draw(results, output))))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws all figures; exit code 2 for an error."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Draws the figures of the docs from result files.")
-    parser.add_argument("results", nargs="?", type=Path, default=Path("bench/results"), metavar="RESULTS")
-    parser.add_argument("--output", type=Path, default=Path("docs/figures"), metavar="FOLDER")
-    given = parser.parse_args(arguments)
-    try:
-        written = draw(given.results, given.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, written)))
-    return 0
+    """The exit code of the command: 2 for wrong input."""
+    return run_command(plot, arguments, COMMAND)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,43 @@
-"""Tables of the docs, written by this module from result files: no number in them is without its file.
+"""Tables of the docs, written from result files, so that every number in them can be traced to its file.
 
-In a page, between two comments that a reader does not see,
+This module writes the table NAME of FILE, a path from the repository's root, and a line with its origin between two
+Markdown comments of a page, which a reader does not see:
 
     <!-- table: NAME FILE -->
     <!-- end -->
 
-stands the table NAME of FILE, a path from the repository's root, and a line that says where it is from.
+It is run, from the repository's root, by
 
     python -m tcurlora_ext.bench.reading.tables [--check] README.md docs/*.md
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from tcurlora_ext.io.atomic import write_bytes
 
+from ..entry import run_command
+from ..names import DENSE, FROZEN, LORA, PAPER_LORA, STACK, TRANSIENT, operator_variants
 from ..rows import PROVENANCE, Row, by_case, labels, number, read_results, read_rows, tcur_backend, value
-from ..run import PAPER
-from ..variants import FLOOR, LORA
-from .crossover import DENSE, STACK, TRANSIENT, crossovers, merge
+from .crossover import crossovers, merge
 
 COMMAND = "python -m tcurlora_ext.bench.reading.tables"
-MEASURE = "tcurlora bench"  # writes the files
-COUNT = "python -m tcurlora_ext.bench.scaling"  # writes those of tables in COUNTED
+# The commands that write the files: of measurements, of the tables in COUNTED, of profiles.
+MEASURE = "tcurlora bench"
+COUNT = "python -m tcurlora_ext.bench.scaling"
+PROFILE = "python -m tcurlora_ext.bench.profile"
 COUNTED = ("scaling", "scaling-step")
 MARKED = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 OPENED = re.compile(r"^\s*<!-- (?:table:|end)", re.M)
-SAID = {"rounds": "{} rounds", "torch": "torch {}", "commit": "commit {}"}
-PROFILE = "python -m tcurlora_ext.bench.profile"
+ORIGIN = {"rounds": "{} rounds", "torch": "torch {}", "commit": "commit {}"}
 STAGES = ("stage", "launches", "time_ms", "least_ms", "gflop", "fewest_mib")
 HOST = ("variant", "median_us", "least_us")
 SCALING = (
@@ -45,10 +49,11 @@ Table = list[list[str]]  # the header, then rows
 
 
 def fill(text: str, root: Path) -> str:
-    """A page with its tables made anew from the files under ``root``.
+    """A page with its tables replaced by those of the files under ``root``.
 
-    Raises ValueError for a marker without its other half or a table of no known name, OSError or ValueError for its
-    file.
+    Raises:
+        ValueError: A comment has no counterpart, a table's name is unknown, or its file is not a result file.
+        OSError: A table's file is not there.
     """
     pairs = len(MARKED.findall(text))
     if len(OPENED.findall(text)) != 2 * pairs:
@@ -70,28 +75,27 @@ def _section(marker: str, root: Path) -> str:
 
 
 def _source(name: str, file: str, rows: list[Row]) -> str:
-    """Where a table is from: its file, what the cases share, device, rounds, versions, commit."""
+    """The line with a table's origin: its file, what the cases have in common, device, rounds, versions, commit."""
     if name in COUNTED:
         return f"`{file}`, counted by `{COUNT}`."
     shared = labels(rows)[1] if "case" in rows[0] else ""
     stem = Path(file).stem
     command = PROFILE if stem.startswith("profile") else MEASURE
     option = f" --{stem}" if stem in ("growth", "full", "gpu") else ""
-    about = {name: ", ".join(dict.fromkeys(row.get(name, "") for row in rows)) for name in (*PROVENANCE, "rounds")}
-    said = [shared, about["device"]]
-    said += [text.format(about[name]) for name, text in SAID.items() if about[name]]
-    return "; ".join([f"`{file}`, measured by `{command}{option}`", *filter(None, said)]) + "."
+    found = {name: ", ".join(dict.fromkeys(row.get(name, "") for row in rows)) for name in (*PROVENANCE, "rounds")}
+    parts = [shared, found["device"], *(text.format(found[name]) for name, text in ORIGIN.items() if found[name])]
+    return "; ".join([f"`{file}`, measured by `{command}{option}`", *filter(None, parts)]) + "."
 
 
 def markdown(table: Table) -> str:
-    """A table of GitHub's Markdown, the first column to the left and the others to the right."""
+    """A table in GitHub's Markdown, the first column aligned to the left and the others to the right."""
     header, *rows = table
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def layers(rows: list[Row]) -> Table:
-    """A row a case: the operator beside the floor, LoRA of rank q and PEFT's of rank 32."""
+    """One row per case: the operator, compared with the frozen network, LoRA of rank q and PEFT's LoRA of rank 32."""
     backend = tcur_backend(rows)
     header = [
         "", "q", "frozen, ms", "LoRA of rank q / frozen", "PEFT LoRA r=32 / frozen", f"{backend} / frozen",
@@ -99,35 +103,37 @@ def layers(rows: list[Row]) -> Table:
     ]  # fmt: skip
     names, _ = labels(rows)
     table = [header]
-    for at, forms in by_case(rows).items():
-        ours = forms.get(backend)
+    for at, variants in by_case(rows).items():
+        ours = variants.get(backend)
         if ours is None:
             continue
         spread = f"{_times(ours, 'over_frozen_p20')} to {_times(ours, 'over_frozen_p80')}"
-        over = [_times(forms[name], "over_frozen") if name in forms else "" for name in (LORA, PAPER)]
+        over = [_times(variants[name], "over_frozen") if name in variants else "" for name in (LORA, PAPER_LORA)]
         table.append([
-            names[at], ours["q"], _short(forms[FLOOR], "median_ms"), *over, _times(ours, "over_frozen"), spread,
+            names[at], ours["q"], _short(variants[FROZEN], "median_ms"), *over, _times(ours, "over_frozen"), spread,
             _times(ours, "over_lora"), _times(ours, "over_peft_r32"), _share(ours),
         ])  # fmt: skip
     return table
 
 
-def forms_by_case(rows: list[Row], cell: Callable[[Row], str]) -> Table:
-    """A row a variant and a column a case."""
+def by_variant(rows: list[Row], cell: Callable[[Row], str]) -> Table:
+    """One row per variant and one column per case."""
     cases = by_case(rows)
     names, _ = labels(rows)
     table = [["", *(names[at] for at in cases)]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        table += [[variant, *(cell(forms[variant]) if variant in forms else "" for forms in cases.values())]]
+        table += [[variant, *(cell(found[variant]) if variant in found else "" for found in cases.values())]]
     return table
 
 
 def memory(rows: list[Row]) -> Table:
-    """A row a network and variant; layers alone are left out."""
-    table = [["", "variant", "extra peak, MiB", "saved for backward, MiB", "adapter, MiB", "trained", "launches"]]
+    """One row per network and variant; single layers and stacks are left out."""
+    table = [
+        ["", "variant", "extra peak, MiB", "saved for backward, MiB", "adapter, MiB", "trained parameters", "launches"]
+    ]
     names, _ = labels(rows)
-    for at, forms in by_case([row for row in rows if row["network"] not in ("layer", "stack")]).items():
-        for place, row in enumerate(forms.values()):
+    for at, variants in by_case([row for row in rows if row["network"] not in ("layer", "stack")]).items():
+        for place, row in enumerate(variants.values()):
             amounts = [_short(row, column) for column in ("extra_peak_mib", "saved_mib", "adapter_mib")]
             counts = [f"{int(number(row, column)):,}" for column in ("trained", "launches")]
             table.append([names[at] if place == 0 else "", row["variant"], *amounts, *counts])
@@ -135,35 +141,36 @@ def memory(rows: list[Row]) -> Table:
 
 
 def backends(rows: list[Row]) -> Table:
-    """A row a layer that trains: milliseconds by the operator's backends, and what the fastest adds to the floor."""
+    """One row per layer in training: times in ms by the operator's backends, and the fastest one's extra time."""
     found = by_case([row for row in rows if (row["network"], row["mode"]) == ("layer", "training")])
-    names, _ = labels([row for forms in found.values() for row in forms.values()])
+    names, _ = labels([row for variants in found.values() for row in variants.values()])
     best = tcur_backend(rows)
-    ran = [name for name in ("tcur eager", "tcur native", "tcur triton") if any(name in f for f in found.values())]
+    ran = [name for name in operator_variants() if any(name in variants for variants in found.values())]
     table = [["", "frozen, ms", "LoRA of rank q", *ran, f"extra of {best} / extra of LoRA"]]
-    for at, forms in found.items():
-        if best in forms:
-            times = [_short(forms[name], "median_ms") if name in forms else "" for name in (FLOOR, LORA, *ran)]
-            table.append([names[at], *times, _times(forms[best], "extra_over_lora")])
+    for at, variants in found.items():
+        if best in variants:
+            shown = (FROZEN, LORA, *ran)
+            times = [_short(variants[name], "median_ms") if name in variants else "" for name in shown]
+            table.append([names[at], *times, _times(variants[best], "extra_over_lora")])
     return table
 
 
 def summary(rows: list[Row]) -> Table:
-    """A row a network and form: the paper's LoRA, the operator and the dense forms of tCUR."""
+    """One row per network and variant: the paper's LoRA, the operator, and tCUR with dW built per layer or stack."""
     best = tcur_backend(rows)
     wanted = {
-        PAPER: "LoRA r=32 (PEFT)",
+        PAPER_LORA: "LoRA r=32 (PEFT)",
         best: "tCUR r=8",
         DENSE: "the same, ΔW built",
         STACK: "the same, whole stack built",
     }
-    table = [["", "trained", "time / frozen", "extra peak memory, MiB", "kept for backward, MiB more"]]
-    for forms in by_case([row for row in rows if row["network"] not in ("layer", "stack")]).values():
-        kept = number(forms[FLOOR], "saved_mib")
+    table = [["", "trained parameters", "time / frozen", "extra peak memory, MiB", "extra saved for backward, MiB"]]
+    for variants in by_case([row for row in rows if row["network"] not in ("layer", "stack")]).values():
+        saved = number(variants[FROZEN], "saved_mib")
         for variant, name in wanted.items():
-            if variant in forms:
-                row = forms[variant]
-                more = f"{number(row, 'saved_mib') - kept:,.0f}"
+            if variant in variants:
+                row = variants[variant]
+                more = f"{number(row, 'saved_mib') - saved:,.0f}"
                 trained = f"{int(number(row, 'trained')):,}"
                 cells = [trained, _times(row, "over_frozen"), _short(row, "extra_peak_mib"), more]
                 table.append([f"{row['case']}: {name}", *cells])
@@ -171,23 +178,23 @@ def summary(rows: list[Row]) -> Table:
 
 
 def growth(sweep: str, mode: str, rows: list[Row]) -> Table:
-    """A row a point of a sweep: the floor's time, times over it (and FLOPs over its FLOPs), extra peaks."""
+    """One row per point of a sweep: the frozen layer's time, the variants' time (and FLOPs) over it, extra peaks."""
     backend = tcur_backend([row for row in rows if row["sweep"]])
     names = [LORA, backend, DENSE, TRANSIENT] if mode == "training" else [LORA, backend, DENSE]
     symbol = {"tokens": "T", "rank": "r", "slices": "S", "width": "width"}[sweep]
     table = [[symbol, "frozen, ms", *names, *(f"MiB: {name}" for name in names)]]
-    for forms in by_case([row for row in rows if (row["sweep"], row["mode"]) == (sweep, mode)]).values():
-        found = [forms.get(name) for name in names]
-        floor = forms[FLOOR]
-        point = floor[{"slices": "stack", "width": "in"}.get(sweep, sweep)]
-        times = [f"{_times(row, 'over_frozen')} ({_by_flops(row, floor)})" if row else "" for row in found]
+    for variants in by_case([row for row in rows if (row["sweep"], row["mode"]) == (sweep, mode)]).values():
+        found = [variants.get(name) for name in names]
+        frozen = variants[FROZEN]
+        point = frozen[{"slices": "stack", "width": "in"}.get(sweep, sweep)]
+        times = [f"{_times(row, 'over_frozen')} ({_by_flops(row, frozen)})" if row else "" for row in found]
         peaks = [_short(row, "extra_peak_mib") if row else "" for row in found]
-        table.append([f"{int(point):,}", _short(floor, "median_ms"), *times, *peaks])
+        table.append([f"{int(point):,}", _short(frozen, "median_ms"), *times, *peaks])
     return table
 
 
 def crossover(rows: list[Row]) -> Table:
-    """Tokens above which a dense form is cheaper, and after which a merged dW has paid."""
+    """Tokens above which building dW is cheaper, and the total number of tokens after which merging is."""
     table = [["cheaper than the operator", "measured T", "by counted FLOPs", "by the formula"]]
     for one in crossovers(rows):
         measured = {0.0: f"all from {one.lowest:,.0f}", math.inf: f"none to {one.highest:,.0f}"}.get(one.measured)
@@ -200,19 +207,21 @@ def crossover(rows: list[Row]) -> Table:
 
 
 def host(rows: list[Row]) -> Table:
-    """Microseconds until the host has asked for a call."""
+    """One row per variant: the host's time for a call in us."""
     return [["", "median, µs", "least, µs"], *([row[name] for name in HOST] for row in rows)]
 
 
 def profile(rows: list[Row]) -> Table:
-    """A row a stage, as the file has it."""
+    """One row per stage of a profile, with the file's numbers."""
     return [list(STAGES), *([f"`{row['stage']}`", *(row[name] for name in STAGES[1:])] for row in rows)]
 
 
 def scaling(rows: list[Row]) -> Table:
-    """A row a model and method in GB: what a rank holds by DDP and by FSDP."""
-    header = ["GB a rank", "trained", "base, DDP", "base, FSDP", "gathered, FSDP", "C and R", "core state", "kept"]
-    table = [header]
+    """One row per model and method: what each process holds with DDP and with FSDP, in GB."""
+    table = [
+        ["GB per process", "trained parameters", "base, DDP", "base, FSDP", "gathered, FSDP", "C and R", "core state",
+         "saved for backward"]
+    ]  # fmt: skip
     for (model, method), (ddp, fsdp) in _layouts(rows).items():
         bytes_ = [ddp["base"], fsdp["base"], fsdp["gathered"], fsdp["factors"], ddp["trained"], fsdp["saved"]]
         table.append([f"{model}: {method}", f"{int(fsdp['numbers']):,}", *map(_gigabytes, bytes_)])
@@ -220,9 +229,9 @@ def scaling(rows: list[Row]) -> Table:
 
 
 def scaling_step(rows: list[Row]) -> Table:
-    """A row a model and method: what a step computes and brings to a rank, and seconds by the file's rates."""
+    """One row per model and method: per process and step FLOPs, bytes received, and seconds by the file's rates."""
     table = [
-        ["a step of a rank", "FLOPs over the base's", "weights, FSDP, GB", "gradients, GB", "computing, s",
+        ["per process and step", "FLOPs over the base's", "weights, FSDP, GB", "gradients, GB", "computing, s",
          "transfers, DDP, s", "transfers, FSDP, s"]
     ]  # fmt: skip
     for (model, method), (ddp, fsdp) in _layouts(rows).items():
@@ -233,7 +242,7 @@ def scaling_step(rows: list[Row]) -> Table:
 
 
 def _layouts(rows: list[Row]) -> dict[tuple[str, str], tuple[Row, Row]]:
-    """(model, method) -> its rows by DDP and by FSDP."""
+    """(model, method) -> its rows for DDP and for FSDP."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row["model"], row["method"]), {})[row["layout"]] = row
@@ -250,8 +259,8 @@ def _times(row: Row, column: str) -> str:
     return "" if found is None else f"{found:.2f}"
 
 
-def _by_flops(row: Row, floor: Row) -> str:
-    return f"{number(row, 'gflop') / number(floor, 'gflop'):.2f}"
+def _by_flops(row: Row, frozen: Row) -> str:
+    return f"{number(row, 'gflop') / number(frozen, 'gflop'):.2f}"
 
 
 def _share(row: Row) -> str:
@@ -260,7 +269,7 @@ def _share(row: Row) -> str:
 
 
 def _short(row: Row, column: str) -> str:
-    """Three digits."""
+    """Three significant digits, or a whole number from 100 on."""
     found = value(row, column)
     if found is None:
         return ""
@@ -271,13 +280,13 @@ def _tokens(count: float) -> str:
     return {0.0: "always", math.inf: "never"}.get(count) or f"{count:,.0f}"
 
 
-# Name -> what makes the table, and the columns of its file (None: a file of cases).
+# Name -> the function that makes the table, and the columns that its file needs (None: those of a file of cases).
 TABLES: dict[str, tuple[Callable[[list[Row]], Table], tuple[str, ...] | None]] = {
     "layers": (layers, None),
-    "over_frozen": (lambda rows: forms_by_case(rows, lambda row: _times(row, "over_frozen")), None),
-    "over_lora": (lambda rows: forms_by_case(rows, lambda row: _times(row, "over_lora")), None),
-    "over_peft_r32": (lambda rows: forms_by_case(rows, lambda row: _times(row, "over_peft_r32")), None),
-    "share_of_limit": (lambda rows: forms_by_case(rows, _share), None),
+    "over_frozen": (lambda rows: by_variant(rows, lambda row: _times(row, "over_frozen")), None),
+    "over_lora": (lambda rows: by_variant(rows, lambda row: _times(row, "over_lora")), None),
+    "over_peft_r32": (lambda rows: by_variant(rows, lambda row: _times(row, "over_peft_r32")), None),
+    "share_of_limit": (lambda rows: by_variant(rows, _share), None),
     "memory": (memory, None),
     "growth-tokens": (lambda rows: growth("tokens", "training", rows), None),
     "growth-tokens-inference": (lambda rows: growth("tokens", "inference", rows), None),
@@ -295,7 +304,10 @@ TABLES: dict[str, tuple[Callable[[list[Row]], Table], tuple[str, ...] | None]] =
 
 
 def outdated(pages: Sequence[Path], root: Path) -> dict[Path, str]:
-    """Pages whose text is not what their files give -> the text that it should be. Errors name the page."""
+    """Pages whose tables differ from their files -> the page's text with the right tables.
+
+    Raises ValueError that names the page, where :func:`fill` raises an error.
+    """
     found = {}
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -308,22 +320,23 @@ def outdated(pages: Sequence[Path], root: Path) -> dict[Path, str]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes pages, or says which are out of date: exit code 1, and 2 for an error."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Writes the tables of the docs from result files.")
-    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
-    parser.add_argument("--check", action="store_true", help="write nothing, only say what is out of date")
-    given = parser.parse_args(arguments)
-    try:
-        stale = outdated(given.pages, Path.cwd())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def tables(
+    pages: Annotated[list[Path], typer.Argument(metavar="PAGE...", help="Markdown files, e.g. README.md docs/*.md.")],
+    check: Annotated[bool, typer.Option("--check", help="Write nothing, only say what is out of date.")] = False,
+) -> None:
+    """Write the tables of the docs from result files; with --check exit code 1 says that some are out of date."""
+    stale = outdated(pages, Path.cwd())
     for page, text in stale.items():
-        if not given.check:
+        if not check:
             write_bytes(page, text.encode())
-        print(f"{page}: {'out of date' if given.check else 'written'}")
-    return 1 if stale and given.check else 0
+        typer.echo(f"{page}: {'out of date' if check else 'written'}")
+    if stale and check:
+        raise typer.Exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command: 1 where pages are out of date, 2 for wrong input."""
+    return run_command(tables, arguments, COMMAND)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 COLUMNS = {
     "variant": "variant", "median_ms": "ms", "p20_ms": "p20", "p80_ms": "p80", "over_frozen": "x frozen",
     "over_lora": "x LoRA", "over_peft_r32": "x PEFT r=32", "share_of_limit": "of limit", "extra_peak_mib": "extra MiB",
-    "saved_mib": "saved MiB", "trained": "trained", "launches": "launches",
+    "saved_mib": "saved MiB", "trained": "trained parameters", "launches": "launches",
 }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def _measure(
         cases,
         rounds,
         keep=lambda variant, case: variant.name in variants,
-        say=typer.echo,
+        log=typer.echo,
         show=show,
     )
     if cases is None and name != "growth":

@@ -28,10 +28,10 @@ def case(layer: Layer) -> Case:
 
 @pytest.fixture
 def problem(case: Case) -> Callable[..., Problem]:
-    """(name of a form, case, network) -> it, ready to run; the case and its network by default."""
+    """(name of a variant, case, network) -> the problem; without the last two, that of :func:`case`."""
 
     def prepared(name: str, other: Case = case, network: Network | None = None) -> Problem:
-        form = next(variant for variant in variants(CPU) if variant.name == name)
-        return prepare(form, other, network or build(other, CPU))
+        chosen = next(variant for variant in variants(CPU) if variant.name == name)
+        return prepare(chosen, other, network or build(other, CPU))
 
     return prepared

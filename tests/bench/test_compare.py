@@ -23,16 +23,16 @@ def verdict(folder: Path, a: dict[str, str], b: dict[str, str]) -> str:
     return pair.verdict
 
 
-def test_a_form_is_judged_by_its_ratio_to_the_floor_not_by_its_time(tmp_path: Path) -> None:
-    """On a machine that drifted by a fifth, everything took longer and nothing changed."""
-    assert verdict(tmp_path, row("lora", 20.0), row("lora", 24.0, floor=12.0)) == "noise"
-    assert verdict(tmp_path, row("lora", 20.0), row("lora", 20.0, floor=12.0)) == "faster"
+def test_a_variant_is_judged_by_its_ratio_to_the_frozen_network_not_by_its_time(tmp_path: Path) -> None:
+    """On a machine that became slower by a fifth, everything took longer and nothing changed."""
+    assert verdict(tmp_path, row("lora", 20.0), row("lora", 24.0, frozen=12.0)) == "noise"
+    assert verdict(tmp_path, row("lora", 20.0), row("lora", 20.0, frozen=12.0)) == "faster"
     assert verdict(tmp_path, row("lora", 20.0), row("lora", 23.0)) == "slower"
 
 
-def test_the_floor_is_judged_by_its_time(tmp_path: Path) -> None:
-    assert verdict(tmp_path, row("frozen", 10.0), row("frozen", 11.5, floor=11.5)) == "slower"
-    assert verdict(tmp_path, row("frozen", 10.0), row("frozen", 10.8, floor=10.8)) == "noise"
+def test_the_frozen_network_is_judged_by_its_time(tmp_path: Path) -> None:
+    assert verdict(tmp_path, row("frozen", 10.0), row("frozen", 11.5, frozen=11.5)) == "slower"
+    assert verdict(tmp_path, row("frozen", 10.0), row("frozen", 10.8, frozen=10.8)) == "noise"
 
 
 def test_intervals_that_overlap_are_noise(tmp_path: Path) -> None:
@@ -53,10 +53,10 @@ def test_a_small_shift_is_noise_however_narrow_the_intervals(tmp_path: Path) -> 
     assert pair.verdict == "slower"
 
 
-def test_a_case_whose_floor_jumped_has_no_verdicts_but_the_floors(tmp_path: Path) -> None:
-    """Beside a busy process ratios do not hold; on another device or torch another floor is what is compared."""
+def test_a_case_whose_frozen_network_jumped_has_a_verdict_for_that_alone(tmp_path: Path) -> None:
+    """Beside a busy process ratios change; with another device or torch the frozen network's time may jump."""
     a = [row("frozen", 10.0), row("lora", 20.0), row("lora", 20.0, tokens=64)]
-    b = [row("frozen", 40.0, floor=40.0), row("lora", 120.0, floor=40.0), row("lora", 30.0, tokens=64)]
+    b = [row("frozen", 40.0, frozen=40.0), row("lora", 120.0, frozen=40.0), row("lora", 30.0, tokens=64)]
     found = comparison(tmp_path, a, b)
     assert [pair.verdict for pair in found.pairs] == ["slower", "disturbed", "slower"]
     assert "2 slower, 1 disturbed, 0 noise" in found.text()
@@ -99,16 +99,16 @@ def test_a_count_that_differs_is_a_change(tmp_path: Path) -> None:
 
 
 def test_the_text_lists_what_differs_and_counts_the_rest(tmp_path: Path) -> None:
-    a = [row(f"form {index}", 20.0) for index in range(50)] + [row("lora", 20.0)]
+    a = [row(f"variant {index}", 20.0) for index in range(50)] + [row("lora", 20.0)]
     found = comparison(tmp_path, a, [*a[:-1], row("lora", 30.0)])
-    assert "form 7" not in found.text()
+    assert "variant 7" not in found.text()
     assert "lora" in found.text()
     assert "1.500" in found.text()
     assert (
         "51 rows in both: 0 faster, 1 slower, 0 disturbed, 50 noise; 0 with other memory or counts (50 rows"
         in found.text()
     )
-    assert "form 7" in found.text(everything=True)
+    assert "variant 7" in found.text(everything=True)
     assert found.text(everything=True).count("unetr out_proj r=8 T=2048") == 1
 
 

@@ -1,4 +1,4 @@
-"""Counts: closed forms of one layer, and what autograd keeps."""
+"""Counts: FLOPs and bytes of one layer in closed form, and what autograd saves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fewest(problem: Problem) -> int:
     return fewest_bytes(problem, forward_pass(problem))
 
 
-def test_flops_of_the_floor_and_of_lora(problem: Make, case: Case) -> None:
+def test_flops_of_the_frozen_layer_and_of_lora(problem: Make, case: Case) -> None:
     inference = replace(case, mode="inference")
     assert flops(problem("frozen")) == 2 * BASE  # forward, and dx
     assert flops(problem("lora")) == flops(problem("lora adapter first")) == 2 * BASE + 3 * WIDE
@@ -56,7 +56,7 @@ def test_flops_of_attention_fused_on_a_cpu() -> None:
     assert flops(attention) == 2 * product + 5 * product  # q k^T and its v; again q k^T and four gradients
 
 
-def test_dense_forms_pay_for_dw_and_not_by_token(problem: Make, layer: Layer) -> None:
+def test_building_dw_costs_the_same_for_any_number_of_tokens(problem: Make, layer: Layer) -> None:
     """col B_l row in the forward pass; g^T x and its way back to the core in the backward pass."""
     once = flops(problem("tcur dense layer"))
     twice = flops(problem("tcur dense layer", of_layer(layer, 2 * T, rank=2, compiled=False)))
@@ -101,7 +101,7 @@ def test_launches_are_what_computes() -> None:
 
 
 def test_launches_of_a_step(problem: Make) -> None:
-    """The floor is a product forward and one backward; native has five stages forward and four backward at most."""
+    """The frozen layer: one product forward, one backward. native: at most five stages forward and four backward."""
     frozen, native, eager = (
         observe(problem(name).step, CPU).launches for name in ("frozen", "tcur native", "tcur eager")
     )

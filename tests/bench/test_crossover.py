@@ -1,4 +1,4 @@
-"""Where curves cross: on curves whose crossing is known, and on FLOPs counted of the forms themselves."""
+"""Where curves cross: on curves whose crossing is known, and on FLOPs that were counted."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ import torch
 
 from tcurlora_ext.bench.cases import Layer, of_layer
 from tcurlora_ext.bench.counts import flops
+from tcurlora_ext.bench.names import DENSE, TRANSIENT
 from tcurlora_ext.bench.networks import build
-from tcurlora_ext.bench.reading.crossover import (
-    DENSE,
-    TRANSIENT,
-    crossing,
-    crossovers,
-    inference,
-    lines_cross,
-    merge,
-    training,
-)
+from tcurlora_ext.bench.reading.crossover import crossing, crossovers, inference, lines_cross, merge, training
 from tcurlora_ext.bench.variants import prepare, variants
 
 from .made_up import row, sweep
@@ -39,7 +31,7 @@ def test_no_crossing_is_zero_or_infinity() -> None:
 
 
 def test_of_several_crossings_the_last_counts() -> None:
-    """Noise where curves are close: above the answer the dense form is cheaper at every point."""
+    """Close curves may cross several times by noise: above the answer ``dense`` is lower at every point."""
     assert 1024 < crossing(POWERS, [1.0] * 4, [1.1, 0.9, 1.1, 0.5]) < 4096
     assert crossing(POWERS, [1.0] * 4, [0.9, 0.9, 0.9, 1.1]) == math.inf
 
@@ -74,7 +66,7 @@ def _flops(name: str, layer: Layer, tokens: int, mode: str) -> int:
     return flops(prepare(variant, case, build(case, device)))
 
 
-@pytest.mark.parametrize("layer", [Layer("plain", 48, 80, 1, 12), Layer("fused", 48, 80, 3, 12)], ids=lambda x: x.name)
+@pytest.mark.parametrize("layer", [Layer("single", 48, 80, 1, 12), Layer("fused", 48, 80, 3, 12)], ids=lambda x: x.name)
 @pytest.mark.parametrize(("mode", "dense"), [("training", DENSE), ("training", TRANSIENT), ("inference", DENSE)])
 def test_the_closed_forms_are_those_of_counted_flops(layer: Layer, mode: str, dense: str) -> None:
     """LoRA of rank q has the operator's products, and the gradient of both factors besides."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tcurlora_ext.bench.cases import SETS
 from tcurlora_ext.bench.reading.plot import draw, main, source
-from tcurlora_ext.bench.reading.styles import STYLES, style
+from tcurlora_ext.bench.reading.styles import style, styles
 from tcurlora_ext.bench.variants import variants
 
 from .made_up import row, sweep, write
@@ -20,7 +20,7 @@ FIGURES = sorted((ROOT / "docs" / "figures").glob("*/*.png"))
 
 def results(folder: Path) -> Path:
     """Results of two devices: one with both files, one with growth alone."""
-    quick = [row(name, 10.0 + index) for index, name in enumerate(STYLES)]
+    quick = [row(name, 10.0 + index) for index, name in enumerate(styles())]
     quick += [
         one | {"case": "unetr encoder", "network": "encoder", "saved_mib": str(i + 1)} for i, one in enumerate(quick)
     ]
@@ -86,7 +86,7 @@ def test_the_committed_figures_are_of_the_committed_results(figure: Path) -> Non
 def test_every_variant_has_a_style_of_its_own() -> None:
     import torch
 
-    assert len(set(STYLES.values())) == len(STYLES)
+    assert len(set(styles().values())) == len(styles())
     for variant in variants(torch.device("cpu")):
         style(variant.name)
     with pytest.raises(ValueError, match="found variant 'unknown', expected one with a style: frozen"):

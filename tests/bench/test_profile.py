@@ -36,11 +36,11 @@ BACKWARD = {
 
 
 def problem_of(case: Case, variant: str) -> Problem:
-    """The case in that form, on the CPU."""
-    forms = {form.name: form for form in variants(CPU)}
-    if variant not in forms:
+    """The case adapted by a variant, on the CPU."""
+    known = {found.name: found for found in variants(CPU)}
+    if variant not in known:
         pytest.skip(f"{variant} does not work here")
-    return prepare(forms[variant], case, build(case, CPU))
+    return prepare(known[variant], case, build(case, CPU))
 
 
 @pytest.mark.parametrize("variant", BACKWARD)
@@ -101,10 +101,10 @@ def test_torch_profiler_finds_every_stage(variant: str) -> None:
 
 
 def test_a_network_is_the_sum_of_its_layers() -> None:
-    """Two layers of one kind, and a third on half of the tokens that wants no gradient of its input."""
-    case = of_layer(Layer("plain", 24, 24, 1, 3), 32, rank=2)
+    """Two layers of one kind, and a third on half of the tokens whose input requires no gradient."""
+    case = of_layer(Layer("single", 24, 24, 1, 3), 32, rank=2)
     problem = problem_of(replace(case, network="stack"), "tcur eager")
-    layers = [layer for layer in problem.plain.modules() if type(layer).__name__ == "TCURLinear"]
+    layers = [layer for layer in problem.adapted.modules() if type(layer).__name__ == "TCURLinear"]
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -114,7 +114,7 @@ def test_a_network_is_the_sum_of_its_layers() -> None:
         def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return self.layers[0](inputs[0]), self.layers[1](inputs[1]), self.layers[2](inputs[2][:16].detach())
 
-    problem.plain = Odd()
+    problem.adapted = Odd()
     counts = count(layer_calls(problem))
     assert {name: stage.calls for name, stage in counts.items()} == {
         **dict.fromkeys((*FORWARD, "p = g col", "dcore = diag(p^T h)"), 3), "dh = p B": 2, "dx = g W + dh row": 2,
@@ -122,7 +122,7 @@ def test_a_network_is_the_sum_of_its_layers() -> None:
     assert counts["y = x W^T + bias"].flops == 2 * 24 * 24 * (32 + 32 + 16)
 
 
-def test_a_form_without_stages_is_all_outside() -> None:
+def test_a_variant_without_stages_is_all_outside() -> None:
     rows = command.profile(of_layer(FUSED, 32, rank=2), "frozen", CPU, LIMITS, lambda _: None)
     assert [row["stage"] for row in rows] == [OUTSIDE, TOTAL]
     assert rows[0]["gflop"] == rows[1]["gflop"] != "0"
@@ -173,6 +173,8 @@ def test_bytes_are_drawn_where_they_were_counted(tmp_path: Path) -> None:
         (["unetr"], "no case is named 'unetr'; expected one of: tiny fused"),
         (["tiny fused", "--variant", "tcur"], "no variant 'tcur' on cpu; expected one of: frozen; lora; "),
         (["tiny fused", "--rank", "0"], "--rank is 0, expected at least 1"),
+        (["tiny fused", "--dtype", "float64"], "--dtype is 'float64', expected one of float32, bfloat16, float16"),
+        (["tiny fused", "--mode", "both"], "--mode is 'both', expected one of training, inference"),
         (["tiny fused", "--device", "gpu7"], "--device is 'gpu7', expected cpu, cuda or cuda:N"),
     ],
 )

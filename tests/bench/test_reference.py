@@ -1,4 +1,4 @@
-"""The check before a measurement: every form passes it, a form that computes something else does not."""
+"""The check before a measurement: every variant passes it, one whose results are wrong does not."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CPU = torch.device("cpu")
 
 
 def checked(case: Case, network: Network) -> dict[str, float]:
-    """Errors of all forms that there are of a case."""
+    """Errors of all variants of a case."""
     reference = Reference()
-    forms = [variant for variant in variants(CPU) if variant.fits(case, network)]
-    return {variant.name: reference.check(prepare(variant, case, network)) for variant in forms}
+    found = [variant for variant in variants(CPU) if variant.fits(case, network)]
+    return {variant.name: reference.check(prepare(variant, case, network)) for variant in found}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("mode", ["training", "inference"])
-def test_every_form_of_a_layer_computes_what_it_says(case: Case, mode: str, dtype: str) -> None:
+def test_every_variant_of_a_layer_computes_what_it_says(case: Case, mode: str, dtype: str) -> None:
     case = replace(case, mode=mode, dtype=dtype)
     errors = checked(case, build(case, CPU))
     assert {"frozen", "lora", "peft lora", "tcur eager", "tcur dense layer", "curlora dense"} <= set(errors)
@@ -36,22 +36,22 @@ def test_every_form_of_a_layer_computes_what_it_says(case: Case, mode: str, dtyp
     assert all(error > 0 for error in errors.values())
 
 
-def test_every_form_of_a_whole_stack() -> None:
-    case = Case("stack", "stack", 16, Layer("plain", 16, 40, 1, 5), rank=3, compiled=False)
+def test_every_variant_of_a_whole_stack() -> None:
+    case = Case("stack", "stack", 16, Layer("single", 16, 40, 1, 5), rank=3, compiled=False)
     assert "tcur dense stack" in checked(case, build(case, CPU))
 
 
-def test_every_form_where_x_is_smaller_than_h() -> None:
+def test_every_variant_where_x_is_smaller_than_h() -> None:
     case = of_layer(Layer("wide", 8, 16, 1, 12), 16, rank=2, compiled=False)  # q = 24 > 8: x is kept, not h
     checked(case, build(case, CPU))
 
 
-def test_forms_that_are_compiled(case: Case) -> None:
+def test_variants_that_are_compiled(case: Case) -> None:
     case = replace(case, compiled=True)
     assert {"lora compiled", "tcur compiled"} <= set(checked(case, build(case, CPU)))
 
 
-def test_every_form_of_a_network_with_attention_and_norms() -> None:
+def test_every_variant_of_a_network_with_attention_and_norms() -> None:
     from monai.networks.blocks.transformerblock import TransformerBlock
 
     torch.manual_seed(0)
@@ -64,10 +64,10 @@ def test_every_form_of_a_network_with_attention_and_norms() -> None:
 
 
 def test_an_adapter_is_as_large_as_the_base(problem: Callable[..., Problem]) -> None:
-    """Or a form that loses its adapter could pass for one that rounds it away."""
-    plain = problem("frozen")
-    inputs = plain.network.runs[0].inputs
-    (base,) = (y.detach() for y in plain.outputs(inputs))
+    """Otherwise a variant that ignores its adapter could pass as one with rounding errors."""
+    frozen = problem("frozen")
+    inputs = frozen.network.runs[0].inputs
+    (base,) = (y.detach() for y in frozen.outputs(inputs))
     for name in ("lora", "peft lora", "tcur eager", "curlora dense"):
         (y,) = (y.detach() for y in problem(name).outputs(inputs))
         assert 0.2 < float((y - base).norm() / base.norm()) < 5, name
@@ -88,13 +88,13 @@ def wrong_gradient(stack: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "where"), [(wrong_output, "output 0"), (wrong_gradient, "the gradient of .*core")])
-def test_a_wrong_form_is_refused(
+def test_a_wrong_variant_is_refused(
     problem: Callable[..., Problem], spoil: Callable[[nn.Module], None], where: str
 ) -> None:
     reference = Reference()
     reference.check(problem("tcur native"))  # the family's reference
     adapted = problem("tcur eager")
-    spoil(adapted.plain.get_submodule("fused0").stack)
+    spoil(adapted.adapted.get_submodule("fused0").stack)
     with pytest.raises(
         RuntimeError, match=f"fused r=2 T=32 training float32, tcur eager: {where} is off by .*not timed"
     ):
@@ -105,7 +105,7 @@ def test_nothing_of_a_wrong_case_is_timed(case: Case, monkeypatch: pytest.Monkey
     steps: list[Problem] = []
     monkeypatch.setattr(Problem, "step", steps.append)
     monkeypatch.setattr(
-        "tcurlora_ext.bench.forms.PlainLoRA.forward",
+        "tcurlora_ext.bench.compared_layers.LoRA.forward",
         lambda self, x: self.base(x) + 0.999 * linear(linear(x, self.down), self.up),
     )
     with pytest.raises(RuntimeError, match="lora: output 0 is off"):

@@ -36,24 +36,24 @@ def test_rows_say_what_was_measured(case: Case) -> None:
         assert float(row["gflop"]) > 0
         assert row["q"] == 24
         assert float(row["share_of_limit"]) == max(float(row["share_of_flops"]), float(row["share_of_bytes"]))
-    floor, lora = rows[0], rows[1]
-    assert floor["over_frozen"] == floor["over_frozen_p80"] == lora["over_lora"] == "1"
-    assert (floor["extra_over_lora"], floor["extra_peak_mib"], floor["trained"]) == ("", "0", 0)
+    frozen, lora = rows[0], rows[1]
+    assert frozen["over_frozen"] == frozen["over_frozen_p80"] == lora["over_lora"] == "1"
+    assert (frozen["extra_over_lora"], frozen["extra_peak_mib"], frozen["trained"]) == ("", "0", 0)
     assert lora["trained"] == 24 * (24 + 48)
 
 
-def test_a_form_that_is_not_run_has_no_ratio(case: Case) -> None:
+def test_a_variant_that_is_not_run_has_no_ratio(case: Case) -> None:
     assert {row["over_peft_r32"] for row in rows_of(case, ())} == {""}
 
 
-def test_a_case_beyond_the_memory_is_skipped_and_said(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_beyond_the_memory_is_skipped_and_logged(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(case: Case, device: torch.device) -> None:
         raise torch.OutOfMemoryError
 
-    said: list[str] = []
+    logged: list[str] = []
     monkeypatch.setattr("tcurlora_ext.bench.run.build", build)
-    assert not list(run([case], CPU, 2, lambda variant, _: True, said.append))
-    assert said == ["fused r=2 T=32 training float32: skipped, cpu has too little memory for it"]
+    assert not list(run([case], CPU, 2, lambda variant, _: True, logged.append))
+    assert logged == ["fused r=2 T=32 training float32: skipped, cpu has too little memory for it"]
 
 
 def test_ceilings_are_those_of_a_product_and_a_copy() -> None:
@@ -87,7 +87,7 @@ def test_cases_are_chosen_by_words(case: Case) -> None:
         selected([case], ["nothing", "no"])
 
 
-def test_host_times_are_those_of_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_times_are_those_of_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tcurlora_ext.bench.host.CALLS", 2)
     threads = torch.get_num_threads()
     rows = write_host(CPU, tmp_path, rounds=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tcurlora_ext.bench.reading.crossover import DENSE, TRANSIENT
+from tcurlora_ext.bench.names import DENSE, TRANSIENT
 from tcurlora_ext.bench.reading.tables import TABLES, fill, main, outdated
 
 from .made_up import row, sweep, write
@@ -43,7 +43,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_a_row_a_case_beside_what_it_is_compared_with(tmp_path: Path) -> None:
+def test_one_row_per_case_with_what_it_is_compared_with(tmp_path: Path) -> None:
     write(tmp_path / "quick.csv", quick())
     header, _, layer, network = cells(fill(page("layers"), tmp_path))
     assert header[1:6] == [
@@ -68,13 +68,13 @@ def test_a_row_a_case_beside_what_it_is_compared_with(tmp_path: Path) -> None:
     assert network[:3] == ["unetr encoder T=512", "", "10"]
 
 
-def test_what_the_cases_share_and_where_it_is_from_stand_below(tmp_path: Path) -> None:
+def test_what_the_cases_have_in_common_and_the_origin_are_below(tmp_path: Path) -> None:
     write(tmp_path / "quick.csv", quick())
     (line,) = (line for line in fill(page("layers"), tmp_path).splitlines() if "quick.csv`" in line)
     assert "measured by `tcurlora bench`; r=8, training, float32; device; 20 rounds; torch torch" in line
 
 
-def test_a_column_a_case(tmp_path: Path) -> None:
+def test_one_column_per_case(tmp_path: Path) -> None:
     write(tmp_path / "quick.csv", quick())
     assert cells(fill(page("over_frozen"), tmp_path))[0] == ["", "unetr out_proj T=2048", "unetr encoder T=512"]
     assert cells(fill(page("over_frozen"), tmp_path))[-1] == ["tcur native", "2.00", "2.00"]
@@ -88,7 +88,7 @@ def test_memory_is_that_of_networks(tmp_path: Path) -> None:
     assert second[:2] == ["", "lora"]
 
 
-def test_growth_has_a_row_a_point(tmp_path: Path) -> None:
+def test_growth_has_one_row_per_point(tmp_path: Path) -> None:
     write(tmp_path / "growth.csv", sweep())
     table = cells(fill(page("growth-tokens", "growth.csv"), tmp_path))
     assert table[0] == [

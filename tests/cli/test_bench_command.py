@@ -44,7 +44,7 @@ def test_it_measures_shows_writes_and_compares(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_some_cases_and_forms_alone(tmp_path: Path) -> None:
+def test_some_cases_and_variants_alone(tmp_path: Path) -> None:
     bench("--cases", "r=2", "--variants", "tcur eager", "--rounds", "2", "--output", str(tmp_path))
     (path,) = tmp_path.rglob("*.csv")  # host times belong to the whole set
     rows = read_csv(path)

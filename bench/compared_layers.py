@@ -1,7 +1,7 @@
-"""Adapted linear layers to compare with: LoRA in two orders, and tCUR and CURLoRA with a dense dW.
+"""Adapted linear layers that the operator is compared with: LoRA in two orders, tCUR and CURLoRA with a dense dW.
 
-Every form wraps a frozen ``nn.Linear`` and has ``delta_weight()``, its dW (out, in), differentiable: what the check
-before a measurement compares it by.
+Each class wraps a frozen ``nn.Linear``. Its ``delta_weight()`` is dW (out, in), differentiable: the check before a
+measurement compares the layer's output with x (W + dW)^T + b.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.middle import BatchedMiddle
 
 
-class PlainLoRA(nn.Module):
-    """Plain LoRA of rank q without dropout: the base, then (x A^T) B^T. B is not zero, so that nothing is skipped."""
+class LoRA(nn.Module):
+    """LoRA of rank q without dropout: x W^T + b, then (x A^T) B^T. B is not zero, so that no product is trivial."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class PlainLoRA(nn.Module):
         return linear(x, self.base.weight, self.base.bias) + linear(linear(x, self.down), self.up)
 
 
-class AdapterFirstLoRA(PlainLoRA):
-    """The cheapest order in PyTorch operations: the adapter with the bias, then the base product onto it."""
+class AdapterFirstLoRA(LoRA):
+    """The cheapest order in PyTorch operations: the adapter with the bias first, then x W^T accumulated onto it."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
@@ -44,7 +44,7 @@ class AdapterFirstLoRA(PlainLoRA):
 
 
 def randomise(down: Tensor, up: Tensor) -> None:
-    """LoRA's A (rank, in) and B (out, rank) such that the entries of B A are as large as those of ``nn.Linear``."""
+    """Fill LoRA's A (rank, in) and B (out, rank) so that the entries of B A are as large as a new ``nn.Linear``'s."""
     rank, in_features = down.shape
     with torch.no_grad():
         down.copy_(torch.randn_like(down, dtype=torch.float32) / math.sqrt(in_features))
@@ -52,7 +52,7 @@ def randomise(down: Tensor, up: Tensor) -> None:
 
 
 class CURLoRA(nn.Module):
-    """W + C U R built densely in every forward pass: columns and rows of W itself, an r x r core for each layer."""
+    """CURLoRA: W + C U R built in every forward pass, from an r x r core per layer and the layer's own C and R."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class CURLoRA(nn.Module):
 
 
 class DenseTCUR(nn.Module):
-    """tCUR whose dW is built from the folded factors in every forward pass and kept for the backward pass."""
+    """tCUR whose dW is built from the folded factors in every forward pass and saved for the backward pass."""
 
     def __init__(self, layer: TCURLinear) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class DenseTCUR(nn.Module):
 
 
 class TransientTCUR(DenseTCUR):
-    """tCUR whose W + dW is built in the forward pass, dropped, and built again in the backward pass."""
+    """tCUR whose W + dW is built in the forward pass, freed, and built again in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         stack, layer = self.layer.stack, self.layer
@@ -100,11 +100,11 @@ class TransientTCUR(DenseTCUR):
 
 
 class StackTCUR(DenseTCUR):
-    """tCUR that takes its slices of dW of the whole stack, which :class:`StackDelta` builds once a step."""
+    """tCUR that takes its slices from the dW of the whole stack, which :class:`StackDelta` builds once per step."""
 
     def __init__(self, layer: TCURLinear, shared: StackDelta) -> None:
         super().__init__(layer)
-        object.__setattr__(self, "shared", shared)  # not a child: every layer of the stack has the same one
+        object.__setattr__(self, "shared", shared)  # not a child module: all layers of the stack share it
 
     shared: StackDelta
 
@@ -115,7 +115,7 @@ class StackTCUR(DenseTCUR):
 
 
 class StackDelta:
-    """C * U * R of a stack by FFTs along the slices, as the definition has it: built once a forward pass."""
+    """C * U * R of a stack by FFTs along the slices, as it is defined; built once per forward pass."""
 
     def __init__(self, layer: TCURLinear) -> None:
         self.stack = layer.stack
@@ -123,27 +123,27 @@ class StackDelta:
         self.built: Tensor | None = None
 
     def get(self) -> Tensor:
-        """The dense changes (S, out, in) of this forward pass."""
+        """dW of every slice (S, out, in), in the dtype of the layers' weights."""
         if self.built is None:
             self.built = self.stack.delta_weights().to(self.dtype)
         return self.built
 
     def drop(self, *_: object) -> None:
-        """A forward hook: the pass is over, autograd keeps what it needs."""
+        """A forward hook: frees dW after the pass; autograd holds on to what it saved."""
         self.built = None
 
 
 def dense(factors: Factors) -> Tensor:
-    """dW (num_slices*out, in) of a layer as col B_l row, in the dtype of col: 2q*out*in FLOPs a slice and a little.
+    """dW (num_slices*out, in) of a layer as col B_l row, in the dtype of col; differentiable in the core.
 
-    Differentiable in the core. B_l row is the middle product of row^T.
+    B_l row is the middle product of row^T. Takes 2q*out*in FLOPs per slice beside those of the middle product.
     """
     inner = BatchedMiddle(factors, factors.col.dtype).forward(factors.row.T)  # (in, num_slices, q_c)
     return torch.einsum("oq,inq->noi", factors.col, inner).flatten(0, 1)
 
 
 class _Transient(torch.autograd.Function):
-    """y = x (W + dW)^T + b that keeps x alone; dcore through the whole gradient of the weight, g^T x."""
+    """y = x (W + dW)^T + b that saves x, not dW; dcore is computed from the whole gradient of the weight, g^T x."""
 
     @staticmethod
     def forward(ctx, x, core, weight, bias, col, row, at):  # type: ignore[no-untyped-def]
