@@ -149,10 +149,10 @@ def draw_method() -> Axes:
 def draw_floors() -> Axes:
     """The floors of the package: each imports from its own and from those below."""
     title = "Floors: a file imports from its own floor and from those below it"
-    axes = card(10.4, 7.0)
-    text(axes, 0.25, 6.7, title, 12.5, bold=True, ha="left")
+    axes = card(10.4, 7.7)
+    text(axes, 0.25, 7.4, title, 12.5, bold=True, ha="left")
     height, gap, left, right = 0.56, 0.13, 0.25, 7.75
-    y = 6.55 - gap
+    y = 7.25 - gap
 
     def floor(colour: str, *rooms: tuple[str, str]) -> float:
         nonlocal y
@@ -163,7 +163,8 @@ def draw_floors() -> Axes:
         y -= gap
         return y + gap
 
-    floor(GREY, ("cli", "the command tcurlora"), ("bench", "what it costs"))
+    floor(GREY, ("cli", "the command tcurlora"))
+    floor(GREY, ("bench", "what the adapter costs, measured"))
     floor(GREY, ("segmentation", "the training recipe, with MONAI"), ("integrations", "PEFT"))
     floor(GREY, ("analysis", "what the command counts and draws: plans, file sizes, inspection"))
     top = y
@@ -187,8 +188,8 @@ def draw_floors() -> Axes:
         ("schemas, autograd,", "the choice of a backend;", "the native backend:", "cpu/, cuda/", "", "registers",
          "torch.ops.tcurlora", "for the operator floor"),
     ).draw(axes)  # fmt: skip
-    text(axes, 9.1, 6.0, "imports", 10, SOFT)
-    arrow(axes, (9.1, 5.85), (9.1, 3.45), SOFT)
+    text(axes, 9.1, 6.7, "imports", 10, SOFT)
+    arrow(axes, (9.1, 6.55), (9.1, 3.45), SOFT)
     return axes
 
 
