@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from sphinx.application import Sphinx
 from typer import Context
@@ -53,8 +52,10 @@ def add_command(app: Sphinx, page: str, source: list[str]) -> None:
 def link_files_of_the_root(app: Sphinx, *place: object) -> None:
     """Lead links to files of the root, which pages here include, to these pages; LICENSE has none and is downloaded."""
     content: list[str] = place[-1]  # type: ignore[assignment]
-    text = re.sub(r"\]\((?:\.\./)?(CONTRIBUTING|CHANGELOG)\.md", lambda link: link[0].rpartition("(")[0] + "(" + link[1].lower() + ".md", content[0])
-    content[0] = text.replace("](LICENSE)", "](../LICENSE)")
+    text = content[0].replace("](LICENSE)", "](../LICENSE)")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        text = re.sub(rf"\]\((\.\./)?{name}", f"]({name.lower()}", text)
+    content[0] = text
 
 
 def setup(app: Sphinx) -> None:
