@@ -49,6 +49,17 @@ def add_command(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += re.sub(r"(?<= )(?<!/ )--[a-z-]+", r"`\g<0>`", text)  # in a help text, an option is no dash
 
 
+def link_files_of_the_root(app: Sphinx, *place: object) -> None:
+    """Lead links to files of the root, which pages here include, to these pages; LICENSE has none and is downloaded."""
+    content: list[str] = place[-1]  # type: ignore[assignment]
+    text = content[0].replace("](LICENSE)", "](../LICENSE)")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        text = re.sub(rf"\]\((\.\./)?{name}", f"]({name.lower()}", text)
+    content[0] = text
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("include-read", link_files_of_the_root)  # of the file that is included
+    app.connect("source-read", link_files_of_the_root)
     app.connect("autodoc-process-signature", show_factories)
     app.connect("source-read", add_command)

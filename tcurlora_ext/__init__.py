@@ -16,6 +16,8 @@ from .maths import reference, tproduct
 from .operator import functional
 from .operator.backends import backends
 
+__version__ = "0.2.0"  # pyproject.toml reads it from here; a literal, so that no build has to import this file
+
 __all__ = [
     "TCURConfig",
     "TCURLinear",
