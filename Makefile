@@ -39,7 +39,8 @@ lint: $(BUILT)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The core of the tests with the oldest transformers and PEFT that pyproject.toml allows; the torch is the same.
+# The core of the tests with the oldest transformers and PEFT that pyproject.toml allows; the torch is the same. Without
+# the training of quantised Llamas: transformers 4.56 refuses that of torchao's, and checkpoints bitsandbytes' otherwise.
 OLDEST := build/oldest
 oldest: $(BUILT)
 	rm -rf $(OLDEST)
@@ -49,6 +50,7 @@ oldest: $(BUILT)
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --ignore-installed \
 	  --requirement tests/oldest.txt
 	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/integrations/peft \
+	  --deselect tests/integrations/peft/test_quantised_llama.py::test_the_trainer_trains_the_cores_and_leaves_the_codes \
 	  tests/adapter/test_written_before.py tests/adapter/test_options.py
 
 # The C++ sources as a library, in a program without Python.
@@ -59,7 +61,7 @@ ctest: $(BUILT)
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 # The pages of docs/ and the reference made from the docstrings, as a site; tests/test_reference_pages.py.
-docs: $(INSTALLED)
+docs: $(BUILT)
 	$(BIN)/python -m sphinx --fail-on-warning --quiet --builder html docs build/docs
 	@echo build/docs/index.html
 
@@ -76,16 +78,16 @@ gpu gpu-bench:
 profile: $(BUILT)
 	$(BIN)/python -m tcurlora_ext.bench.profile "$(CASE)" --output $(RESULTS)
 
-# Removed and made anew when the dependencies change, so that nothing of an older set is left.
+# What the demo needs. Removed and made anew when the dependencies change, so that nothing of an older set is left.
 $(INSTALLED): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools ninja pybind11
-	TCURLORA_BUILD=0 $(PIP) --no-build-isolation --editable '.[test]'
+	TCURLORA_BUILD=0 $(PIP) --no-build-isolation --editable '.[segmentation]'
 	touch $@
 
-# The C++ operator, minutes of compiling that the demo does not wait for. It is built against the torch that is installed,
-# hence no build isolation. torchao, which the tests want too, writes four lines of warnings whenever PEFT is imported.
+# What the tests need, and the C++ operator: minutes that the demo does not wait for. It is built against the torch that
+# is installed, hence no build isolation. torchao, which the tests want too, writes four lines of warnings whenever PEFT is imported.
 $(BUILT): $(INSTALLED) setup.py $(shell find csrc -type f)
 	$(PIP) --no-build-isolation --editable '.[test,quantised]'
 	$(BIN)/python -c "import torch, tcurlora_ext._C"
