@@ -17,14 +17,22 @@ TRANSFORMS: dict[str, SliceTransform] = {transform.name: transform for transform
 
 
 def transform_named(name: str) -> SliceTransform:
-    """The transform of this name. Raises ValueError for an unknown one."""
+    """The transform of this name. Raises ValueError for an unknown one.
+
+    Args:
+        name: As options, files and the operator spell it.
+    """
     if name not in TRANSFORMS:
         raise ValueError(f"transform {name!r} is unknown, expected one of {', '.join(TRANSFORMS)}")
     return TRANSFORMS[name]
 
 
 def with_middle_product(name: str) -> SliceTransform:
-    """As :func:`transform_named`, but also raises ValueError for a transform under which slices share no core."""
+    """As :func:`transform_named`, but also raises ValueError for a transform under which slices share no core.
+
+    Args:
+        name: As options, files and the operator spell it.
+    """
     known = [repr(one.name) for one in TRANSFORMS.values() if one.shares_core]
     if name not in TRANSFORMS or not TRANSFORMS[name].shares_core:
         raise ValueError(f"transform {name!r} has no middle product, expected {' or '.join(known)}")

@@ -55,33 +55,63 @@ class SliceTransform:
     # -- the matrix ---------------------------------------------------------------------------------------------------
 
     def matrix(self, slices: int) -> Tensor:
-        """The orthonormal matrix (S, S), float64."""
+        """The orthonormal matrix (S, S), float64.
+
+        Args:
+            slices: S, how many slices the stack has.
+        """
         raise NotImplementedError
 
     def norms(self, slices: int) -> Tensor:
-        """Factors that turn orthonormal blocks into the blocks of ``row`` and ``col``: (S,) float64."""
+        """Factors that turn orthonormal blocks into the blocks of ``row`` and ``col``: (S,) float64.
+
+        Args:
+            slices: S, how many slices the stack has.
+        """
         return torch.ones(slices, dtype=torch.float64)
 
     def column_signs(self, slices: int) -> Tensor:
-        """The sign of every block of ``col``, -1 where the real part of a product subtracts it: (S,) float64."""
+        """The sign of every block of ``col``, -1 where the real part of a product subtracts it: (S,) float64.
+
+        Args:
+            slices: S, how many slices the stack has.
+        """
         return torch.ones(slices, dtype=torch.float64)
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
     def single_blocks(self, slices: int) -> slice:
-        """The positions of the single blocks among the S blocks."""
+        """The positions of the single blocks among the S blocks.
+
+        Args:
+            slices: S, how many slices the stack has.
+        """
         return slice(0, slices)
 
     def pair_blocks(self, slices: int) -> slice:
-        """The positions of the coupled blocks (real part, imaginary part, real part, ...) among the S blocks."""
+        """The positions of the coupled blocks (real part, imaginary part, real part, ...) among the S blocks.
+
+        Args:
+            slices: S, how many slices the stack has.
+        """
         return slice(0, 0)
 
     def kept_blocks(self, slices: int, frequencies: int | None) -> int:
-        """How many of the S blocks a core keeps that has the lowest ``frequencies`` alone (None: all)."""
+        """How many of the S blocks a core keeps that has the lowest ``frequencies`` alone (None: all).
+
+        Args:
+            slices: S, how many slices the stack has.
+            frequencies: K, how many frequencies are kept; None: all.
+        """
         return slices
 
     def phases(self, slices: int, first_slice: int, num_slices: int) -> tuple[Tensor, Tensor, Tensor]:
         """The factors by which B_l multiplies the blocks of the core, for the slices l from ``first_slice`` on.
+
+        Args:
+            slices: S, how many slices the stack has.
+            first_slice: The first of the slices l.
+            num_slices: How many there are.
 
         Returns:
             The factors of the single blocks (num_slices, blocks), then the cosines and the sines of the pairs, each
@@ -93,51 +123,100 @@ class SliceTransform:
     # -- products -----------------------------------------------------------------------------------------------------
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product of slice tensors under the transform: (S, m, p), (S, p, n) -> (S, m, n)."""
+        """The product of slice tensors under the transform: (S, m, p), (S, p, n) -> (S, m, n).
+
+        Args:
+            a: (S, m, p).
+            b: (S, p, n).
+        """
         return self.unfold(self.fold(a) @ self.fold(b))
 
     def product_at(self, a: Tensor, b: Tensor, layers: range) -> Tensor:
         """The slices ``layers`` of :meth:`product` alone: (S, m, p), (S, p, n) -> (len(layers), m, n).
 
         It takes one product (m, p*S)(p*S, n) per slice, so that one layer of a large stack needs no memory for others.
+
+        Args:
+            a: (S, m, p).
+            b: (S, p, n).
+            layers: The indices of the slices that are computed.
         """
         a, b = self.fold(a), self.fold(b)
         matrix = orthonormal(self, len(a)).to(a)
         return sum_over_blocks((matrix[:, layer, None, None] * a for layer in layers), b)
 
     def fold(self, tensor: Tensor, blocks: int | None = None) -> Tensor:
-        """The orthonormal transform of a tensor (S, m, n), or its first ``blocks`` blocks, in the tensor's dtype."""
+        """The orthonormal transform of a tensor (S, m, n), or its first ``blocks`` blocks, in the tensor's dtype.
+
+        Args:
+            tensor: (S, m, n).
+            blocks: How many of the first blocks; None: all S.
+        """
         return along_slices(orthonormal(self, tensor.shape[0])[:blocks], tensor)
 
     def unfold(self, tensor: Tensor, slices: int | None = None) -> Tensor:
-        """The inverse of :meth:`fold`: (S, m, n) from S blocks, or from fewer: missing blocks are taken as zero."""
+        """The inverse of :meth:`fold`: (S, m, n) from S blocks, or from fewer: missing blocks are taken as zero.
+
+        Args:
+            tensor: (blocks, m, n).
+            slices: S, where the tensor has fewer blocks.
+        """
         blocks = tensor.shape[0]
         return along_slices(orthonormal(self, slices or blocks)[:blocks].T, tensor)
 
     # -- energy -------------------------------------------------------------------------------------------------------
 
     def spectrum(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """The orthonormal transform of (S, m, n) by frequency, and the weight of each frequency in the energy."""
+        """The orthonormal transform of (S, m, n) by frequency, and the weight of each frequency in the energy.
+
+        Args:
+            tensor: (S, m, n), real.
+        """
         return self.fold(tensor), torch.ones(len(tensor), dtype=tensor.dtype, device=tensor.device)
 
     def inverse_spectrum(self, frequencies: Tensor, slices: int) -> Tensor:
-        """The inverse of :meth:`spectrum`: (S, m, n), real."""
+        """The inverse of :meth:`spectrum`: (S, m, n), real.
+
+        Args:
+            frequencies: As :meth:`spectrum` returns them.
+            slices: S, how many slices the stack has.
+        """
         return self.unfold(frequencies)
 
     def product_energy(self, slices: int) -> int:
-        """The factor between ``|C * U * R|^2`` and the sum of ``|C_k U_k R_k|^2`` over orthonormal spectra."""
+        """The factor between ``|C * U * R|^2`` and the sum of ``|C_k U_k R_k|^2`` over orthonormal spectra.
+
+        Args:
+            slices: S, how many slices the stack has.
+        """
         return 1
 
     # -- the operator's calls -----------------------------------------------------------------------------------------
 
     def call_shape(self, slices: int, num_slices: int, blocks: int) -> CallShape:
-        """How a layer with ``num_slices`` of the S slices calls the operator, for a core of ``blocks`` blocks."""
+        """How a layer with ``num_slices`` of the S slices calls the operator, for a core of ``blocks`` blocks.
+
+        Args:
+            slices: S, how many slices the stack has.
+            num_slices: How many of them the layer has.
+            blocks: The first dimension of the stack's core.
+        """
         return CallShape(1, slices, self.name)
 
     def calls(
         self, col: Tensor, core: Tensor, row: Tensor, slices: int, first_slice: int, num_slices: int, scale: float
     ) -> list[Factors]:
-        """The operator's arguments for some slices of a stack, one entry per call of :meth:`call_shape`."""
+        """The operator's arguments for some slices of a stack, one entry per call of :meth:`call_shape`.
+
+        Args:
+            col: (out, c*S).
+            core: (S, c, r), or fewer blocks.
+            row: (r*S, in).
+            slices: S, how many slices the stack has.
+            first_slice: The layer's first slice.
+            num_slices: How many slices it has.
+            scale: What C * U * R is multiplied by.
+        """
         return [Factors(col, core, row, first_slice, num_slices, scale, self.name)]
 
 
