@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tcurlora_ext.maths.middle import MiddleBlocks
+from tcurlora_ext.operator import flops
 from tcurlora_ext.operator.backends import eager
 
 CASES = [
@@ -25,6 +26,7 @@ CASES = [
     {"S": 3, "leading": (0,)},
 ]
 cases = pytest.mark.parametrize("options", CASES, ids=str)
+flops.register()  # as the first stack does; these tests call the operators without one
 NAMES = ("x", "weight", "bias", "col", "core", "row")
 
 
