@@ -40,7 +40,7 @@ lint: $(BUILT)
 	$(BIN)/lint-imports
 
 # The core of the tests with the oldest transformers and PEFT that pyproject.toml allows; the torch is the same. Without
-# the training of quantised Llamas: transformers 4.56 refuses that of torchao's, and checkpoints bitsandbytes' otherwise.
+# the training of quantised Llamas, which fails there: transformers 4.56 refuses torchao's, bitsandbytes' gets no gradient.
 OLDEST := build/oldest
 oldest: $(BUILT)
 	rm -rf $(OLDEST)
