@@ -51,21 +51,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Colle
         rows: The cells, as many in a row as there are headings.
         left: The columns that are aligned left; the others are aligned right.
     """
-    return _as_text(rich_table(header, rows, left))
-
-
-def show(table: Table, console: Console) -> None:
-    """Print a table; to a file or a pipe without the spaces that rich puts at the ends of lines."""
-    if console.is_terminal:
-        console.print(table)
-    else:
-        console.out(_as_text(table), highlight=False)
-
-
-def _as_text(table: Table) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=_WIDE, color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as capture:
-        console.print(table)
+        console.print(rich_table(header, rows, left))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
