@@ -30,7 +30,7 @@ test: lint
 
 # What takes long and changes seldom: PEFT's own suites, the kernels compiled anew and with every option in the
 # interpreter, sanitizers, the site, the examples, the C++ library by itself, and the oldest libraries that are allowed.
-test-all: lint ctest oldest
+test-all: ctest oldest
 	$(PYTEST) -m slow
 
 lint: $(BUILT)

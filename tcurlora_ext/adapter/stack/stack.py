@@ -112,16 +112,16 @@ class TCURStack(nn.Module):
                 larger than a side; :class:`TCURConfig` refuses an option; ``inputs`` are missing, of another shape, or
                 given to a rule that takes none; or a factor is all zero with ``scale=None``.
         """
-        rule = selection if isinstance(selection, str) else GIVEN
+        rule, chosen = (selection, None) if isinstance(selection, str) else (GIVEN, selection)
         made = StackOptions(rank, selection=rule, scale=scale, **options)
-        return cls.with_options(weights, made, selection, inputs=inputs, names=names)
+        return cls.with_options(weights, made, chosen, inputs=inputs, names=names)
 
     @classmethod
     def with_options(
         cls,
         weights: Tensor,
         options: StackOptions,
-        selection: str | Selection | None = None,
+        selection: Selection | None = None,
         *,
         inputs: Tensor | None = None,
         names: Sequence[str] = (),
@@ -130,13 +130,13 @@ class TCURStack(nn.Module):
 
         Args:
             weights, inputs, names: As there.
-            options: How the stack is made; its rule chooses unless ``selection`` has rows and columns.
-            selection: Rows and columns chosen before, or None.
+            options: How the stack is made.
+            selection: Rows and columns chosen before; None: the options' rule chooses.
         """
         require_stack(weights)
         c, r = fitting_pair(options.rank, (weights.shape[1], weights.shape[2]))
         require_finite(weights, names)
-        if not isinstance(selection, Selection):
+        if selection is None:
             selection = select(weights, c, r, options.selection, options.seed, inputs)
         return cls(weights.detach(), selection, options, names)
 
