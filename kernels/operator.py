@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tcurlora_ext.maths.contract import Factors, Gradients, required
-from tcurlora_ext.maths.middle import BatchedMiddle
+from tcurlora_ext.maths.grouped import GroupedMiddle
 from tcurlora_ext.trace import stage
 
 from . import launch
@@ -90,9 +90,9 @@ class Call:
             self.device.descriptors and small and launch.describable(data, self.weight, self.col, self.row)
         )
 
-    def batched_middle(self) -> BatchedMiddle:
+    def grouped_middle(self, dtype: torch.dtype) -> GroupedMiddle:
         """The middle product in PyTorch operations, for groups wider than a tile and for dcol."""
-        return BatchedMiddle(self.factors, self.dtype)
+        return GroupedMiddle(self.factors, dtype)
 
     def padded(self, *shape: int) -> Tensor:
         """An uninitialised tensor whose rows are 16-byte aligned, so that a descriptor can address them."""
@@ -148,7 +148,7 @@ def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
             ).run()
         else:
             torch.mm(x, call.row.T, out=h)
-            m.copy_(call.batched_middle().forward(h).transpose(0, 1))
+            m.copy_(call.grouped_middle(call.dtype).forward(h).transpose(0, 1))
     with stage("y = x W^T + bias + m col^T"):
         launch.expand_launch(
             x, call.weight, m, call.col, bias, y, call.n, False, call.config("expand"), call.precision,
@@ -189,7 +189,7 @@ def backward(
             with stage("dcore = diag(p^T h)"):
                 dcore = _core_gradient(call, p, required(h, "h")).to(core.dtype)
     if needs_col:
-        m = call.batched_middle().forward(required(h, "h"))
+        m = call.grouped_middle(call.dtype).forward(required(h, "h"))
         dcol = g2.reshape(-1, col.shape[0]).T @ m.flatten(0, 1)
     if needs_row:
         drow = dh.T @ required(x2, "x")
@@ -220,7 +220,8 @@ def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Te
             ).run()  # fmt: skip
         else:
             p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))
-            dh.copy_(call.batched_middle().backward(p.transpose(0, 1)))
+            grouped = call.grouped_middle(call.dtype)
+            dh.copy_(grouped.backward(grouped.by_group(p.transpose(0, 1)), call.dtype))
     if needs_x:
         with stage("dx = g W + dh row"):
             launch.expand_launch(
@@ -235,7 +236,8 @@ def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
     if not call.tokens:
         return torch.zeros_like(call.middle.core)
     if not call.middle.fits_a_tile:
-        return call.batched_middle().core_gradient(p.transpose(0, 1), h)
+        grouped = call.grouped_middle(torch.float32)
+        return grouped.core_gradient(grouped.by_group(p.transpose(0, 1)), h)
     gradient = torch.empty_like(call.middle.core)
     for one in launch.core_gradient_launches(p, h, call.middle, gradient, call.config("core_gradient"), call.precision):
         one.run()

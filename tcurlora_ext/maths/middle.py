@@ -1,6 +1,7 @@
-"""The middle product: the blocks of B_l, and the products with B_l as two batched products, of singles and of pairs.
+"""The middle product in operations that autograd differentiates: the blocks of B_l, and m = h B_l^T.
 
-Shapes: h (T, r*S); m and p (T, n, c*S), tokens first; core (S, c, r), folded.
+Shapes: h (T, r*S); m (T, n, c*S), tokens first; core (S, c, r), folded. :mod:`.grouped` is for backends, which have a
+backward of their own.
 """
 
 from __future__ import annotations
@@ -45,22 +46,11 @@ class MiddleBlocks:
         b = self._sin * real + self._cos * imaginary
         self.pair = torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)
 
-    def core_gradient(self, single: Tensor, pair: Tensor) -> Tensor:
-        """The gradient of the core (S, c, r) from the gradients of ``single`` and ``pair``, by the conjugate phases."""
-        _, c, r = self.core_shape
-        alone = (self._single * single).sum(0)
-        gradient = alone.new_empty(self.core_shape)
-        gradient[self.single_at] = alone
-        a = pair[..., :c, :r] + pair[..., c:, r:]
-        b = pair[..., c:, :r] - pair[..., :c, r:]
-        real = (self._cos * a + self._sin * b).sum(0)
-        imaginary = (self._cos * b - self._sin * a).sum(0)
-        gradient[self.pair_at] = torch.stack([real, imaginary], 1).flatten(0, 1)
-        return gradient
-
 
 class BatchedMiddle:
-    """The middle product of one call of the operator: its blocks in ``dtype``, multiplied by the scale.
+    """The middle product of one call as two batched products, of singles and of pairs, with blocks in ``dtype``.
+
+    Autograd saves views of h for it. One product over groups (:mod:`.grouped`) would make it save a copy.
 
     ``phases`` is passed on to :class:`MiddleBlocks`.
     """
@@ -94,19 +84,3 @@ class BatchedMiddle:
         single = torch.bmm(single, self.single.mT).unflatten(-1, (self.n, self.c))
         pair = torch.bmm(pair, self.pair.mT).unflatten(-1, (self.n, 2 * self.c))
         return self._join(single, pair, self.c)
-
-    def backward(self, p: Tensor) -> Tensor:
-        """dh = scale * p B: (T, n, c*S) -> (T, r*S)."""
-        single, pair = self._split(p, self.c)
-        single = torch.bmm(single.flatten(2), self.single)
-        pair = torch.bmm(pair.flatten(2), self.pair)
-        return self._join(single, pair, self.r)
-
-    def core_gradient(self, p: Tensor, h: Tensor) -> Tensor:
-        """The core's gradient (S, c, r) from p (T, n, c*S) and h (T, r*S), summed in at least float32."""
-        wide = torch.promote_types(p.dtype, torch.float32)
-        p_single, p_pair = self._split(p.to(wide), self.c)
-        h_single, h_pair = self._split(h.to(wide), self.r)
-        single = torch.bmm(p_single.flatten(2).mT, h_single).unflatten(1, (self.n, self.c)).transpose(0, 1)
-        pair = torch.bmm(p_pair.flatten(2).mT, h_pair).unflatten(1, (self.n, 2 * self.c)).transpose(0, 1)
-        return self.scale * self.blocks.core_gradient(single, pair)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tcurlora_ext as tcur
 from tcurlora_ext.analysis.plan import Plan, plan, trace_calls
+from tcurlora_ext.maths.middle import MiddleBlocks
 from tcurlora_ext.maths.transforms import TRANSFORMS
 from tcurlora_ext.maths.transforms.base import phase_table
 from tcurlora_ext.operator.arguments import backward_of, forward_of
@@ -60,13 +61,25 @@ def meta(block: type[nn.Module] = Block, depth: int = 3) -> nn.Module:
 
 
 class InsideOperators(TorchDispatchMode):
-    """Runs this package's operators as eager PyTorch operations, so that a counter sees their products."""
+    """Runs this package's operators as eager PyTorch operations, so that a counter sees their products.
+
+    ``middle`` is the FLOPs of a middle product of the operator that runs, as one of block-diagonal matrices: eager's
+    own, by bmm, is of padded groups of blocks.
+    """
+
+    middle: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "tcurlora":
             return func(*args, **(kwargs or {}))
         kernel = {"tcurlora::forward": forward_of(EAGER), "tcurlora::backward": backward_of(EAGER)}[func._schema.name]
-        return kernel(*args)
+        given = dict(zip((one.name for one in func._schema.arguments), args, strict=False))
+        blocks = MiddleBlocks(given["core"], given["first_slice"], given["num_slices"], given["transform"])
+        InsideOperators.middle = 2 * args[0].shape[:-1].numel() * (blocks.single.numel() + blocks.pair.numel())
+        try:
+            return kernel(*args)
+        finally:
+            InsideOperators.middle = None
 
 
 def flop_counter() -> FlopCounterMode:
@@ -75,7 +88,14 @@ def flop_counter() -> FlopCounterMode:
     def addmm_(_: Any, a: tuple[int, int], b: tuple[int, int], **options: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
+    def bmm(a: tuple[int, int, int], b: tuple[int, int, int], **options: Any) -> int:
+        return 2 * a[0] * a[1] * a[2] * b[2] if InsideOperators.middle is None else InsideOperators.middle
+
+    def baddbmm(_: Any, a: tuple[int, int, int], b: tuple[int, int, int], **options: Any) -> int:
+        return bmm(a, b) if InsideOperators.middle is None else 0
+
+    counts = {torch.ops.aten.addmm_: addmm_, torch.ops.aten.bmm: bmm, torch.ops.aten.baddbmm: baddbmm}
+    return FlopCounterMode(display=False, custom_mapping=counts)
 
 
 def measured(

@@ -138,17 +138,6 @@ def test_col_b_row_is_the_dense_delta(slices: int, c: int, r: int, seed: int) ->
     assert_close(delta, tprod(tprod(C, U), R), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("slices", SLICES)
-@pytest.mark.parametrize("transform", ["dft", "dct"])
-def test_the_core_gradient_is_the_adjoint_of_the_blocks(slices: int, transform: str) -> None:
-    core = double(slices, 3, 2)
-    blocks = MiddleBlocks(core, 0, slices, transform)
-    single, pair = torch.randn_like(blocks.single), torch.randn_like(blocks.pair)
-    inner = (single * blocks.single).sum() + (pair * blocks.pair).sum()
-    # The blocks are linear in the core, so <G, B(core)> = <B*(G), core>.
-    assert_close((blocks.core_gradient(single, pair) * core).sum(), inner, rtol=1e-10, atol=1e-10)
-
-
 @transforms
 @pytest.mark.parametrize("slices", [1, 2, 5, 6])
 def test_slice_product_at_gives_the_slices_asked_for(slices: int, transform: str) -> None:

@@ -1,4 +1,4 @@
-"""The batched middle product against the dense definition and against autograd."""
+"""Both forms of the middle product against the dense definition, and the gradients of one against autograd."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from tcurlora_ext.maths import folding, reference
 from tcurlora_ext.maths.contract import Factors
+from tcurlora_ext.maths.grouped import GroupedMiddle
 from tcurlora_ext.maths.middle import BatchedMiddle
 
 SCALE, T, C, R = 0.7, 5, 3, 2
@@ -19,20 +20,25 @@ def double(*shape: int) -> Tensor:
 
 
 cases = pytest.mark.parametrize(
-    ("slices", "first", "n", "transform"), [(1, 0, 1, "dft"), (2, 1, 1, "dft"), (5, 1, 3, "dft"), (6, 2, 4, "dct")]
+    ("slices", "first", "n", "transform"),
+    [(5, 1, 3, "dft"), (6, 2, 4, "dct"), (6, 2, 4, "dft")]
+    + [(slices, 0, slices, transform) for slices in (1, 2, 3, 4, 8, 12) for transform in ("dft", "dct")],
 )
 
 
-def of_core(core: Tensor, first: int, n: int, transform: str, dtype: torch.dtype = torch.float64) -> BatchedMiddle:
+def of_core(core: Tensor, first: int, n: int, transform: str, dtype: torch.dtype = torch.float64) -> GroupedMiddle:
     unused = torch.empty(0)
-    return BatchedMiddle(Factors(unused, core, unused, first, n, SCALE, transform), dtype)
+    return GroupedMiddle(Factors(unused, core, unused, first, n, SCALE, transform), dtype)
 
 
 @cases
-def test_between_row_and_col_it_is_the_dense_delta(slices: int, first: int, n: int, transform: str) -> None:
+@pytest.mark.parametrize("form", [BatchedMiddle, GroupedMiddle])
+def test_between_row_and_col_it_is_the_dense_delta(
+    slices: int, first: int, n: int, transform: str, form: type[BatchedMiddle | GroupedMiddle]
+) -> None:
     columns, core, rows = double(slices, 6, C), double(slices, C, R), double(slices, R, 7)
     col, row = folding.fold_columns(columns, transform), folding.fold_rows(rows, transform)
-    middle = BatchedMiddle(Factors(col, folding.fold_core(core, transform), row, first, n, SCALE, transform), col.dtype)
+    middle = form(Factors(col, folding.fold_core(core, transform), row, first, n, SCALE, transform), col.dtype)
     x = double(T, 7)
     m = middle.forward(x @ row.T)
     if transform == "dft":
@@ -49,12 +55,13 @@ def test_backward_and_the_core_gradient_are_those_of_autograd(slices: int, first
     h, core, p = double(T, R * slices).requires_grad_(), double(slices, C, R).requires_grad_(), double(T, n, C * slices)
     middle = of_core(core, first, n, transform)
     dh, dcore = torch.autograd.grad((middle.forward(h) * p).sum(), (h, core))
-    assert_close(middle.backward(p), dh, rtol=1e-12, atol=1e-12)
-    assert_close(middle.core_gradient(p, h), dcore, rtol=1e-12, atol=1e-12)
+    assert_close(middle.backward(middle.by_group(p), p.dtype), dh, rtol=1e-12, atol=1e-12)
+    assert_close(middle.core_gradient(middle.by_group(p), h), dcore, rtol=1e-12, atol=1e-12)
 
 
-def test_blocks_are_in_the_dtype_of_the_data_and_the_core_gradient_is_wide() -> None:
-    middle = of_core(torch.randn(4, C, R), 1, 2, "dft", torch.bfloat16)
-    h, p = torch.randn(T, 4 * R).bfloat16(), torch.randn(T, 2, 4 * C).bfloat16()
-    assert middle.forward(h).dtype == middle.backward(p).dtype == torch.bfloat16
-    assert middle.core_gradient(p, h).dtype == torch.float32
+def test_results_are_in_the_dtype_of_the_data_and_the_core_gradient_is_wide() -> None:
+    core, h, p = torch.randn(4, C, R), torch.randn(T, 4 * R).bfloat16(), torch.randn(T, 2, 4 * C).bfloat16()
+    assert of_core(core, 1, 2, "dft", torch.bfloat16).forward(h).dtype == torch.bfloat16
+    middle = of_core(core, 1, 2, "dft", torch.float32)
+    grouped = middle.by_group(p)
+    assert (middle.backward(grouped, p.dtype).dtype, middle.core_gradient(grouped, h).dtype) == (p.dtype, torch.float32)

@@ -265,6 +265,41 @@ def phases_on(
     return single[own], cos[own], sin[own]
 
 
+def mixing_on(
+    transform: SliceTransform, slices: int, first_slice: int, num_slices: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The matrices that make the blocks of B_l from those of the core, for the middle product of all blocks at once.
+
+    The blocks are taken in groups of w: w = 2 where the transform couples pairs, else 1. A single block of a transform
+    with pairs is one half of a group whose other half is zero, so that all groups have one size.
+
+    Returns:
+        (groups, num_slices, w*w, w): entry [g, l, w*i + j, k] multiplies block k of group g of the core in row i and
+        column j of the group's w x w blocks of B_l. A view of one table.
+    """
+    if torch.compiler.is_compiling():  # the graph computes its constants: only those of these slices
+        return _as_mixing(transform.phases(slices, first_slice, num_slices)).to(device=device, dtype=dtype)
+    return mixing_table(transform, slices, device, dtype)[:, first_slice : first_slice + num_slices]
+
+
+@constant
+def mixing_table(transform: SliceTransform, slices: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """:func:`mixing_on` for all S slices, cached on the device: (groups, S, w*w, w)."""
+    return _as_mixing(transform.phases(slices, 0, slices)).to(device=device, dtype=dtype)
+
+
+def _as_mixing(phases: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    single, cos, sin = phases
+    if cos.shape[1] == 0:
+        return single.T[..., None, None].contiguous()
+    # B of a pair is [[a, -b], [b, a]] with a = cos re - sin im and b = sin re + cos im.
+    pairs = torch.stack([cos, -sin, -sin, -cos, sin, cos, cos, -sin], -1)
+    ends = single.new_zeros(*single.shape, 8)
+    ends[:, 0, 7] = single[:, 0]  # the first block is the second of its group
+    ends[:, 1:, 0] = single[:, 1:]  # the last block of an even number is the first of its group
+    return torch.cat([ends[:, :1], pairs, ends[:, 1:]], 1).transpose(0, 1).unflatten(-1, (4, 2)).contiguous()
+
+
 def _as_factors(
     phases: tuple[Tensor, Tensor, Tensor], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tcurlora_ext.maths.contract import Factors, Gradients, required
-from tcurlora_ext.maths.middle import BatchedMiddle
+from tcurlora_ext.maths.grouped import GroupedMiddle
 from tcurlora_ext.operator.checks import check
 from tcurlora_ext.trace import stage
 
@@ -31,7 +31,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) ->
     with stage("h = x row^T"):
         h = x2 @ row.T
     with stage("m = h B^T"):
-        m = BatchedMiddle(factors, x.dtype).forward(h)
+        m = GroupedMiddle(factors, x.dtype).forward(h)
     # The base is computed as by nn.Linear, and delta is added in place: a zero core gives the base's y bit for bit.
     with stage("y = x W^T + bias"):
         y = torch.nn.functional.linear(x2, weight, bias)
@@ -60,10 +60,12 @@ def backward(
     if not (needs_x or needs_col or needs_core or needs_row):
         return _six(gradients)
 
-    middle = BatchedMiddle(factors, g.dtype)
+    # Sums over all tokens are float32. Then p is widened once, for dh too: a kernel less than with both forms of it.
+    wide = torch.promote_types(g.dtype, torch.float32) if needs_core else g.dtype
+    middle = GroupedMiddle(factors, wide)
     g_slices = g2.reshape(-1, col.shape[0])
     with stage("p = g col"):
-        p = (g_slices @ col).view(-1, n, col.shape[1])
+        p = middle.by_group((g_slices @ col).view(-1, n, col.shape[1]))
     if needs_col or needs_core:
         if h is None:
             with stage("h = x row^T"):
@@ -75,7 +77,7 @@ def backward(
             gradients[3] = g_slices.T @ middle.forward(h).flatten(0, 1)
     if needs_x or needs_row:
         with stage("dh = p B"):
-            dh = middle.backward(p)
+            dh = middle.backward(p, g.dtype)
         del p  # n*c*S elements per token, more than x has for a fused projection: freed before dx is allocated
         if needs_x:
             with stage("dx = g W + dh row"):
