@@ -1,4 +1,4 @@
-"""One function per kernel: its arguments, grid and configuration as a :class:`Launch`, whose ``run`` calls Triton.
+"""One function per kernel: its arguments, grid and configuration as a :class:`Launch`.
 
 Shapes: x (T, in), g (T, n*out), weight (n*out, in), col (out, c*S), row (r*S, in), h and dh (T, r*S), m and p (n, T,
 c*S). Each row of x, g, col, row, h, dh, m, p is contiguous (last stride 1), with any stride between rows; the weight
@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -26,7 +25,7 @@ from .project import project, project_back
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel call, ready to run, or to be compiled on a machine without a GPU."""
+    """A kernel call, to be prepared for many runs, or compiled on a machine without a GPU."""
 
     kernel: Any
     programs: int
@@ -35,10 +34,10 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told beside the arguments; fused multiply-adds by name, as its default is about to change."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 # A tile has at most 256 rows, and offsets within it are 32 bits wide.
@@ -76,11 +75,11 @@ def describable(*tensors: Tensor) -> bool:
 
 
 def _operand(tensor: Tensor, rows: int, columns: int, descriptors: bool) -> Any:
-    """The tensor, or a descriptor of its tiles, for which leading dimensions are flattened into rows."""
+    """The tensor, or a descriptor of its tiles, for which leading dimensions count as rows."""
     if not descriptors:
         return tensor
-    matrix = tensor.flatten(0, -2)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+    shape = [tensor.shape[:-1].numel(), tensor.shape[-1]]
+    return TensorDescriptor(tensor, shape, [tensor.stride(-2), 1], [rows, columns])
 
 
 def _groups(middle: Middle) -> dict[str, Any]:
@@ -138,7 +137,7 @@ def expand_launch(
 ) -> Launch:  # fmt: skip
     """The launch of result = [x, m] [W, col]^T + bias, or backward [g, dh] [W; row].
 
-    ``inner`` is m (n, T, q), or backward dh (1, T, q).
+    ``inner`` is m (n, T, q), or backward dh (T, q).
     """
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     rows, columns = (bk, bn) if backward else (bn, bk)
@@ -213,16 +212,19 @@ def chunk_rows(tokens: int, block: int) -> int:
     return triton.cdiv(max(256, triton.cdiv(tokens, 32)), block) * block
 
 
+def core_gradient_workspace(middle: Middle, tokens: int, config: Config) -> tuple[int, ...]:
+    """The shape of the sums over chunks of tokens, float32, between the stages of the core's gradient."""
+    chunks = triton.cdiv(tokens, chunk_rows(tokens, config.block_m))
+    return (chunks, middle.num_slices, middle.groups, middle.halves * middle.c, middle.halves * middle.r)
+
+
 def core_gradient_launches(
-    p: Tensor, h: Tensor, middle: Middle, gradient: Tensor, config: Config, precision: str
+    p: Tensor, h: Tensor, middle: Middle, workspace: Tensor, gradient: Tensor, config: Config, precision: str
 ) -> tuple[Launch, Launch]:
     """The launches of both stages, which write the core's gradient (S, c, r) float32 into ``gradient``."""
     tiling = middle.tiling(config.block_q)
-    tokens = h.shape[0]
+    tokens, chunks = h.shape[0], workspace.shape[0]
     length = chunk_rows(tokens, config.block_m)
-    chunks = triton.cdiv(tokens, length)
-    shape = (chunks, middle.num_slices, middle.groups, middle.halves * middle.c, middle.halves * middle.r)
-    workspace = torch.empty(shape, dtype=torch.float32, device=h.device)
     first = {
         "p": p, "h": h, "workspace": workspace, "tokens": tokens, "slices": middle.slices,
         "num_slices": middle.num_slices, "chunk_rows": length, "p_stride": p.stride(1), "h_stride": h.stride(0),

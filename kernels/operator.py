@@ -6,10 +6,11 @@ Tensors are float32, float16 or bfloat16, the core has any floating dtype. Calle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tcurlora_ext.trace import stage
 from . import launch
 from .configs import Config, Table, table_for
 from .middle import Middle
+from .prepared import Prepared
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -62,42 +64,64 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
 
 def _rows_of(tensor: Tensor) -> Tensor:
     """Reshape (..., width) to (T, width), copying where a row is not contiguous."""
-    matrix = tensor.detach().reshape(-1, tensor.shape[-1])
+    matrix = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _check_dtype(tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
-        names = ", ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(f"x is {tensor.dtype}, the Triton kernels compute in {names}; use backend='eager'")
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """What a launch depends on: shape, strides, and whether the address is a multiple of 16 bytes."""
+    return tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
 class Call:
-    """The operands of one call of the operator, and how its kernels are launched."""
+    """The operands of one call of the operator, and the key of its plan."""
 
-    def __init__(self, data: Tensor, weight: Tensor, factors: Factors) -> None:
-        _check_dtype(data)
-        self.data, self.weight, self.factors, self.n = data, weight.detach(), factors, factors.num_slices
-        self.col, self.row = _rows_of(factors.col), _rows_of(factors.row)
+    def __init__(self, data: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> None:
+        self.data, self.weight, self.bias, self.factors = data, weight, bias, factors
+        col, core, row, self.first_slice, self.n, self.scale, self.transform = factors
+        self.col, self.row = _rows_of(col), _rows_of(row)
+        self.core = core if core.dtype == torch.float32 and core.is_contiguous() else core.float().contiguous()
         self.tokens, self.dtype = data.shape[0], data.dtype
-        self.middle = Middle.of(factors.core, *factors[3:])
-        self.device = device_of(data.device)
-        self.table: Table = table_for(self.device.name, launch.aligned(data, self.weight, self.col, self.row))
         self.precision = precision()
-        # Descriptors take 32-bit coordinates; those of m and p go up to n slices of T rows.
-        small = self.n * self.tokens < 2**31
-        self.descriptors = (
-            self.device.descriptors and small and launch.describable(data, self.weight, self.col, self.row)
-        )
+        self.key = (
+            self.dtype, data.device, _layout(data), _layout(weight), _layout(self.col), _layout(self.row),
+            _layout(self.core), None if bias is None else _layout(bias), self.n, self.transform, self.precision,
+        )  # fmt: skip
 
-    def grouped_middle(self, dtype: torch.dtype) -> GroupedMiddle:
-        """The middle product in PyTorch operations, for groups wider than a tile and for dcol."""
-        return GroupedMiddle(self.factors, dtype)
+    def given(self, **tensors: Tensor | None) -> dict[str, Any]:
+        """What the kernels take, by name."""
+        return {
+            "weight": self.weight, "bias": self.bias, "col": self.col, "core": self.core, "row": self.row,
+            "first_slice": self.first_slice, "scale": float(self.scale), **tensors,
+        }  # fmt: skip
 
     def padded(self, *shape: int) -> Tensor:
         """An uninitialised tensor whose rows are 16-byte aligned, so that a descriptor can address them."""
         width = -(-shape[-1] // 8) * 8
         return self.data.new_empty(*shape[:-1], width)[..., : shape[-1]]
+
+    def grouped_middle(self, dtype: torch.dtype) -> GroupedMiddle:
+        """The middle product in PyTorch operations, for groups wider than a tile and for dcol."""
+        return GroupedMiddle(self.factors, dtype)
+
+
+class Plan:
+    """How the kernels of a call are launched: what depends on shapes, strides, dtypes and alignment alone."""
+
+    def __init__(self, call: Call) -> None:
+        if call.dtype not in DTYPES:
+            names = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"x is {call.dtype}, the Triton kernels compute in {names}; use backend='eager'")
+        operands = call.data, call.weight, call.col, call.row
+        middle = Middle.of(call.factors.core, call.first_slice, call.n, call.scale, call.transform)
+        self.middle = replace(middle, core=middle.core.to("meta"))  # a plan outlives its first call's tensors
+        self.device = device_of(call.data.device)
+        self.table: Table = table_for(self.device.name, launch.aligned(*operands))
+        self.tokens, self.dtype, self.n = call.tokens, call.dtype, call.n
+        self.slice_width = call.col.shape[0]
+        # Descriptors take 32-bit coordinates; those of m and p go up to n slices of T rows.
+        small = call.n * call.tokens < 2**31
+        self.descriptors = self.device.descriptors and small and launch.describable(*operands)
 
     def config(self, kernel: str) -> Config:
         return self.table.config(kernel, self.dtype, self.tokens)
@@ -116,44 +140,160 @@ class Call:
 
     def slice_descriptors(self, kernel: str) -> bool:
         """Whether to use descriptors for g: only if no tile can have columns of the next slice."""
-        return self.descriptors and (self.n == 1 or self.col.shape[0] % self.config(kernel).block_k == 0)
+        return self.descriptors and (self.n == 1 or self.slice_width % self.config(kernel).block_k == 0)
+
+
+class ForwardPlan(Plan):
+    """One launch for h and y; or one for h and m, or PyTorch operations where a group is too wide, and one for y."""
+
+    def __init__(self, call: Call, h: Tensor, y: Tensor) -> None:
+        super().__init__(call)
+        x, middle = call.data, self.middle
+        self.whole = self.project = None
+        if self.fits_one_launch("fused", x.shape[1], y.shape[1]):
+            self.whole = Prepared(
+                launch.fused_launch(
+                    x, call.weight, call.bias, call.row, call.col, middle, h, y, self.config("fused"), call.precision,
+                    self.descriptors,
+                )
+            )  # fmt: skip
+            return
+        m = call.padded(call.n, call.tokens, call.col.shape[1])
+        how = call.precision, self.descriptors
+        if middle.fits_a_tile:
+            self.project = Prepared(launch.project_launch(x, call.row, middle, h, m, self.config("project"), *how))
+        self.expand = Prepared(
+            launch.expand_launch(
+                x, call.weight, m, call.col, call.bias, y, call.n, False, self.config("expand"), *how,
+                self.device.multiprocessors,
+            ),
+            a="x", b="weight", inner="m", factor="col", result="y",
+        )  # fmt: skip
+
+    def run(self, call: Call, h: Tensor, y: Tensor) -> None:
+        given = call.given(x=call.data, h=h, y=y)
+        if self.whole is not None:
+            with stage("h = x row^T, m = h B^T, y = x W^T + bias + m col^T"):
+                self.whole.run(given)
+            return
+        m = given["m"] = call.padded(call.n, call.tokens, call.col.shape[1])
+        with stage("h = x row^T, m = h B^T"):
+            if self.project is not None:
+                self.project.run(given)
+            else:
+                torch.mm(call.data, call.row.T, out=h)
+                m.copy_(call.grouped_middle(call.dtype).forward(h).transpose(0, 1))
+        with stage("y = x W^T + bias + m col^T"):
+            self.expand.run(given)
+
+
+class BackwardPlan(Plan):
+    """One launch for p and dx; or one for p and dh, or PyTorch operations where a group is too wide, and one for dx."""
+
+    def __init__(self, call: Call, p: Tensor, dh: Tensor, dx: Tensor | None, needs_dh: bool) -> None:
+        super().__init__(call)
+        g, middle = call.data, self.middle
+        self.whole = self.project = self.expand = None
+        if dx is not None and not needs_dh and self.fits_one_launch("fused_back", g.shape[1], dx.shape[1]):
+            self.whole = Prepared(
+                launch.fused_back_launch(
+                    g, call.weight, call.row, call.col, middle, p, dx, self.config("fused_back"), call.precision,
+                    self.slice_descriptors("fused_back"),
+                )
+            )  # fmt: skip
+            return
+        if middle.fits_a_tile:
+            self.project = Prepared(
+                launch.project_back_launch(
+                    g, call.col, middle, p, dh, self.config("project_back"), call.precision,
+                    self.slice_descriptors("project_back"),
+                )
+            )  # fmt: skip
+        if dx is not None:
+            self.expand = Prepared(
+                launch.expand_launch(
+                    g, call.weight, dh, call.row, None, dx, 1, True, self.config("expand_back"), call.precision,
+                    self.descriptors, self.device.multiprocessors,
+                ),
+                a="g", b="weight", inner="dh", factor="row", result="dx",
+            )  # fmt: skip
+
+    def run(self, call: Call, p: Tensor, dh: Tensor, dx: Tensor | None) -> None:
+        given = call.given(g=call.data, p=p, dh=dh, dx=dx)
+        if self.whole is not None:
+            with stage("p = g col, dh = p B, dx = g W + dh row"):
+                self.whole.run(given)
+            return
+        with stage("p = g col, dh = p B"):
+            if self.project is not None:
+                self.project.run(given)
+            else:
+                p.copy_(torch.matmul(call.data.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))
+                grouped = call.grouped_middle(call.dtype)
+                dh.copy_(grouped.backward(grouped.by_group(p.transpose(0, 1)), call.dtype))
+        if self.expand is not None:
+            with stage("dx = g W + dh row"):
+                self.expand.run(given)
+
+
+class CoreGradientPlan(Plan):
+    """Two launches for the core's gradient (S, c, r) float32, or PyTorch operations where a group is too wide."""
+
+    def __init__(self, call: Call, p: Tensor, h: Tensor) -> None:
+        super().__init__(call)
+        self.stages: tuple[Prepared, ...] = ()
+        if self.middle.fits_a_tile:
+            config = self.config("core_gradient")
+            self.workspace = launch.core_gradient_workspace(self.middle, call.tokens, config)
+            workspace = torch.empty(self.workspace, dtype=torch.float32, device=p.device)
+            both = launch.core_gradient_launches(
+                p, h, self.middle, workspace, torch.empty_like(call.core), config, call.precision
+            )
+            self.stages = tuple(map(Prepared, both))
+
+    def run(self, call: Call, p: Tensor, h: Tensor) -> Tensor:
+        if not self.stages:
+            grouped = call.grouped_middle(torch.float32)
+            return grouped.core_gradient(grouped.by_group(p.transpose(0, 1)), h)
+        workspace = torch.empty(self.workspace, dtype=torch.float32, device=p.device)
+        gradient = torch.empty_like(call.core)
+        given = call.given(p=p, h=h, workspace=workspace, gradient=gradient)
+        for one in self.stages:
+            one.run(given)
+        return gradient
+
+
+# Plans by the call's key. A model needs some for each different layer and number of tokens; a loop over ever new
+# numbers of tokens would fill the memory, so all are dropped at this number and made again, for some 100 us each.
+MOST_PLANS = 16384
+_PLANS: dict[tuple[Any, ...], Any] = {}
+P = TypeVar("P", bound=Plan)
+
+
+def forget_plans() -> None:
+    """Drop all plans, for a caller that changes what they were made from: the tables of tiles, or Triton's driver."""
+    _PLANS.clear()
+
+
+def _planned(key: tuple[Any, ...], make: Callable[[], P]) -> P:
+    found = _PLANS.get(key)
+    if found is None:
+        if len(_PLANS) >= MOST_PLANS:
+            _PLANS.clear()
+        found = _PLANS[key] = make()
+    return found
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
     """Returns y (..., n*out) and h (T, r*S)."""
     x2 = _rows_of(x)
-    call = Call(x2, weight, factors)
+    call = Call(x2, weight, bias if bias is None or bias.is_contiguous() else bias.contiguous(), factors)
     y = x2.new_empty(x2.shape[0], weight.shape[0])
     h = x2.new_empty(x2.shape[0], factors.row.shape[0])
     if call.tokens:
         with _on(x2):
-            _forward(call, None if bias is None else bias.detach().contiguous(), y, h)
+            _planned(("forward", call.key), lambda: ForwardPlan(call, h, y)).run(call, h, y)
     return y.view(*x.shape[:-1], weight.shape[0]), h
-
-
-def _forward(call: Call, bias: Tensor | None, y: Tensor, h: Tensor) -> None:
-    x, middle = call.data, call.middle
-    if call.fits_one_launch("fused", x.shape[1], y.shape[1]):
-        with stage("h = x row^T, m = h B^T, y = x W^T + bias + m col^T"):
-            launch.fused_launch(
-                x, call.weight, bias, call.row, call.col, middle, h, y, call.config("fused"), call.precision,
-                call.descriptors,
-            ).run()  # fmt: skip
-        return
-    m = call.padded(call.n, call.tokens, call.col.shape[1])
-    with stage("h = x row^T, m = h B^T"):
-        if middle.fits_a_tile:
-            launch.project_launch(
-                x, call.row, middle, h, m, call.config("project"), call.precision, call.descriptors
-            ).run()
-        else:
-            torch.mm(x, call.row.T, out=h)
-            m.copy_(call.grouped_middle(call.dtype).forward(h).transpose(0, 1))
-    with stage("y = x W^T + bias + m col^T"):
-        launch.expand_launch(
-            x, call.weight, m, call.col, bias, y, call.n, False, call.config("expand"), call.precision,
-            call.descriptors, call.device.multiprocessors,
-        ).run()  # fmt: skip
 
 
 def backward(
@@ -177,14 +317,14 @@ def backward(
         dbias = g2.sum(0)
     if not (needs_x or needs_col or needs_core or needs_row):
         return dx, dweight, dbias, dcol, dcore, drow
-    call = Call(g2, weight, factors)
+    call = Call(g2, weight, None, factors)
     if needs_x:
         dx = g2.new_empty(call.tokens, row.shape[1])
     if needs_core or needs_col:
         with nullcontext() if h is not None else stage("h = x row^T"):
             h = required(x2, "x or h") @ row.T if h is None else _rows_of(h)
     with _on(g2):
-        p, dh = _backward(call, dx, needs_x, needs_row)
+        p, dh = _backward(call, dx if needs_x else None, needs_row)
         if needs_core:
             with stage("dcore = diag(p^T h)"):
                 dcore = _core_gradient(call, p, required(h, "h")).to(core.dtype)
@@ -198,47 +338,18 @@ def backward(
     return dx, dweight, dbias, dcol, dcore, drow
 
 
-def _backward(call: Call, dx: Tensor, needs_x: bool, needs_dh: bool) -> tuple[Tensor, Tensor]:
+def _backward(call: Call, dx: Tensor | None, needs_dh: bool) -> tuple[Tensor, Tensor]:
     """Returns p (n, T, c*S) and, where needed, dh (T, r*S); fills ``dx`` (T, in)."""
-    g, middle = call.data, call.middle
     p = call.padded(call.n, call.tokens, call.col.shape[1])
     dh = call.padded(call.tokens, call.row.shape[0])
-    if not call.tokens:
-        return p, dh
-    if needs_x and not needs_dh and call.fits_one_launch("fused_back", g.shape[1], dx.shape[1]):
-        with stage("p = g col, dh = p B, dx = g W + dh row"):
-            launch.fused_back_launch(
-                g, call.weight, call.row, call.col, middle, p, dx, call.config("fused_back"), call.precision,
-                call.slice_descriptors("fused_back"),
-            ).run()  # fmt: skip
-        return p, dh
-    with stage("p = g col, dh = p B"):
-        if middle.fits_a_tile:
-            launch.project_back_launch(
-                g, call.col, middle, p, dh, call.config("project_back"), call.precision,
-                call.slice_descriptors("project_back"),
-            ).run()  # fmt: skip
-        else:
-            p.copy_(torch.matmul(g.unflatten(1, (call.n, -1)).transpose(0, 1), call.col))
-            grouped = call.grouped_middle(call.dtype)
-            dh.copy_(grouped.backward(grouped.by_group(p.transpose(0, 1)), call.dtype))
-    if needs_x:
-        with stage("dx = g W + dh row"):
-            launch.expand_launch(
-                g, call.weight, dh[None], call.row, None, dx, 1, True, call.config("expand_back"), call.precision,
-                call.descriptors, call.device.multiprocessors,
-            ).run()  # fmt: skip
+    if call.tokens:
+        key = ("backward", dx is None, needs_dh, call.key)
+        _planned(key, lambda: BackwardPlan(call, p, dh, dx, needs_dh)).run(call, p, dh, dx)
     return p, dh
 
 
 def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
     """The core's gradient (S, c, r), float32."""
     if not call.tokens:
-        return torch.zeros_like(call.middle.core)
-    if not call.middle.fits_a_tile:
-        grouped = call.grouped_middle(torch.float32)
-        return grouped.core_gradient(grouped.by_group(p.transpose(0, 1)), h)
-    gradient = torch.empty_like(call.middle.core)
-    for one in launch.core_gradient_launches(p, h, call.middle, gradient, call.config("core_gradient"), call.precision):
-        one.run()
-    return gradient
+        return torch.zeros_like(call.core)
+    return _planned(("core", _layout(h), call.key), lambda: CoreGradientPlan(call, p, h)).run(call, p, h)

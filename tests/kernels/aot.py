@@ -70,12 +70,12 @@ def source_of(one: Launch) -> Any:
 
 def compile_for(one: Launch, capability: int) -> Compiled:
     """Compile for ``capability`` (80, 90) and analyse the result."""
-    return _compile(source_of(one), capability, one.num_warps, one.num_stages)
+    return _compile(source_of(one), capability, one.options)
 
 
-def _compile(source: Any, capability: int, num_warps: int, num_stages: int) -> Compiled:
+def _compile(source: Any, capability: int, options: dict[str, Any]) -> Compiled:
     target = GPUTarget("cuda", capability, 32)
-    kernel = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    kernel = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -233,12 +233,14 @@ def launches_of(spec: Spec) -> list[Launch]:
     if spec.kernel == "expand":
         return [launch.expand_launch(x, weight, m, col, bias, y, n, False, config, *how, 132)]
     if spec.kernel == "expand_back":
-        return [launch.expand_launch(y, weight, dh[None], row, None, dx, 1, True, config, *how, 132)]
+        return [launch.expand_launch(y, weight, dh, row, None, dx, 1, True, config, *how, 132)]
     if spec.kernel == "fused":
         return [launch.fused_launch(x, weight, bias, row, col, middle, h, y, config, *how)]
     if spec.kernel == "fused_back":
         return [launch.fused_back_launch(y, weight, row, col, middle, m, dx, config, *how)]
-    return list(launch.core_gradient_launches(m, h, middle, middle.core, config, spec.precision))
+    sums = launch.core_gradient_workspace(middle, spec.T, config)
+    workspace = torch.empty(sums, dtype=torch.float32, device="meta")
+    return list(launch.core_gradient_launches(m, h, middle, workspace, middle.core, config, spec.precision))
 
 
 def main(part: int, parts: int) -> None:
@@ -249,7 +251,8 @@ def main(part: int, parts: int) -> None:
     if part == 0:
         for name, kernel in (("transposed", transposed_result), ("spilling", spilling)):
             signature = {"x": "*bf16", "y": "*bf16"}
-            compiled = [asdict(_compile(ASTSource(kernel, signature, {}, {(0,): ALIGNED, (1,): ALIGNED}), 90, 4, 1))]
+            source = ASTSource(kernel, signature, {}, {(0,): ALIGNED, (1,): ALIGNED})
+            compiled = [asdict(_compile(source, 90, {"num_warps": 4, "num_stages": 1}))]
             print(json.dumps({"name": name, "compiled": compiled}), flush=True)
 
 

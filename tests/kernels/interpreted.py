@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from tcurlora_ext.kernels import configs, launch, operator
+from tcurlora_ext.kernels.prepared import Prepared
 from tcurlora_ext.operator.backends import eager
 
 if os.environ.get("TRITON_INTERPRET") != "1" or not triton.knobs.runtime.interpret:
@@ -47,7 +48,11 @@ NAMES = ("x", "weight", "bias", "col", "core", "row")
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    """Fill new tensors with NaN, so that elements that no kernel writes are seen: outputs, m, p and the workspace."""
+    """Fill new tensors with NaN, so that elements that no kernel writes are seen: outputs, m, p and the workspace.
+
+    No plan of another test is used, which may have been made for another table.
+    """
+    operator.forget_plans()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
@@ -56,20 +61,20 @@ def _poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
-    """The names of the kernels that ran, in order."""
-    seen: list[launch.Launch] = []
-    run = launch.Launch.run
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Prepared]:
+    """The launches that ran, in order."""
+    seen: list[Prepared] = []
+    run = Prepared.run
 
-    def record(self: launch.Launch) -> None:
+    def record(self: Prepared, given: dict[str, Any]) -> None:
         seen.append(self)
-        run(self)
+        run(self, given)
 
-    monkeypatch.setattr(launch.Launch, "run", record)
+    monkeypatch.setattr(Prepared, "run", record)
     return seen
 
 
-def names(launched: list[launch.Launch]) -> list[str]:
+def names(launched: list[Prepared]) -> list[str]:
     return [one.kernel.__name__ for one in launched]
 
 
@@ -144,13 +149,13 @@ def test_forward_and_every_gradient(
     "sizes", [(48, 72, 80, 8, 8, 45, 3, 70), (47, 40, 48, 3, 5, 0, 1, 65), (9, 64, 64, 20, 24, 2, 2, 33)], ids=str
 )
 def test_q_over_several_tiles(
-    launched: list[launch.Launch], sizes: tuple[int, ...], transform: str, dtype: torch.dtype
+    launched: list[Prepared], sizes: tuple[int, ...], transform: str, dtype: torch.dtype
 ) -> None:
     """UNETR's attention (q = 384, three fused slices), groups of 10 columns, and one group per tile."""
     *shape, T = sizes
     check(build(*shape, (T,), scale=0.1, transform=transform, seed=4), dtype)
     assert names(launched) == ["project", "expand", "project_back", "expand", "partial_gradient", "reduce_gradient"]
-    middle_tiles = -(-launched[0].arguments["slices"] // 2 // launched[0].constants["GROUPS"])
+    middle_tiles = -(-sizes[0] // 2 // launched[0].constants["GROUPS"])
     assert middle_tiles >= 2
 
 
@@ -158,7 +163,7 @@ def test_q_over_several_tiles(
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
 def test_one_launch_where_all_groups_fit_one_tile(
-    monkeypatch: pytest.MonkeyPatch, launched: list[launch.Launch], descriptors: bool, n: int, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, launched: list[Prepared], descriptors: bool, n: int, dtype: torch.dtype
 ) -> None:
     """Without a gradient of row, for which dh is stored. There are several tiles of rows, of columns and of K."""
     take(monkeypatch, ONE_LAUNCH, descriptors)
@@ -177,7 +182,7 @@ def test_hopper_tables(monkeypatch: pytest.MonkeyPatch, T: int, n: int, fused_q:
 
 
 @pytest.mark.parametrize("transform", ["dft", "dct"])
-def test_groups_too_wide_for_a_tile(launched: list[launch.Launch], transform: str) -> None:
+def test_groups_too_wide_for_a_tile(launched: list[Prepared], transform: str) -> None:
     check(build(4, 96, 80, 70, 66, 1, 2, (65,), transform=transform, scale=0.02), torch.float32)
     assert names(launched) == ["expand", "expand"]
 
@@ -212,7 +217,7 @@ def test_rows_too_far_apart_are_refused() -> None:
 @pytest.mark.parametrize("leading", [(0,), (3, 0), (), (2, 3), (1, 1, 5)], ids=str)
 @pytest.mark.parametrize("table", [ONE_LAUNCH, SEPARATE], ids=["one-launch", "separate"])
 def test_leading_shapes_and_no_rows_at_all(
-    monkeypatch: pytest.MonkeyPatch, launched: list[launch.Launch], table: configs.Table, leading: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch, launched: list[Prepared], table: configs.Table, leading: tuple[int, ...]
 ) -> None:
     take(monkeypatch, table)
     results = check(build(4, 24, 32, 4, 4, n=2, leading=leading), torch.float32)
@@ -293,7 +298,7 @@ def test_the_core_gradient_of_half_precision_is_summed_in_float32() -> None:
 @pytest.mark.parametrize("kind", ["plain", "transposed"])
 @pytest.mark.parametrize("table", [ONE_LAUNCH, SEPARATE], ids=["one-launch", "separate"])
 def test_no_tensor_of_the_size_of_a_weight_is_made(
-    monkeypatch: pytest.MonkeyPatch, launched: list[launch.Launch], table: configs.Table, kind: str, n: int
+    monkeypatch: pytest.MonkeyPatch, launched: list[Prepared], table: configs.Table, kind: str, n: int
 ) -> None:
     out, in_, T = 150, 170, 11
     take(monkeypatch, table)
@@ -305,18 +310,42 @@ def test_no_tensor_of_the_size_of_a_weight_is_made(
     g = torch.randn(T, n * out)
     # The interpreter copies what a kernel takes and gives back, so launches are left out of the watch.
     watch = LargestNew(*case.tensors, g)
-    interpret = launch.Launch.run
+    interpret = Prepared.run
 
-    def unwatched(self: launch.Launch) -> None:
+    def unwatched(self: Prepared, given: dict[str, Any]) -> None:
         watch.__exit__(None, None, None)
-        interpret(self)
+        interpret(self, given)
         watch.__enter__()
 
-    monkeypatch.setattr(launch.Launch, "run", unwatched)
+    monkeypatch.setattr(Prepared, "run", unwatched)
     with watch:
         run(operator, case, g, [True, False, True, True, True, True])
     assert T * n * out <= watch.largest <= legitimate
     assert len(launched) >= 4
+
+
+def test_layers_of_one_layout_share_a_plan_and_keep_their_own_numbers_and_tensors() -> None:
+    """Slices, scales and tensors of two layers; then another core dtype, a bias, more tokens: a plan each."""
+    plans = []
+    for first, scale, seed, options in (
+        (0, 0.1, 1, {}), (2, 0.7, 2, {}), (1, 0.3, 3, {"bias": False}), (1, 0.3, 4, {"leading": (20,)}),
+    ):  # fmt: skip
+        check(
+            build(5, 40, 48, 4, 4, first, 2, **{"leading": (19,), "scale": scale, "seed": seed} | options),
+            torch.float32,
+        )
+        plans.append(len(operator._PLANS))
+    # Forward, backward and the core's gradient; without a bias only forward differs.
+    assert plans == [3, 3, 4, 7]
+
+
+def test_tensors_at_an_odd_address_have_a_plan_of_their_own() -> None:
+    case = build(4, 24, 32, 4, 4, leading=(19,)).to(torch.float32)
+    right = run(operator, case, torch.ones(19, 24))
+    moved = case.replaced(x=torch.cat([torch.zeros(1), case.x.flatten()])[1:].view(19, 32))
+    assert moved.x.data_ptr() % 16 != 0
+    for found, same in zip(run(operator, moved, torch.ones(19, 24)), right, strict=True):
+        torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32")])

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 # Every kernel with every gradient in float32, and what is refused; all else takes eight minutes more.
 _FIRST = (
     "(test_forward_and_every_gradient and float32) or refused or not_saved or twice or summed_in_float32 or "
-    "follow_the_setting or registered or another_dtype"
+    "follow_the_setting or registered or another_dtype or a_plan"
 )
 
 
