@@ -288,12 +288,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) ->
     """Returns y (..., n*out) and h (T, r*S)."""
     x2 = _rows_of(x)
     call = Call(x2, weight, bias if bias is None or bias.is_contiguous() else bias.contiguous(), factors)
-    y = x2.new_empty(x2.shape[0], weight.shape[0])
+    # Autograd lets only a tensor that is no view be changed in place later (ReLU(inplace=True)): y has its final shape.
+    y = x2.new_empty(*x.shape[:-1], weight.shape[0])
     h = x2.new_empty(x2.shape[0], factors.row.shape[0])
     if call.tokens:
+        rows = y.view(-1, weight.shape[0])
         with _on(x2):
-            _planned(("forward", call.key), lambda: ForwardPlan(call, h, y)).run(call, h, y)
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+            _planned(("forward", call.key), lambda: ForwardPlan(call, h, rows)).run(call, h, rows)
+    return y, h
 
 
 def backward(

@@ -13,6 +13,8 @@ from tcurlora_ext.maths.selection import RULES
 
 from .options import Rank, StackOptions, one_of, pair_of, positive
 
+# The row blocks of the fused projections of MONAI and GPT-2.
+DEFAULT_SPLIT = {"qkv": 3, "c_attn": 3}
 STACK_BY = ("shape", "role", "none")
 
 
@@ -62,7 +64,7 @@ class TCURConfig(StackOptions):
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None
     stack_by: str | Callable[[str, nn.Module], object] = "shape"
-    split_fused: Mapping[str, int] = field(default_factory=lambda: {"qkv": 3, "c_attn": 3})
+    split_fused: Mapping[str, int] = field(default_factory=DEFAULT_SPLIT.copy)
     _: KW_ONLY
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     budget: int | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.files.format import AdapterFile
-from tcurlora_ext.adapter.model.structure import base_weights, require_container, stacks
+from tcurlora_ext.adapter.model.structure import base_weights, require_adapted, stacks
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.folding import unfold_core
@@ -106,7 +106,7 @@ def inspect_file(file: AdapterFile) -> list[StackInspection]:
 @torch.no_grad()
 def inspect_model(model: nn.Module) -> list[StackInspection]:
     """Inspect the stacks of an adapted model, merged or not. Raises ValueError where it is not adapted."""
-    require_container(model)
+    require_adapted(model)
     found = []
     for name, stack in stacks(model).items():
         options = stack.options

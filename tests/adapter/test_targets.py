@@ -120,5 +120,5 @@ def test_only_other_kinds_matched_says_which(network: nn.Module) -> None:
 def test_a_replaced_forward_is_refused(network: Any) -> None:
     layer = network.blocks[1].mlp.linear1
     layer.forward = lambda x: x
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.linear1: its forward was replaced"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.linear1 cannot be adapted: its forward was replaced"):
         stack_names(network)

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter
-from tcurlora_ext.adapter.model.targets import is_conv1d
+from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.integrations.peft import TcurLoraConfig
 
 

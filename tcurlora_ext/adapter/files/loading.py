@@ -15,8 +15,9 @@ from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.adapter.layer.quantised import refuse_quantised
 from tcurlora_ext.adapter.model.inject import attach
-from tcurlora_ext.adapter.model.structure import adapted_layers, find_container, stacks
-from tcurlora_ext.adapter.model.targets import Target, adapted_type, stacked_weights
+from tcurlora_ext.adapter.model.structure import CONTAINER, Adapted, adapted_layers, find_adapted, module_of, stacks
+from tcurlora_ext.adapter.model.support import reason_against
+from tcurlora_ext.adapter.model.targets import Target, stacked_weights
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.maths.selection import Selection
 
@@ -29,7 +30,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         model: A model without adapter, which is then adapted as the file says; or a model adapted with the same
-            stacks, which then gets the file's values.
+            stacks, which then gets the file's values and options; or a module around such a model.
         path: A file written by :func:`save_adapter`, or its folder.
 
     Returns:
@@ -39,9 +40,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged; a module or parameter is missing, quantised or of another shape; the base
             weights are not those on which the adapter was trained (unless the file holds the factors); a layer is
-            merged; or the model is sharded over processes. Nothing is changed.
+            merged; a parameter that trained with the model's present adapter is not in the file; or the model is
+            sharded over processes. Nothing is changed.
     """
     file = read_adapter(path)
+    whole, adapted = model, find_adapted(model)
+    if adapted is not None:
+        model = adapted.model
+        _refuse_leftovers(adapted, file)
     refuse_sharded(model, f"load {file.path} before shard(model)")
     merged = next((name for name, layer in adapted_layers(model) if layer.merged), None)
     if merged is not None:
@@ -49,23 +55,38 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     groups = {name: _members(model, name, stack["names"], file.path) for name, stack in file.stacks.items()}
     others = _others(model, file)
     built = {name: _build(name, members, file) for name, members in groups.items()}
-    if find_container(model) is None:
+    if adapted is None:
         attach(model, groups, built, file.config)
     else:
-        _take_over(model, built, file)
+        _take_over(adapted, built, file)
     with torch.no_grad():
         for destination, value in others:
             destination.copy_(value)
             if isinstance(destination, nn.Parameter):
                 destination.requires_grad_(True)
-    return model
+    loaded = find_adapted(model)
+    assert loaded is not None
+    loaded.container.loaded = set(file.under("trained")) | set(file.under("state"))
+    return whole
+
+
+def _refuse_leftovers(adapted: Adapted, file: AdapterFile) -> None:
+    """Raise ValueError where the model would keep what another adapter has set, such as its head."""
+    trains = {n for n, p in adapted.model.named_parameters() if p.requires_grad and CONTAINER not in n.split(".")}
+    left = sorted((trains | adapted.container.loaded) - set(file.under("trained")) - set(file.under("state")))
+    if left:
+        raise ValueError(
+            f"{file.path} does not have {', '.join(left[:4])} ({len(left)} in all), which trained with the adapter "
+            "that the model holds and would stay; load it onto the base model"
+        )
 
 
 def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list[Target]:
     """The modules of a stack, given the names of its slices: ``name[0]``, ``name[1]``, ... are one fused module."""
     members: list[Target] = []
+    here = {name for name, _ in model.named_modules()}
     for slice_name in names:
-        name = slice_name.partition("[")[0]
+        name = module_of(slice_name, here)
         if members and members[-1].name == name:
             members[-1] = Target(name, members[-1].module, members[-1].slices + 1)
             continue
@@ -76,8 +97,9 @@ def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list
                 f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have"
             ) from None
         refuse_quantised(f"{path}: {name}", module)
-        if not isinstance(module, TCURLayer) and adapted_type(module) is None:
-            raise ValueError(f"{path}: {name} is a {type(module).__name__}, expected a linear layer")
+        reason = "" if isinstance(module, TCURLayer) else reason_against(module)
+        if reason:
+            raise ValueError(f"{path}: {name} cannot be adapted: {reason}")
         members.append(Target(name, module))
     for member in members:
         out_features = Target(member.name, member.module).shape[0]
@@ -157,9 +179,9 @@ def _check_base(name: str, described: Mapping[str, Any], weights: Tensor, path: 
         )
 
 
-def _take_over(model: nn.Module, built: dict[str, TCURStack], file: AdapterFile) -> None:
-    """Copy the values of the file's stacks into those of a model that is adapted in the same way."""
-    here = stacks(model)
+def _take_over(adapted: Adapted, built: dict[str, TCURStack], file: AdapterFile) -> None:
+    """Copy the values and options of the file's stacks into those of a model that is adapted in the same way."""
+    here = stacks(adapted.model)
     for name, stack in built.items():
         if here.keys() != built.keys() or _layout(here[name]) != _layout(stack):
             raise ValueError(
@@ -168,6 +190,7 @@ def _take_over(model: nn.Module, built: dict[str, TCURStack], file: AdapterFile)
             )
     for name, stack in built.items():
         here[name].take_over(stack)
+    adapted.container.config = file.config
 
 
 def _layout(stack: TCURStack) -> tuple[object, ...]:

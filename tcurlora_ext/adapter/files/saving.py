@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ import safetensors.torch
 from torch import Tensor, distributed, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter, whole
-from tcurlora_ext.adapter.model.structure import CONTAINER, base_weights, require_container, stacks
+from tcurlora_ext.adapter.model.effect import warn_without_effect
+from tcurlora_ext.adapter.model.structure import (
+    CONTAINER,
+    Adapted,
+    base_weights,
+    buffers_beside,
+    changed_buffers,
+    require_adapted,
+    require_all_layers,
+    stacks,
+)
 from tcurlora_ext.io.atomic import write_bytes
 
 from .fingerprint import fingerprint
@@ -23,14 +34,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     """Save the adapter of a model to a safetensors file.
 
     The file holds r*c*S core parameters per stack, the chosen indices, all other parameters that train (a decoder, a
-    head), and a fingerprint of the base weights. It also holds C and R where they are trained, or where they are not
-    the columns and rows of the present base weights. A file at ``path`` is replaced only when the new one is complete.
+    head), running statistics that training has changed, and a fingerprint of the base weights. It also holds C and R
+    where they are trained, or where they are not the columns and rows of the present base weights. A file at ``path``
+    is replaced only when the new one is complete.
 
     For a model sharded over processes, every process calls this. They gather the base weights of one stack at a time,
     the first process writes the file, and all processes return when it is written.
 
     Args:
-        model: An adapted model, merged or not.
+        model: An adapted model, merged or not; or a module around one, such as a wrapper of DDP or torch.compile. Names
+            in the file are those of the model that was adapted.
         path: The file, or an existing folder, which then gets ``adapter.safetensors``. Missing parents are created.
         include_factors: Save C and R in any case, so that the file can be loaded onto other base weights too.
 
@@ -38,11 +51,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
         The path of the file.
 
     Raises:
-        ValueError: The model is not adapted.
+        ValueError: The model is not adapted, or is a part of an adapted one; several of its parts were adapted apart;
+            or an adapted layer is not in it any more. No file is written.
+
+    Warns:
+        UserWarning: A module around the adapted model has trained parameters, which are not saved; or adapted layers
+            were never called, or cores never trained, while others were.
     """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path
-    container = require_container(model)
+    adapted = require_adapted(model)
+    require_all_layers(adapted)
+    warn_without_effect(adapted)
+    _warn_of_others(model, adapted)
+    model = adapted.model
     tensors: dict[str, Tensor] = {}
     description: dict[str, dict[str, Any]] = {}
     for name, stack in stacks(model).items():
@@ -60,8 +82,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
             "fingerprint": fingerprint(base).tolist(),
         }
     tensors |= {f"trained.{name}": p for name, p in _trained_beside(model)}
-    tensors |= {f"state.{name}": b for name, b in _buffers_beside(model)}
-    header = {"format": FORMAT, "config": container.config.to_json(), "stacks": description}
+    tensors |= {f"state.{name}": b for name, b in _buffers_beside(adapted)}
+    header = {"format": FORMAT, "config": adapted.container.config.to_json(), "stacks": description}
     # A tensor with two names (tied weights) is copied and saved under both: safetensors refuses shared memory.
     content = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
     sharded = sharded_parameter(model) is not None
@@ -76,8 +98,20 @@ def _trained_beside(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in model.named_parameters() if p.requires_grad and CONTAINER not in n.split("."))
 
 
-def _buffers_beside(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers (running statistics) of modules that own a trained parameter: training changes them as well."""
-    owners = {name.rpartition(".")[0] for name, _ in _trained_beside(model)}
-    persistent = model.state_dict().keys()
-    return ((n, b) for n, b in model.named_buffers() if n.rpartition(".")[0] in owners and n in persistent)
+def _buffers_beside(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:
+    """Buffers (running statistics) that training has changed, and those of modules that own a trained parameter."""
+    owners = {name.rpartition(".")[0] for name, _ in _trained_beside(adapted.model)}
+    changed = changed_buffers(adapted)
+    return ((n, b) for n, b in buffers_beside(adapted.model) if n in changed or n.rpartition(".")[0] in owners)
+
+
+def _warn_of_others(model: nn.Module, adapted: Adapted) -> None:
+    """Warn of trained parameters of a module around the adapted model, which no file for that model can hold."""
+    inside = {id(p) for p in adapted.model.parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if others:
+        warnings.warn(
+            f"the file has the adapter of {adapted.prefix.rstrip('.')}; {', '.join(others[:4])} "
+            f"({len(others)} trained parameters of {type(model).__name__} around it) are not in it",
+            stacklevel=3,
+        )

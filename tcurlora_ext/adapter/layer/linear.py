@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from tcurlora_ext.adapter.stack.slices import LayerSlices
 from .quantised import refuse_quantised
 
 
+def _own_members(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes, with its parameters, buffers and children in dicts of their own."""
+    own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return {name: copy.copy(value) if name in own else value for name, value in vars(module).items()}
+
+
 class TCURLayer(nn.Module):
     """The base class of adapted layers. Subclasses define how the weight is stored.
 
@@ -29,6 +36,7 @@ class TCURLayer(nn.Module):
         first_slice: Index in the stack of the first slice of this layer's weight.
         num_slices: How many slices the weight has, stacked by rows.
         base: W as it was before :meth:`merge`; None where the layer is not merged.
+        uncalled: Whether the layer has never been called, calls within torch.compile not counted.
     """
 
     weight: Any  # nn.Parameter
@@ -37,6 +45,7 @@ class TCURLayer(nn.Module):
     first_slice: int
     num_slices: int
     base: Tensor | None
+    uncalled = True
 
     def as_matrix(self, stored: Tensor) -> Tensor:
         """Convert a weight as stored into a matrix (num_slices*out, in), or such a matrix into its stored form.
@@ -59,10 +68,11 @@ class TCURLayer(nn.Module):
         """A layer of this class with the parameters, hooks and attributes of a plain layer.
 
         Args:
-            plain: The plain layer. It is not changed, and its parameters are shared.
+            plain: The plain layer. It is not changed. Its parameters are shared, and so are its hooks: handles of hooks
+                that were registered before can still remove them.
         """
         layer = cls.__new__(cls)
-        layer.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in plain.__dict__.items()})
+        layer.__dict__.update(_own_members(plain))
         layer.register_buffer("base", None, persistent=False)
         return layer
 
@@ -73,10 +83,8 @@ class TCURLayer(nn.Module):
             plain_type: The class of the plain layer.
         """
         plain = plain_type.__new__(plain_type)
-        own = ("stack", "first_slice", "num_slices", "plain_weight")
-        plain.__dict__.update(
-            {k: copy.copy(v) if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in own}
-        )
+        own = ("stack", "first_slice", "num_slices", "plain_weight", "uncalled")
+        plain.__dict__.update({k: v for k, v in _own_members(self).items() if k not in own})
         plain._modules.pop("stack", None)
         plain._buffers.pop("base", None)
         plain._non_persistent_buffers_set = plain._non_persistent_buffers_set - {"base"}
@@ -120,6 +128,8 @@ class TCURLayer(nn.Module):
                 ``nn.Linear`` does.
             RuntimeError: The backend that was asked for does not work on this device.
         """
+        if self.uncalled and not torch.compiler.is_compiling():
+            self.uncalled = False
         weight = self.as_matrix(self.weight)
         if self.base is not None:
             return nn.functional.linear(x, weight, self.bias)
@@ -183,11 +193,22 @@ class TCURLayer(nn.Module):
             self.weight.data = self.base
             self.base = None
 
+    def _replicate_for_data_parallel(self) -> Self:
+        raise RuntimeError(
+            "nn.DataParallel copies a layer, but not the core that it shares with others, to another device; use "
+            "DistributedDataParallel (torchrun) or one GPU"
+        )
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.base is not None:
             # W and the core define the layer. W + dW and the core would add dW a second time after loading.
             destination[prefix + "weight"] = self.base
+            warnings.warn(
+                "the model is merged: its state_dict has the base weights W and the cores; call remove(model) to get "
+                "or save a plain model with the merged weights",
+                stacklevel=2,
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if self.merged and prefix + "weight" in state_dict:

@@ -11,7 +11,7 @@ def is_quantised(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor):
         return False
     of_other_tensors = hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor")  # not a DTensor
-    return of_other_tensors or not weight.is_floating_point()
+    return of_other_tensors or not (weight.is_floating_point() or weight.is_complex())
 
 
 def refuse_quantised(name: str, module: nn.Module) -> None:

@@ -14,9 +14,11 @@ from tcurlora_ext.adapter.options import Rank
 from tcurlora_ext.adapter.stack import TCURStack
 
 from .calibration import stack_inputs
+from .effect import watch_first_call
 from .ranks import stack_ranks
-from .structure import CONTAINER, TCURStacks, adapted_layers, find_container, require_container
-from .targets import Target, adapted_type, find_targets, group, placed, plain_type, slice_names, stacked_weights
+from .structure import CONTAINER, TCURStacks, adapted_layers, require_adapted, sums_of_buffers
+from .support import adapted_type, plain_type
+from .targets import Target, find_targets, group, placed, slice_names, stacked_weights
 
 
 def inject(
@@ -33,19 +35,23 @@ def inject(
         calibration: The result of :func:`calibrate`; required by ``selection="activation"``, refused by other rules.
 
     Returns:
-        The model itself. Its stacks are registered at its root under ``tcur_stacks``.
+        The model itself. Its stacks are registered in it under ``tcur_stacks``: at its root, or, where the root is an
+        ``nn.Sequential``, ``nn.ModuleList`` or ``nn.ModuleDict``, in its last adapted layer.
 
     Raises:
-        ValueError: Nothing matches; a layer is already adapted, or quantised; the model is sharded over processes;
-            shapes, devices or dtypes in a stack differ; the rank is larger than a side; a budget is too small; a
-            pattern matches nothing; calibration inputs are missing, or given to a rule that takes none; or weights are
-            not finite. The message names the module, and nothing is changed.
+        ValueError: Nothing matches; a layer is already adapted, or cannot be adapted; the model is sharded over
+            processes; shapes, devices or dtypes in a stack differ; the rank is larger than a side; a budget is too
+            small; calibration inputs are missing, or given to a rule that takes none; or weights are not finite. The
+            message names the module, and nothing is changed.
+
+    Warns:
+        UserWarning: ``target_modules`` also match modules that are no linear layers, which are left out; or an entry of
+            a list names nothing that can be adapted.
     """
     config = config or TCURConfig()
     refuse_sharded(model, "call inject(model) before it is sharded")
-    container = find_container(model)
     adapted = next((name for name, module in model.named_modules() if isinstance(module, TCURLayer)), None)
-    if container is not None or adapted is not None or hasattr(model, CONTAINER):
+    if adapted is not None or hasattr(model, CONTAINER):
         raise ValueError(
             f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first"
         )
@@ -72,7 +78,15 @@ def attach(
         for child_name, child in list(parent._modules.items()):
             if id(child) in layers:
                 parent._modules[child_name] = layers[id(child)]
-    model.add_module(CONTAINER, TCURStacks(stacks, config))
+    owner, holder = "", model
+    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        owner, holder = list(adapted_layers(model))[-1]
+    for stack in stacks.values():
+        stack.holder = owner
+    container = TCURStacks(stacks, config, owner)
+    container.buffer_sums = sums_of_buffers(model)
+    holder.add_module(CONTAINER, container)
+    watch_first_call(model, container)
     return model
 
 
@@ -142,8 +156,12 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model is not adapted.
     """
-    require_container(model)
+    container = require_adapted(model).container
+    if container.first_call is not None:
+        container.first_call.remove()
     plain = {id(layer): layer.restore(plain_type(layer)) for _, layer in adapted_layers(model)}
+    for layer in plain.values():
+        layer._modules.pop(CONTAINER, None)
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if id(child) in plain:

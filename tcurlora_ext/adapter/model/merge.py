@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 
-from .structure import adapted_layers, require_container
+from .effect import warn_without_effect
+from .structure import adapted_layers, require_adapted
 
 ROUNDING_WARNING = 0.1
 
@@ -32,9 +33,11 @@ def merge(model: nn.Module) -> nn.Module:
             nothing is changed.
 
     Warns:
-        UserWarning: Rounding changes a dW by more than a tenth of its norm, as happens to a small dW in bfloat16.
+        UserWarning: Rounding changes a dW by more than a tenth of its norm, as happens to a small dW in bfloat16; or
+            adapted layers were never called, or cores never trained, while others were.
     """
-    require_container(model)
+    adapted = require_adapted(model)
+    warn_without_effect(adapted)
     refuse_sharded(model, "save the adapter, load it onto the base in one process and merge there")
     merged: list[tuple[TCURLayer, Tensor]] = []
     worst = 0.0
@@ -69,7 +72,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model is not adapted.
     """
-    require_container(model)
+    require_adapted(model)
     for _, layer in adapted_layers(model):
         layer.unmerge()
     return model

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.io.table import text_table
 
-from .structure import CONTAINER, require_container, stacks
+from .structure import CONTAINER, adapted_layers, require_adapted, stacks
+from .support import is_conv1d
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,17 @@ class Summary:
         stacks: One :class:`StackSummary` per stack.
         trained_beside: The number of trained parameters outside the stacks (a head, a decoder).
         frozen: The number of frozen parameters of the model; C and R are not counted.
+        adapted: How many linear layers are adapted.
+        coverage: The share of the linear layers' weights that they have, 0 to 1.
+        left_out: The names of the linear layers that are not adapted.
     """
 
     stacks: tuple[StackSummary, ...]
     trained_beside: int
     frozen: int
+    adapted: int
+    coverage: float
+    left_out: tuple[str, ...]
 
     @property
     def trained(self) -> int:
@@ -66,8 +74,18 @@ class Summary:
         return (
             f"{text_table(header, rows)}\n"
             f"trained: {self.trained:,} of {self.trained + self.frozen:,} parameters ({share:.3%}), "
-            f"{self.trained - self.trained_beside:,} in stacks, {self.trained_beside:,} outside them"
+            f"{self.trained - self.trained_beside:,} in stacks, {self.trained_beside:,} outside them\n{self.covered}"
         )
+
+    @property
+    def covered(self) -> str:
+        """What is adapted and what is left out, in a line."""
+        layers = self.adapted + len(self.left_out)
+        line = f"adapted: {self.adapted} of {layers} linear layers, {self.coverage:.0%} of their weights"
+        if not self.left_out:
+            return line
+        more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""
+        return f"{line}; left out: {', '.join(self.left_out[:4])}{more}"
 
 
 def summary(model: nn.Module) -> Summary:
@@ -82,7 +100,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         ValueError: The model is not adapted.
     """
-    require_container(model)
+    require_adapted(model)
     described = []
     for name, stack in stacks(model).items():
         trained = sum(p.numel() for p in stack.parameters() if p.requires_grad)
@@ -93,11 +111,21 @@ def summary(model: nn.Module) -> Summary:
                 sum(map(_bytes, (stack.core, stack.col, stack.row))),
             )
         )  # fmt: skip
+    layers = [layer for _, layer in adapted_layers(model)]
+    others = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not isinstance(module, TCURLayer)
+    }
+    covered = sum(layer.weight.numel() for layer in layers)
     beside = [p for name, p in model.named_parameters() if CONTAINER not in name.split(".")]
     return Summary(
         tuple(described),
         trained_beside=sum(p.numel() for p in beside if p.requires_grad),
         frozen=sum(p.numel() for p in beside if not p.requires_grad),
+        adapted=len(layers),
+        coverage=covered / (covered + sum(weight.numel() for weight in others.values())),
+        left_out=tuple(others),
     )
 
 

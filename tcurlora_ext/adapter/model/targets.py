@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer, TCURLinear
+from tcurlora_ext.adapter.config import DEFAULT_SPLIT, TCURConfig
 from tcurlora_ext.adapter.layer.quantised import refuse_quantised
+
+from .support import EXPECTED, adapted_type, class_of, has_matrix, reason_against, refuse
 
 # Attention and MLP projections as MONAI (UNETR, SwinUNETR, ViT) and transformers (ViT, BERT, CLIP, Llama, Qwen, GPT-2)
 # name them. Poolers, embeddings, heads and patch merging do not match.
@@ -81,31 +83,6 @@ class Target:
         return (".".join(parts[: at[0]]), ".".join(parts[at[-1] + 1 :])) if at else ("", self.name)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, recognised by its class name: transformers need not be installed."""
-    return any(t.__name__ == "Conv1D" and t.__module__.startswith("transformers.") for t in type(module).__mro__)
-
-
-def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
-    """The class of the adapted layer for a module; None where the module cannot be adapted.
-
-    Subclasses of ``nn.Linear`` are not adapted: a subclass may use its weight in another way, or its parent may not
-    call it (``nn.MultiheadAttention.out_proj``), and the adapter would silently have no effect.
-    """
-    if type(module) is nn.Linear:
-        return TCURLinear
-    return TCURConv1D if is_conv1d(module) else None
-
-
-def plain_type(layer: TCURLayer) -> type[nn.Module]:
-    """The inverse of :func:`adapted_type`."""
-    if isinstance(layer, TCURLinear):
-        return nn.Linear
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D
-
-
 def matches(name: str, patterns: Sequence[str] | str | None) -> bool:
     """Whether a module's name matches: a regex for the whole name, or names, or ends of names in whole components."""
     if patterns is None:
@@ -133,44 +110,83 @@ def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> 
 def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     """The modules that the configuration names, in registration order.
 
-    Raises ValueError where no module matches, where none of those that match can be adapted, where one of them is
-    quantised, or where a fused projection cannot be split as ``split_fused`` says.
+    Raises:
+        ValueError: No module matches; a fused projection cannot be split as ``split_fused`` says; or a module cannot
+            be adapted: because it is quantised, its weight is made anew in each call, or its parent does not call it.
+            The message names it.
+
+    Warns:
+        UserWarning: An entry of a list, or of ``split_fused``, names nothing that can be adapted; or modules that match
+            are left out, because they are no linear layers.
     """
+    named = {name: module for name, module in model.named_modules() if name}
+    excluded = {name for name in named if matches(name, config.exclude_modules)}
     wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
-    matching = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and matches(name, wanted) and not matches(name, config.exclude_modules)
-    ]
+    matching = {name: module for name, module in named.items() if matches(name, wanted) and name not in excluded}
     if not matching:
-        linear = [name for name, module in model.named_modules() if adapted_type(module)]
+        linear = [name for name, module in named.items() if adapted_type(module)]
         raise ValueError(
             f"target_modules {wanted!r} match none of the {len(linear)} linear modules of "
             f"{type(model).__name__}, such as {', '.join(linear[:4]) or '(it has none)'}"
         )
+    _refuse_bypassed(model, matching)
+    for name, module in matching.items():
+        refuse_quantised(name, module)
+    found = [_target(name, module, config) for name, module in matching.items() if adapted_type(module)]
+    left_out = {name: module for name, module in matching.items() if not adapted_type(module)}
+    if not found:
+        kinds = sorted({class_of(module) for module in left_out.values()})
+        raise ValueError(
+            f"target_modules {wanted!r} match {len(left_out)} modules, such as {next(iter(left_out))}, but none that "
+            f"can be adapted: found {', '.join(kinds)}, {EXPECTED}"
+        )
+    unused = _warn_unused("target_modules", config.target_modules, [target.name for target in found], model)
+    _warn_unused("exclude_modules", config.exclude_modules, list(named), model)
+    if config.split_fused != DEFAULT_SPLIT:
+        _warn_unused("split_fused", list(config.split_fused), [target.name for target in found], model)
+    left_out = {name: module for name, module in left_out.items() if has_matrix(module) and not matches(name, unused)}
+    if left_out and config.target_modules is not None:
+        name, module = next(iter(left_out.items()))
+        warnings.warn(
+            f"target_modules match {len(left_out)} modules that are left out, such as {name}: {reason_against(module)}",
+            stacklevel=2,
+        )
+    return found
+
+
+def _refuse_bypassed(model: nn.Module, matching: Mapping[str, nn.Module]) -> None:
     for name, module in model.named_modules():
         inside = {id(child) for child in module.children()} if isinstance(module, nn.TransformerEncoderLayer) else ()
-        bypassed = next((child for child, m in matching if id(m) in inside), None)
+        bypassed = next((child for child, m in matching.items() if id(m) in inside), None)
         if bypassed is not None:
             raise ValueError(
                 f"{bypassed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not "
                 "call its linear layers; an adapter in it would do nothing"
             )
-    for name, module in matching:
-        refuse_quantised(name, module)
-    found = [_target(name, module, config) for name, module in matching if adapted_type(module)]
-    if not found:
-        kinds = sorted({type(module).__name__ for _, module in matching})
-        raise ValueError(
-            f"target_modules {wanted!r} match {len(matching)} modules, such as {matching[0][0]}, but none that can be "
-            f"adapted: found {', '.join(kinds)}, expected nn.Linear or transformers' Conv1D"
-        )
-    return found
+
+
+def _warn_unused(option: str, entries: Sequence[str] | str | None, names: Sequence[str], model: nn.Module) -> list[str]:
+    """Warn of the entries of a list that none of ``names`` has, with what has them; a regex has matched as a whole."""
+    entries = [] if entries is None or isinstance(entries, str) else entries
+    unused = [entry for entry in entries if not any(matches(name, [entry]) for name in names)]
+    for entry in unused:
+        warnings.warn(f"{option} has {entry!r}, {_what_has(entry, model)}", stacklevel=4)
+    return unused
+
+
+def _what_has(entry: str, model: nn.Module) -> str:
+    for name, module in model.named_modules():
+        if name and matches(name, [entry]):
+            return f"but {name} cannot be adapted: {reason_against(module) or 'it is excluded'}"
+    for name, _ in model.named_parameters():
+        if matches(name, [entry]):
+            owner = class_of(model.get_submodule(name.rpartition(".")[0]))
+            return f"but {name} is a parameter of a {owner}, not a linear layer; it cannot be adapted"
+    return f"which no module of {type(model).__name__} is called"
 
 
 def _target(name: str, module: nn.Module, config: TCURConfig) -> Target:
-    if "forward" in vars(module):
-        raise ValueError(f"{name}: its forward was replaced on the instance; an adapter in it would not be called")
+    refuse(name, module)
     return Target(name, module).split(config.split_fused)
 
 

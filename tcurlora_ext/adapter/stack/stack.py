@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
@@ -65,9 +65,11 @@ class TCURStack(nn.Module):
         self.options = options
         self.slices = weights.shape[0]
         self.names = list(names)
+        self.holder = ""
         self.reloaded = Reloaded()
-        self.register_buffer("rows", selection.rows)
-        self.register_buffer("columns", selection.columns)
+        # Rules return views of a ranking of all features; a tensor in a state_dict has to own its memory.
+        self.register_buffer("rows", selection.rows.clone())
+        self.register_buffer("columns", selection.columns.clone())
         self._keep_scores(selection)
         taken = take_factors(weights, selection, options)
         self.scale = taken.scale
@@ -379,13 +381,13 @@ class TCURStack(nn.Module):
             self.scale = taken.scale
 
     def take_over(self, other: TCURStack) -> None:
-        """Copy the values of another stack into this one: core, factors, indices, scale and scores.
+        """Copy another stack into this one: core, factors, indices, scale, scores and options.
 
         Args:
             other: A stack of the same shapes and options.
         """
         self.load_state_dict(other.state_dict())
-        self.options = replace(self.options, scale=other.options.scale)
+        self.options = other.options
         self._keep_scores(other.selection)
 
     def extra_repr(self) -> str:

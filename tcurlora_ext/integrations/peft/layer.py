@@ -11,7 +11,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
-from tcurlora_ext.adapter.model.targets import is_conv1d
+from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.stack.slices import LayerSlices
 
 from .quantised import dequantised

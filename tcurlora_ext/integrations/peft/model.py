@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.model.inject import build_stack
-from tcurlora_ext.adapter.model.targets import Target, is_conv1d, placed, slice_names
+from tcurlora_ext.adapter.model.support import is_conv1d
+from tcurlora_ext.adapter.model.targets import Target, placed, slice_names
 from tcurlora_ext.adapter.options import pair_of
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.slices import LayerSlices

@@ -13,7 +13,8 @@ from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.model.ranks import stack_ranks
-from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, group, is_conv1d
+from tcurlora_ext.adapter.model.support import is_conv1d, is_made_anew, reason_against
+from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, group
 from tcurlora_ext.adapter.options import Rank
 
 from .config import TcurLoraConfig
@@ -89,6 +90,8 @@ def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Targ
 def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraConfig) -> Target:
     """The target for a module that the configuration names. Raises TypeError or ValueError if it cannot be adapted."""
     base = base_of(module)
+    if is_made_anew(base):
+        raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
     if not is_supported(base, model):
         raise TypeError(
             f"{name} is a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' Conv1D or a "

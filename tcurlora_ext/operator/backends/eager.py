@@ -37,7 +37,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) ->
         y = torch.nn.functional.linear(x2, weight, bias)
     with stage("y += m col^T"):
         y.view(-1, col.shape[0]).addmm_(m.flatten(0, 1), col.T)
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+    # Not a view to autograd, which lets no view of a custom function be changed in place later (ReLU(inplace=True)).
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), h
 
 
 def backward(

@@ -1,0 +1,83 @@
+"""Which modules can be adapted, and why another one cannot."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer, TCURLinear
+from tcurlora_ext.adapter.layer.quantised import is_quantised, refuse_quantised
+
+EXPECTED = "expected nn.Linear or transformers' Conv1D"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, recognised by its class name: transformers need not be installed."""
+    return any(t.__name__ == "Conv1D" and t.__module__.startswith("transformers.") for t in type(module).__mro__)
+
+
+def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
+    """The class of the adapted layer for a module; None where the module cannot be adapted.
+
+    Subclasses of ``nn.Linear`` are not adapted: a subclass may use its weight in another way, or its parent may not
+    call it (``nn.MultiheadAttention.out_proj``), and the adapter would silently have no effect.
+    """
+    if type(module) is nn.Linear:
+        return TCURLinear
+    return TCURConv1D if is_conv1d(module) else None
+
+
+def plain_type(layer: TCURLayer) -> type[nn.Module]:
+    """The inverse of :func:`adapted_type`."""
+    if isinstance(layer, TCURLinear):
+        return nn.Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
+def class_of(module: nn.Module) -> str:
+    """The name of a module's class, with that of its package where it is not PyTorch's own ``torch.nn``."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__name__}"
+
+
+def reason_against(module: nn.Module) -> str:
+    """Why a module cannot be adapted, as it follows on "... cannot be adapted: "; "" where it can."""
+    if is_made_anew(module):
+        return "its weight is made anew in each call (weight_norm, spectral_norm, pruning or a parametrization)"
+    if adapted_type(module) is None:
+        if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+            return "nn.MultiheadAttention reads its weight and never calls it"
+        if is_quantised(module):
+            return f"it is quantised, a {class_of(module)}"
+        return f"found a {class_of(module)}, {EXPECTED}"
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_complex():
+        return f"its weight is {weight.dtype}, expected a floating dtype"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance; an adapter in it would not be called"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "it was compiled in place and would go on calling what was compiled; call inject before compile"
+    return ""
+
+
+def is_made_anew(module: nn.Module) -> bool:
+    """Whether ``weight`` is not a parameter of the module but made from others in each call."""
+    if parametrize.is_parametrized(module, "weight"):
+        return True
+    return "weight" not in module._parameters and any(name.startswith("weight_") for name in module._parameters)
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module is a layer with a weight of its own that a user may have meant, such as a convolution."""
+    return isinstance(module, nn.Linear) or any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def refuse(name: str, module: nn.Module) -> None:
+    """Raise ValueError, with the module's name and the reason, where a module cannot be adapted."""
+    refuse_quantised(name, module)
+    reason = reason_against(module)
+    if reason:
+        raise ValueError(f"{name} cannot be adapted: {reason}")
