@@ -22,15 +22,29 @@ NUMBERS = (
     "trained", "launches", "extra_peak_mib",
 )  # fmt: skip
 POSITIVE = ("_ms", "tokens", "rounds", "over_frozen", "over_frozen_p20", "over_frozen_p80")
+FAILURE = "failure"  # why a variant could not be measured, "" where it was; older files have no such column
 NEEDED = (*PROVENANCE, *KEY, "q", "network", *NUMBERS)
 
 
 def read_results(path: Path) -> list[Row]:
-    """The rows of a result file of cases, all values as text.
+    """The rows of a result file of cases without those that failed (:func:`read_failures`), all values as text.
 
-    OSError where there is no such file. ValueError where it has no rows, lacks a column, has two rows of one case and
-    variant, or has text in a column of numbers.
+    OSError where there is no such file. ValueError where it has no rows or only such that failed, lacks a column, has
+    two rows of one case and variant, or has text in a column of numbers.
     """
+    rows = _read_all(path)
+    measured = [row for row in rows if not row.get(FAILURE)]
+    if not measured:
+        raise ValueError(f"{path}: found {len(rows)} rows that failed and no other, expected results of a benchmark")
+    return measured
+
+
+def read_failures(path: Path) -> list[str]:
+    """The rows of a result file that failed: case, variant and error in one line each. Errors as of read_results."""
+    return [f"{title(row)}, {row['variant']}: {row[FAILURE]}" for row in _read_all(path) if row.get(FAILURE)]
+
+
+def _read_all(path: Path) -> list[Row]:
     rows = read_rows(path, NEEDED)
     seen: set[tuple[str, ...]] = set()
     for row in rows:

@@ -1,7 +1,7 @@
-"""One training step of small layers by every backend with kernels that works on the GPU, for compute-sanitizer.
+"""A training step of small layers by backends with kernels, compared with float64: a short test, for compute-sanitizer.
 
-Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own: in the caching allocator's
-pool an access beyond a tensor would go unnoticed.
+Under compute-sanitizer run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own:
+in the caching allocator's pool an access beyond a tensor would go unnoticed.
 
     compute-sanitizer python -m tcurlora_ext.bench.sanitize
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import typer
 
 from .cases import Case, Layer, of_layer
+from .devices import choose_device, synchronize
 from .entry import run_command
 from .names import kernel_variants
 from .networks import build
@@ -40,14 +42,25 @@ def step(case: Case, found: Sequence[Variant], device: torch.device) -> None:
         problem.step()
 
 
-def sanitize() -> None:
-    """Run a training step of small layers on the GPU, by every backend that has kernels there."""
-    device = torch.device("cuda")
-    found = [variant for variant in variants(device) if variant.name in kernel_variants()]
+def sanitize(
+    variant: Annotated[
+        list[str] | None, typer.Option(help="One of the backends' variants; may be given several times. Default: all.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cuda",
+) -> None:
+    """Run a training step of small layers by backends that have kernels, and compare it with float64."""
+    target = choose_device(device)
+    known = {found.name: found for found in variants(target) if found.name in kernel_variants()}
+    for name in variant or ():
+        if name not in known:
+            raise ValueError(
+                f"--variant is '{name}', expected one that works on {device}: {', '.join(known) or 'none'}"
+            )
+    chosen = [known[name] for name in variant or known]
     for case in CASES:
-        step(case, found, device)
-    torch.cuda.synchronize()
-    typer.echo(f"{len(CASES)} layers by {', '.join(variant.name for variant in found)}: right")
+        step(case, chosen, target)
+    synchronize(target)
+    typer.echo(f"{len(CASES)} layers by {', '.join(one.name for one in chosen)}: right")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

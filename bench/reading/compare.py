@@ -35,7 +35,7 @@ from pathlib import Path
 from tcurlora_ext.io.table import text_table
 
 from ..names import FROZEN
-from ..rows import PROVENANCE, Row, key, number, read_results, title, value
+from ..rows import PROVENANCE, Row, key, number, read_failures, read_results, title, value
 
 COUNTED = ("peak_mib", "saved_mib", "adapter_mib", "trained", "launches", "gflop", "fewest_mib")
 ENOUGH_ROUNDS = 14  # with fewer, intervals are stretched
@@ -73,7 +73,7 @@ class Comparison:
     Attributes:
         a: The first file.
         b: The second.
-        notes: Other differences between the files: devices, versions, dtypes, rounds.
+        notes: Other differences between the files: devices, versions, dtypes, rounds; rows that failed, in either.
         pairs: Rows that are in both.
         only_a: Rows that are in A only.
         only_b: Rows that are in B only.
@@ -130,7 +130,7 @@ def compare(a: Path, b: Path, least: float = LEAST_SHIFT) -> Comparison:
         if at in found_b
     ]
     return Comparison(
-        a, b, _notes(list(found_a.values()), list(found_b.values())), pairs,
+        a, b, _notes(list(found_a.values()), list(found_b.values())) + _failures(a, b), pairs,
         [row for at, row in found_a.items() if at not in found_b],
         [row for at, row in found_b.items() if at not in found_a],
     )  # fmt: skip
@@ -178,6 +178,10 @@ def _notes(a: list[Row], b: list[Row]) -> list[str]:
         if in_a != in_b:
             notes.append(f"{column}: {in_a} in A, {in_b} in B")
     return notes
+
+
+def _failures(a: Path, b: Path) -> list[str]:
+    return [f"failed in {name}: {line}" for name, path in (("A", a), ("B", b)) for line in read_failures(path)]
 
 
 def _table(pairs: list[Pair]) -> str:

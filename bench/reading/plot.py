@@ -13,7 +13,7 @@ import hashlib
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from tcurlora_ext.segmentation.figures import pyplot
 
 from ..entry import run_command
 from ..names import DENSE, FROZEN, LORA, TRANSIENT
-from ..rows import Row, by_case, labels, number, read_results, tcur_backend, value
+from ..rows import Row, by_case, labels, number, read_failures, read_results, tcur_backend, value
 from .crossover import Crossover, crossovers, curves
 from .styles import style, style_order
 
@@ -46,12 +46,13 @@ PANELS = (
 POINT = {"slices": "stack", "width": "in"}  # the column of a sweep's axis where that is not the sweep's name
 
 
-def draw(results: Path, output: Path) -> list[Path]:
+def draw(results: Path, output: Path, log: Callable[[str], None] = print) -> list[Path]:
     """Draw all figures of a folder of results as output/<device folder>/<figure>.png.
 
     Args:
         results: Holds one folder per device.
         output: Gets one folder per device.
+        log: Called with a line of text for every row of a file that failed and is not drawn.
 
     Returns:
         The paths of the figures.
@@ -63,9 +64,11 @@ def draw(results: Path, output: Path) -> list[Path]:
     if not results.is_dir():
         raise FileNotFoundError(f"{results}: no such folder, expected a folder for each device in it")
     written = []
+    failed: dict[str, None] = {}  # several figures have the same file
     for file, name, make in _drawings():
         for path in sorted(results.glob(f"*/{file}")):
             rows = read_results(path)
+            failed |= dict.fromkeys(f"{path}: failed, not drawn: {line}" for line in read_failures(path))
             plt = pyplot()
             with plt.rc_context({**plt.rcParamsDefault, "backend": "agg", **LOOK}):
                 try:
@@ -78,6 +81,8 @@ def draw(results: Path, output: Path) -> list[Path]:
             written.append(target)
     if not written:
         raise FileNotFoundError(f"{results}: found no */quick.csv, */gpu.csv or */growth.csv, expected one at least")
+    for line in failed:
+        log(line)
     return written
 
 

@@ -26,7 +26,7 @@ from tcurlora_ext.io.atomic import write_bytes
 
 from ..entry import run_command
 from ..names import DENSE, FROZEN, LORA, PAPER_LORA, STACK, TRANSIENT, operator_variants
-from ..rows import PROVENANCE, Row, by_case, labels, number, read_results, read_rows, tcur_backend, value
+from ..rows import PROVENANCE, Row, by_case, labels, number, read_failures, read_results, read_rows, tcur_backend, value
 from .crossover import crossovers, merge
 
 COMMAND = "python -m tcurlora_ext.bench.reading.tables"
@@ -71,7 +71,11 @@ def _section(marker: str, root: Path) -> str:
     name, file = words
     make, columns = TABLES[name]
     rows = read_results(root / file) if columns is None else read_rows(root / file, columns)
-    return f"<!-- table: {name} {file} -->\n\n{markdown(make(rows))}\n\n{_source(name, file, rows)}\n\n<!-- end -->"
+    failed = read_failures(root / file) if columns is None else []
+    parts = [f"<!-- table: {name} {file} -->", markdown(make(rows)), _source(name, file, rows)]
+    if failed:
+        parts.append("\n".join(["Failed, and left out:", "", *(f"- {line}" for line in failed)]))
+    return "\n\n".join([*parts, "<!-- end -->"])
 
 
 def _source(name: str, file: str, rows: list[Row]) -> str:

@@ -48,7 +48,8 @@ def bench(
 ) -> None:
     """Measure what the adapter costs on this device and write CSV files; the default set takes under five minutes.
 
-    The outputs and gradients of every variant are checked first, and one whose results differ is not timed.
+    The outputs and gradients of every variant are checked first, and one whose results differ is not timed. Where a
+    variant fails, its row says so, the others are measured, and the exit code is 1.
     """
     from tcurlora_ext.bench.devices import choose_device
 
@@ -98,10 +99,14 @@ def _measure(
     name: str, cases: list[Case] | None, variants: list[str], device: Any, rounds: int, output: Path
 ) -> None:  # fmt: skip
     from tcurlora_ext.bench.results import write_host, write_set
+    from tcurlora_ext.bench.rows import FAILURE, title
     from tcurlora_ext.io.table import text_table
+
+    failed: list[str] = []
 
     def show(rows: list[dict[str, Any]]) -> None:
         first = rows[0]
+        failed.extend(f"{title(row)}, {row['variant']}: {row[FAILURE]}" for row in rows if row[FAILURE])
         typer.echo(f"{first['case']}, r={first['rank']}, T={first['tokens']}, {first['mode']}, {first['dtype']}")
         typer.echo(text_table(list(COLUMNS.values()), [[str(row[key]) for key in COLUMNS] for row in rows]) + "\n")
 
@@ -122,6 +127,9 @@ def _measure(
             text_table(["variant", "median", "least"], [[r["variant"], r["median_us"], r["least_us"]] for r in host])
         )
     typer.echo(f"written to {path.parent}")
+    if failed:
+        typer.echo("\n".join(["failed:", *failed]))
+        raise typer.Exit(1)
 
 
 def _compare(a: Path, b: Path, everything: bool) -> None:

@@ -14,7 +14,10 @@ SEGMENTATION = ("monai", "einops", "nibabel", "nilearn", "scipy", "matplotlib", 
 
 
 def doctor() -> None:
-    """Show versions, devices and backends, and why a backend does not work. The exit code is 0 whatever is found."""
+    """Show versions, devices and backends, and why a backend does not work. The exit code is 0 whatever is found.
+
+    The first line says so where torch is a CUDA build and the extension has no CUDA kernels.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -27,7 +30,25 @@ def doctor() -> None:
         table.add_row(Text(title, "bold"))
         for name, text in lines:
             table.add_row(Text(f"  {name}"), Text(text))
+    warning = _without_cuda()
+    if warning:
+        terminal().print(Text(warning, "bold"))
     terminal().print(table)
+
+
+def _without_cuda() -> str:
+    """What is wrong where torch computes on GPUs and the extension does not; "" otherwise."""
+    import torch
+
+    from tcurlora_ext.operator.backends import missing
+
+    reason = missing("native", "cuda") if torch.version.cuda else ""
+    if not reason:
+        return ""
+    return (
+        f"without CUDA kernels: torch {torch.__version__} is a CUDA build, but {reason}; with TCURLORA_BUILD=1 in the "
+        "environment, an installation stops at what went wrong"
+    )
 
 
 def _version(package: str) -> str:

@@ -142,6 +142,18 @@ def test_the_same_file_has_no_notes(tmp_path: Path) -> None:
     assert (found.notes, found.count("noise")) == ([], 1)
 
 
+def test_rows_that_failed_are_not_compared_and_named(tmp_path: Path) -> None:
+    """A file without the column, as older ones are, beside one with it."""
+    failure = row("lora", 20.0) | dict.fromkeys(("median_ms", "over_frozen", "rounds"), "") | {"failure": "Error: no"}
+    whole = [row("frozen", 10.0, failure=""), failure]
+    found = comparison(tmp_path, [row("frozen", 10.0), row("lora", 20.0)], whole)
+    assert [pair.a["variant"] for pair in found.pairs] == ["frozen"]
+    assert [one["variant"] for one in found.only_a] == ["lora"]
+    assert found.notes == ["failed in B: unetr out_proj r=8 T=2048 training float32, lora: Error: no"]
+    with pytest.raises(ValueError, match=r"b\.csv: found 1 rows that failed and no other"):
+        comparison(tmp_path, whole, [failure])
+
+
 def test_times_that_are_missing_get_no_verdict(tmp_path: Path) -> None:
     assert verdict(tmp_path, row("lora", 20.0, over_frozen_p20=""), row("lora", 20.0)) == "no times"
 

@@ -17,7 +17,7 @@ MAINS: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
     "tables": (tables.main, ("PAGE", "--check")),
     "scaling": (scaling.main, ("--output", "bench/results/plan/llama.csv")),
     "profile": (command.main, ("--variant", "--rank", "--tokens", "--dtype", "--mode", "--device", "--output")),
-    "sanitize": (sanitize.main, ()),
+    "sanitize": (sanitize.main, ("--variant", "--device")),
     "hippocampus": (
         hippocampus.main,
         ("SYNTHSEG_MAPS", "HIPPOCAMPUS", "WORK", "RESULTS", "--methods", "--seeds", "--steps", "--pretrain-steps",

@@ -68,6 +68,16 @@ def test_other_numbers_give_another_picture(drawn: Path, tmp_path: Path) -> None
     assert pictures(tmp_path)["gpu/growth.png"] != pictures(drawn / "pictures")["gpu/growth.png"]
 
 
+def test_a_row_that_failed_is_not_drawn_and_named_once(tmp_path: Path) -> None:
+    rows = [row(name, 10.0, failure="") for name in ("frozen", "lora", "tcur eager")]
+    empty = dict.fromkeys(("rounds", "p20_ms", "median_ms", "over_frozen", "saved_mib"), "")
+    path = write(tmp_path / "results" / "cpu" / "quick.csv", [*rows, row("tcur native", 1.0, failure="no") | empty])
+    logged: list[str] = []
+    written = draw(tmp_path / "results", tmp_path / "pictures", logged.append)
+    assert [name.name for name in written] == ["quick-time.png", "quick-memory.png"]
+    assert logged == [f"{path}: failed, not drawn: unetr out_proj r=8 T=2048 training float32, tcur native: no"]
+
+
 def test_a_picture_says_what_it_was_drawn_from(drawn: Path) -> None:
     with Image.open(drawn / "pictures" / "gpu" / "growth.png") as picture:
         assert picture.info["Source"] == source(drawn / "results" / "gpu" / "growth.csv")

@@ -43,6 +43,26 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
+@pytest.mark.parametrize("name", ["layers", "over_frozen"])
+def test_a_row_that_failed_is_left_out_and_named_below_the_table(name: str, tmp_path: Path) -> None:
+    """A variant of one case, and a whole case."""
+    empty = dict.fromkeys(("rounds", "p20_ms", "median_ms", "p80_ms", "over_frozen", "over_lora"), "")
+    measured = [one | {"failure": ""} for one in quick() if one["network"] == "layer"]
+    failed = [
+        row("tcur compiled", 1.0) | empty | {"failure": "Error: no"},
+        row("frozen", 1.0, tokens=4) | empty | {"failure": "OutOfMemoryError: no"},
+    ]
+    write(tmp_path / "quick.csv", [*measured, *failed])
+    filled = fill(page(name), tmp_path)
+    assert "Failed, and left out:\n\n- unetr out_proj r=8 T=2048 training float32, tcur compiled: Error: no\n" in filled
+    assert "- unetr out_proj r=8 T=4 training float32, frozen: OutOfMemoryError: no\n\n<!-- end -->" in filled
+    (tmp_path / "without").mkdir()
+    write(tmp_path / "without" / "quick.csv", measured)
+    assert cells(filled) == cells(fill(page(name), tmp_path / "without"))
+    (tmp_path / "page.md").write_text(filled)
+    assert not outdated([tmp_path / "page.md"], tmp_path)
+
+
 def test_one_row_per_case_with_what_it_is_compared_with(tmp_path: Path) -> None:
     write(tmp_path / "quick.csv", quick())
     header, _, layer, network = cells(fill(page("layers"), tmp_path))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tcurlora_ext.bench.cases import SETS, Layer, of_layer
+from tcurlora_ext.bench.devices import Ceilings
+from tcurlora_ext.bench.variants import variants
 from tcurlora_ext.cli.app import app, main
 from tcurlora_ext.io.records import read_csv
 
@@ -49,6 +53,28 @@ def test_some_cases_and_variants_alone(tmp_path: Path) -> None:
     (path,) = tmp_path.rglob("*.csv")  # host times belong to the whole set
     rows = read_csv(path)
     assert [(row["rank"], row["variant"]) for row in rows] == [("2", "frozen"), ("2", "lora"), ("2", "tcur eager")]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_variant_that_fails_is_named_last_and_the_exit_code_is_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile(*_: object) -> None:
+        raise RuntimeError("a kernel does not compile")
+
+    broken = [replace(v, adapt=compile) if v.name == "tcur eager" else v for v in variants(torch.device("cpu"))]
+    monkeypatch.setattr("tcurlora_ext.bench.run.variants", lambda device: broken)
+    monkeypatch.setattr("tcurlora_ext.bench.run.ceilings", lambda dtype, device: Ceilings(1e11, 1e10))
+    arguments = ("--cases", "r=2", "--variants", "eager,transient", "--rounds", "2", "--output", str(tmp_path))
+    done = CliRunner().invoke(app, ["bench", *arguments])
+    assert done.exit_code == 1, done.output
+    assert "Traceback" in done.output
+    assert done.output.splitlines()[-2:] == [
+        "failed:", "small r=2 T=32 training float32, tcur eager: RuntimeError: a kernel does not compile"
+    ]  # fmt: skip
+    (path,) = tmp_path.rglob("*.csv")
+    found = {row["variant"]: bool(row["median_ms"]) for row in read_csv(path)}
+    assert found == {"frozen": True, "lora": True, "tcur eager": False, "tcur transient": True}
 
 
 @pytest.mark.parametrize("flag", ["", "--full", "--growth", "--gpu"])

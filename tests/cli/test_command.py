@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tcurlora_ext.cli import app as module
 from tcurlora_ext.cli.app import app, main
+from tcurlora_ext.operator.backends import native
 
 COMMANDS = ("finetune", "pretrain", "plan", "inspect", "merge", "bench", "doctor")
 
@@ -77,6 +80,28 @@ def test_doctor_names_versions_devices_backends_and_reasons() -> None:
     for word in ("python", "torch", "triton", "CUDA of torch", "cpu", "eager", "native", "triton", "segmentation"):
         assert word in done.output
     assert "works: PyTorch operations" in done.output
+
+
+@pytest.mark.parametrize(
+    ("cuda", "kernels", "said"),
+    [
+        ("13.0", ("cpu",), "the C++ extension was built with kernels for cpu"),
+        ("13.0", None, "the C++ extension was not built"),
+        ("13.0", ("cpu", "cuda"), ""),
+        (None, ("cpu",), ""),
+    ],
+)
+def test_doctor_says_first_where_a_cuda_torch_has_no_cuda_kernels(
+    cuda: str | None, kernels: tuple[str, ...] | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = None if kernels is None else SimpleNamespace(build=lambda: {"torch": "2", "kernels": kernels})
+    monkeypatch.setattr(native, "_load", lambda: (built, "" if built else "the C++ extension was not built"))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    first = CliRunner().invoke(app, ["doctor"]).output.splitlines()[0]
+    if said:
+        assert first.startswith(f"without CUDA kernels: torch {torch.__version__} is a CUDA build, but {said}; ")
+    else:
+        assert first.strip() == "versions"
 
 
 def test_doctor_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
