@@ -169,7 +169,13 @@ def test_a_model_without_the_module_is_named(base: Any, saved: Path, state_of: A
 
 def test_a_module_of_another_kind_is_named(base: Any, saved: Path, state_of: Any, assert_unchanged: Any) -> None:
     base.blocks[0].mlp.linear1 = nn.Identity()
-    refused(base, saved, r"blocks\.0\.mlp\.linear1 cannot be adapted: found a Identity, expected nn\.Linear", state_of, assert_unchanged)
+    refused(
+        base,
+        saved,
+        r"blocks\.0\.mlp\.linear1 cannot be adapted: found a Identity, expected nn\.Linear",
+        state_of,
+        assert_unchanged,
+    )
 
 
 @pytest.mark.parametrize("include_factors", [False, True])

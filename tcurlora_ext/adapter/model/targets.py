@@ -129,7 +129,9 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
             f"target_modules {wanted!r} match none of the {len(linear)} linear modules of "
             f"{type(model).__name__}, such as {', '.join(linear[:4]) or '(it has none)'}"
         )
-    _refuse_bypassed(model, matching)
+    for name, reason in bypassed(model).items():
+        if name in matching:
+            raise ValueError(f"{name}: {reason}")
     for name, module in matching.items():
         refuse_quantised(name, module)
     found = [_target(name, module, config) for name, module in matching.items() if adapted_type(module)]
@@ -154,15 +156,15 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     return found
 
 
-def _refuse_bypassed(model: nn.Module, matching: Mapping[str, nn.Module]) -> None:
-    for name, module in model.named_modules():
-        inside = {id(child) for child in module.children()} if isinstance(module, nn.TransformerEncoderLayer) else ()
-        bypassed = next((child for child, m in matching.items() if id(m) in inside), None)
-        if bypassed is not None:
-            raise ValueError(
-                f"{bypassed}: {name or 'the model'} is an nn.TransformerEncoderLayer, which in eval mode does not "
-                "call its linear layers; an adapter in it would do nothing"
-            )
+def bypassed(model: nn.Module) -> dict[str, str]:
+    """The modules that are known not to be called by their parent: name -> reason."""
+    reason = "is an nn.TransformerEncoderLayer, which in eval mode does not call its linear layers; an adapter in it"
+    return {
+        f"{name}.{child}".lstrip("."): f"{name or 'the model'} {reason} would do nothing"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for child, _ in module.named_children()
+    }
 
 
 def _warn_unused(option: str, entries: Sequence[str] | str | None, names: Sequence[str], model: nn.Module) -> list[str]:
@@ -170,11 +172,12 @@ def _warn_unused(option: str, entries: Sequence[str] | str | None, names: Sequen
     entries = [] if entries is None or isinstance(entries, str) else entries
     unused = [entry for entry in entries if not any(matches(name, [entry]) for name in names)]
     for entry in unused:
-        warnings.warn(f"{option} has {entry!r}, {_what_has(entry, model)}", stacklevel=4)
+        warnings.warn(f"{option} has {entry!r}, {what_has(entry, model)}", stacklevel=4)
     return unused
 
 
-def _what_has(entry: str, model: nn.Module) -> str:
+def what_has(entry: str, model: nn.Module) -> str:
+    """What in a model has a name that no adapted layer has, and why it is not adapted; for messages."""
     for name, module in model.named_modules():
         if name and matches(name, [entry]):
             return f"but {name} cannot be adapted: {reason_against(module) or 'it is excluded'}"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.support import is_conv1d, is_made_anew, reason_against
-from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, group
+from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, bypassed, group, matches, what_has
 from tcurlora_ext.adapter.options import Rank
 
 from .config import TcurLoraConfig
@@ -72,14 +74,54 @@ def default_names(model: nn.Module) -> set[str]:
 def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
     """The modules that the configuration names, in registration order; "all-linear" in it is replaced by the names.
 
-    Raises TypeError or ValueError where a module cannot be adapted.
+    Raises TypeError or ValueError where a module cannot be adapted; "all-linear" leaves it out with a warning. Warns of
+    names in ``target_modules`` that no adapted module has.
     """
+    every = isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     _maybe_include_all_linear_layers(config, model)
-    return [
-        as_target(name, module, model, config)
-        for name, module in outer_modules(model)
-        if check_target_module_exists(config, name)
-    ]
+    if every:
+        _leave_out(model, config)
+    wanted = {name: module for name, module in outer_modules(model) if check_target_module_exists(config, name)}
+    for name, reason in bypassed(model).items():
+        if name in wanted:
+            raise ValueError(f"{name}: {reason}")
+    found = [as_target(name, module, model, config) for name, module in wanted.items()]
+    if found and not isinstance(config.target_modules, str):
+        for entry in sorted(config.target_modules or ()):
+            if not matches_any(entry, wanted):
+                warnings.warn(f"target_modules has {entry!r}, {what_has(entry, model)}", stacklevel=2)
+    return found
+
+
+def matches_any(entry: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is an entry of ``target_modules``, or ends with it in whole components."""
+    return any(matches(name, [entry]) for name in names)
+
+
+def _leave_out(model: nn.Module, config: TcurLoraConfig) -> None:
+    """Remove from the names of all linear layers those that cannot be adapted, with a warning that says why."""
+    uncalled = bypassed(model)
+    reasons: dict[str, str] = {}
+    for name, module in outer_modules(model):
+        if not check_target_module_exists(config, name):
+            continue
+        if name in uncalled:
+            reasons[name] = uncalled[name]
+            continue
+        try:
+            as_target(name, module, model, config)
+        except (TypeError, ValueError) as error:
+            reasons[name] = str(error)
+    if not reasons:
+        return
+    whole = {n for n, _ in outer_modules(model) if check_target_module_exists(config, n)}
+    config.target_modules = whole - reasons.keys()
+    name, reason = next(iter(reasons.items()))
+    warnings.warn(
+        f"target_modules='all-linear' leaves out {', '.join(list(reasons)[:4])} ({len(reasons)} of {len(whole)} linear "
+        f"layers): {reason}",
+        stacklevel=2,
+    )
 
 
 def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Target]]:

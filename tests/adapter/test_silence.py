@@ -1,0 +1,456 @@
+"""What would be lost, or would do nothing, is done or named: saving, wrappers, parts, and layers without effect."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+import tcurlora_ext as tcur
+from tcurlora_ext.adapter.files import read_adapter
+from tcurlora_ext.maths.selection import RULES
+
+
+class Net(nn.Module):
+    def __init__(self, affine: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.norm, self.head = nn.BatchNorm1d(8, affine=affine), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = torch.tanh(layer(x))
+        return self.head(self.norm(x))
+
+
+class Outer(nn.Module):
+    def __init__(self, net: nn.Module, trains: bool = False) -> None:
+        super().__init__()
+        self.net = net
+        self.temperature = nn.Parameter(torch.ones(()), requires_grad=trains)
+
+
+CONFIG = tcur.TCURConfig(rank=2, target_modules=r"body\.\d")
+
+
+def adapted(**options: Any) -> Net:
+    net = tcur.inject(Net(), tcur.TCURConfig(rank=2, target_modules=r"body\.\d", **options))
+    for stack in tcur.stacks(net).values():
+        stack.set_core_slices(0.3 * torch.randn(stack.slices, *stack.rank))
+    assert isinstance(net, Net)
+    return net.eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+WRAPPERS: list[Callable[[nn.Module], Any]] = [
+    lambda net: torch.compile(net, backend="eager"), nn.DataParallel, AveragedModel, Outer,
+    lambda net: Outer(nn.DataParallel(net)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["compile", "DataParallel", "AveragedModel", "outer", "two"])
+def test_a_file_saved_from_a_wrapper_is_for_the_model_in_it(
+    wrap: Callable[[nn.Module], Any], x: Tensor, tmp_path: Path
+) -> None:
+    net = tcur.unfreeze(adapted(), "head")
+    with torch.no_grad():
+        net.head.weight.add_(1.0)
+    path = tcur.save_adapter(wrap(net), tmp_path / "a.safetensors")
+    assert torch.equal(tcur.load_adapter(Net(), path).eval()(x), net(x))
+    other = wrap(tcur.unfreeze(adapted(), "head"))
+    assert tcur.load_adapter(other, path) is other
+    tcur.save_adapter(other, tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_what_trains_around_the_adapted_model_is_named(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"the adapter of net; temperature \(1 trained parameters of Outer around it\)"
+    ):
+        tcur.save_adapter(Outer(adapted(), trains=True), tmp_path / "a.safetensors")
+
+
+def test_parts_adapted_apart_are_both_named(tmp_path: Path) -> None:
+    both = nn.ModuleDict({"encoder": adapted(), "decoder": adapted()})
+    for call in (tcur.stacks, tcur.summary, tcur.merge, lambda m: tcur.save_adapter(m, tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match=r"2 adapters, encoder\.tcur_stacks and decoder\.tcur_stacks"):
+            call(both)
+    assert not list(tmp_path.iterdir())
+    assert len(tcur.stacks(both["encoder"])) == 1
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_running_statistics_that_training_moved_are_in_the_file(affine: bool, x: Tensor, tmp_path: Path) -> None:
+    net = tcur.inject(Net(affine), CONFIG)
+    assert not any(name.startswith("state.") for name in tensors_of(net, tmp_path))
+    net.train()(3 * x + 1)
+    assert {"state.norm.running_mean", "state.norm.running_var"} <= tensors_of(net, tmp_path)
+    loaded = tcur.load_adapter(Net(affine), tmp_path / "a.safetensors")
+    assert torch.equal(loaded.eval()(x), net.eval()(x))
+    assert "state.norm.running_mean" in tensors_of(loaded, tmp_path)
+
+
+def tensors_of(net: nn.Module, folder: Path) -> set[str]:
+    return set(safetensors.torch.load_file(tcur.save_adapter(net, folder / "a.safetensors")))
+
+
+def without_last(net: Net) -> None:
+    net.body = net.body[:2]
+
+
+def with_another(net: Net) -> None:
+    net.body[1] = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(("change", "gone"), [(without_last, r"body\.2"), (with_another, r"body\.1")])
+def test_layers_that_are_gone_are_named_and_nothing_is_written(
+    change: Callable[[Net], None], gone: str, tmp_path: Path
+) -> None:
+    net = adapted()
+    change(net)
+    with pytest.raises(ValueError, match=rf"^{gone} \(1 of 3 slices of stack 8x8\) is no adapted layer"):
+        tcur.save_adapter(net, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_models_state_says_that_it_has_the_base_weights(x: Tensor) -> None:
+    net = adapted()
+    right = net(x)
+    tcur.merge(net)
+    with pytest.warns(UserWarning, match=r"merged: its state_dict has the base weights W .* call remove\(model\)"):
+        net.state_dict()
+    tcur.remove(net)
+    plain = Net().eval()
+    plain.load_state_dict(net.state_dict())
+    torch.testing.assert_close(plain(x), right)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "activation"])
+def test_every_tensor_of_the_state_owns_its_memory(rule: str, tmp_path: Path) -> None:
+    net = tcur.inject(Net(), tcur.TCURConfig(rank=2, target_modules=r"body\.\d", selection=rule))
+    layer = tcur.TCURLinear(8, 16, rank=2, selection=rule)
+    for module in (net, layer):
+        for name, tensor in module.state_dict().items():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+        safetensors.torch.save_model(module, str(tmp_path / "m.safetensors"))
+
+
+def test_names_with_brackets_load_again(x: Tensor, tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"a[0]": nn.Linear(8, 8), "a[1]": nn.Linear(8, 8), "qkv": nn.Linear(8, 24)})
+
+    model = tcur.inject(net(), tcur.TCURConfig(rank=2, target_modules=r".*"))
+    for stack in tcur.stacks(model).values():
+        stack.set_core_slices(torch.ones(stack.slices, *stack.rank))
+    loaded = tcur.load_adapter(net(), tcur.save_adapter(model, tmp_path / "a.safetensors"))
+    assert isinstance(loaded, nn.ModuleDict)
+    for name in ("a[0]", "a[1]", "qkv"):
+        assert torch.equal(loaded[name](x), model[name](x))
+
+
+# -- state that stays -------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_without_a_head_is_not_loaded_over_one_with_a_head(x: Tensor, tmp_path: Path) -> None:
+    headed = tcur.save_adapter(tcur.unfreeze(adapted(), "head"), tmp_path / "a.safetensors")
+    plain = tcur.save_adapter(adapted(), tmp_path / "b.safetensors")
+    both = tcur.load_adapter(Net(), headed).eval()
+    before = both(x)
+    with pytest.raises(
+        ValueError, match=r"b\.safetensors does not have head\.bias, head\.weight .*load it onto the base"
+    ):
+        tcur.load_adapter(both, plain)
+    assert torch.equal(both(x), before)
+
+
+def test_the_options_of_the_adapter_loaded_last_count(tmp_path: Path) -> None:
+    net = adapted(dropout=0.5)
+    tcur.load_adapter(net, tcur.save_adapter(adapted(alpha=3.0), tmp_path / "b.safetensors"))
+    (stack,) = tcur.stacks(net).values()
+    assert (stack.options.dropout, stack.options.alpha) == (0.0, 3.0)
+    assert read_adapter(tcur.save_adapter(net, tmp_path / "c.safetensors")).config.alpha == 3.0
+
+
+def test_handles_of_hooks_work_after_inject_and_after_remove(x: Tensor) -> None:
+    net, seen = Net().eval(), []
+    before = net.body[0].register_forward_hook(lambda *_: seen.append("before"))
+    tcur.inject(net, CONFIG)
+    between = net.body[0].register_forward_hook(lambda *_: seen.append("between"))
+    net(x)
+    before.remove()
+    net(x)
+    tcur.remove(net)
+    net(x)
+    between.remove()
+    net(x)
+    assert seen == ["before", "between", "between", "between"]
+    assert not net._forward_hooks
+
+
+class TwoArguments(nn.ModuleList):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        for block in self:
+            x = block(x, factor)
+        return x
+
+
+class Scaled(nn.Linear):
+    pass
+
+
+class Times(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return self.linear(x) * factor
+
+
+def test_containers_keep_their_items(x: Tensor) -> None:
+    model = tcur.inject(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), tcur.TCURConfig(rank=2, target_modules=["0"])
+    )
+    assert isinstance(model, nn.Sequential)
+    assert [type(module).__name__ for module in model] == ["TCURLinear", "ReLU", "Linear"]
+    assert model[:2](x).shape == (5, 8)
+    model.append(nn.Identity())
+    assert isinstance(model[-1], nn.Identity)
+    assert len(list(tcur.remove(model).modules())) == 5
+    blocks = tcur.inject(TwoArguments([Times(), Times()]), tcur.TCURConfig(rank=2, target_modules=["linear"]))
+    assert blocks(x, 2.0).shape == x.shape
+    named = tcur.inject(nn.ModuleDict({"a": nn.Linear(8, 8)}), tcur.TCURConfig(rank=2, target_modules=["a"]))
+    assert isinstance(named, nn.ModuleDict)
+    assert list(named) == ["a"]
+    assert sum(p.requires_grad for p in named.parameters()) == 1
+
+
+PARTS: dict[str, Callable[[Net], nn.Module]] = {
+    "child": lambda net: net.body, "in a new container": lambda net: nn.Sequential(*net.body),
+    "copy of a layer": lambda net: copy.deepcopy(net.body[0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_part_of_an_adapted_model_says_where_its_cores_are(part: Callable[[Net], nn.Module], tmp_path: Path) -> None:
+    taken = part(adapted())
+    for call in (tcur.stacks, tcur.summary, lambda m: tcur.save_adapter(m, tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match="is a part of an adapted model: the core that .* at its root"):
+            call(taken)
+
+
+def test_a_part_without_the_layer_that_holds_the_cores_names_that_layer(tmp_path: Path) -> None:
+    model = tcur.inject(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), tcur.TCURConfig(rank=2, target_modules=["0", "1"])
+    )
+    assert isinstance(model, nn.Sequential)
+    with pytest.raises(ValueError, match=r"the core that 0 uses is registered in its 1, which is gone"):
+        tcur.save_adapter(model[:1], tmp_path / "a.safetensors")
+
+
+# -- without effect ---------------------------------------------------------------------------------------------------
+
+
+class Functional(Net):
+    """Reads the weights itself and never calls the layers, from layer ``start`` on."""
+
+    def __init__(self, start: int = 0) -> None:
+        super().__init__()
+        self.start = start
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.body):
+            assert isinstance(layer, nn.Linear)
+            x = layer(x) if i < self.start else F.linear(x, layer.weight, layer.bias)
+        return self.head(x)
+
+
+class Listed(Net):
+    """Calls the layers through a plain list, which keeps those from before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = list(self.body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.order:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", [Functional, Listed])
+def test_an_adapter_that_never_runs_is_named_at_the_first_call_and_in_saving(
+    kind: type[Net], x: Tensor, tmp_path: Path
+) -> None:
+    net = tcur.unfreeze(tcur.inject(kind(), CONFIG), "head")
+    message = r"body\.0, body\.1, body\.2 \(3 of 3 adapted layers\) were never called"
+    with pytest.warns(UserWarning, match=message):
+        net(x)
+    for call in (tcur.merge, lambda m: tcur.save_adapter(m, tmp_path / "a.safetensors")):
+        with pytest.warns(UserWarning, match=message):
+            call(net)
+
+
+def test_layers_that_are_never_called_beside_others_are_named(x: Tensor, tmp_path: Path) -> None:
+    net = tcur.inject(Functional(start=2), CONFIG)
+    with pytest.warns(UserWarning, match=r"^body\.2 \(1 of 3 adapted layers\) were never called"):
+        net(x)
+    with pytest.warns(UserWarning, match=r"^body\.2 \(1 of 3"):
+        tcur.save_adapter(net, tmp_path / "a.safetensors")
+
+
+def test_a_core_that_never_trained_beside_others_is_named(tmp_path: Path) -> None:
+    net = tcur.inject(Net(), tcur.TCURConfig(rank=2, target_modules=r"body\.\d", stack_by="none"))
+    for name, stack in tcur.stacks(net).items():
+        if not name.startswith("body_1"):
+            nn.init.ones_(stack.core)
+    with pytest.warns(UserWarning, match=r"the cores of body_1\S* \(1 of 3 stacks\) are still zero"):
+        tcur.save_adapter(net, tmp_path / "a.safetensors")
+    for stack in tcur.stacks(net).values():
+        stack.core.requires_grad_(bool(stack.core.any()))
+    saved_silently(net, tmp_path)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_adapter_that_runs_is_saved_without_a_word(compiled: bool, x: Tensor, tmp_path: Path) -> None:
+    net = adapted()
+    saved_silently(net, tmp_path)
+    run = torch.compile(net, backend="eager") if compiled else net
+    run(x).sum().backward()
+    saved_silently(net, tmp_path)
+    saved_silently(copy.deepcopy(net), tmp_path)
+
+
+def saved_silently(net: nn.Module, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tcur.save_adapter(net, folder / "a.safetensors")
+
+
+def test_a_layer_compiled_in_place_is_refused() -> None:
+    net = Net()
+    net.body[1].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"body\.1 cannot be adapted: it was compiled in place"):
+        tcur.inject(net, CONFIG)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_replicas_of_data_parallel_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional=False: device)
+    monkeypatch.setattr(
+        replicate, "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices],
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel copies a layer, but not the core"):
+        replicate.replicate(adapted(), [0, 1], detach=True)
+
+
+# -- asked for and left out -------------------------------------------------------------------------------------------
+
+
+def mixed() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q", "k", "v")})
+    net["conv"], net["attn"] = nn.Conv1d(3, 3, 1), nn.MultiheadAttention(8, 2)
+    parametrizations.weight_norm(net["v"])
+    return net
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ["q", "kk"]}, r"target_modules has 'kk', which no module of ModuleDict is called"),
+        ({"target_modules": ["q"], "exclude_modules": ["kk"]}, "exclude_modules has 'kk', which no module"),
+        ({"target_modules": ["q"], "split_fused": {"qq": 2}}, "split_fused has 'qq', which no module"),
+        ({"target_modules": ["q", "conv"]}, "'conv', but conv cannot be adapted: found a Conv1d, expected nn.Linear"),
+        (
+            {"target_modules": ["q", "out_proj"]},
+            r"attn\.out_proj cannot be adapted: nn\.MultiheadAttention reads its w",
+        ),
+        ({"target_modules": ["q", "v"]}, "v cannot be adapted: its weight is made anew in each call"),
+        ({"target_modules": ["q", "in_proj_weight"]}, r"attn\.in_proj_weight is a parameter of a MultiheadAttention"),
+        ({"target_modules": r"q|conv"}, "match 1 modules that are left out, such as conv: found a Conv1d"),
+    ],
+)
+def test_every_entry_is_used_or_named(options: dict[str, Any], said: str) -> None:
+    with pytest.warns(UserWarning, match=said):
+        net = tcur.inject(mixed(), tcur.TCURConfig(rank=2, **options))
+    assert tcur.summary(net).adapted == 1
+
+
+def test_the_summary_says_what_is_covered() -> None:
+    found = tcur.summary(adapted())
+    assert (found.adapted, found.left_out) == (3, ("head",))
+    assert found.coverage == pytest.approx(3 * 64 / (3 * 64 + 16))
+    assert str(found).endswith("adapted: 3 of 4 linear layers, 92% of their weights; left out: head")
+
+
+MADE_ANEW: dict[str, Callable[[nn.Module], object]] = {
+    "weight_norm": weight_norm, "spectral_norm": spectral_norm,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("make", MADE_ANEW.values(), ids=MADE_ANEW)
+@pytest.mark.parametrize("called", [False, True])
+def test_a_weight_made_by_a_hook_is_refused_with_nothing_changed(
+    make: Callable[[nn.Module], object], called: bool, x: Tensor
+) -> None:
+    net = Net().eval()
+    make(net.body[1])
+    if called:
+        with torch.no_grad():
+            net(x)
+    before = {name: type(module) for name, module in net.named_modules()}
+    with pytest.raises(ValueError, match=r"^body\.1 cannot be adapted: its weight is made anew in each call"):
+        tcur.inject(net, CONFIG)
+    assert all(p.requires_grad for p in net.parameters())
+    assert {name: type(module) for name, module in net.named_modules()} == before
+
+
+def test_what_a_layer_is_is_said_by_its_own_name() -> None:
+    with pytest.raises(ValueError, match=r"0 cannot be adapted: its weight is torch\.complex64, expected a floating"):
+        tcur.inject(nn.Sequential(nn.Linear(8, 8)).to(torch.complex64), tcur.TCURConfig(rank=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"found test_silence\S*\.Scaled|found \S+\.Scaled, expected nn\.Linear"):
+        tcur.inject(nn.Sequential(Scaled(8, 8)), tcur.TCURConfig(rank=2, target_modules=["0"]))
+
+
+# -- in place ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("change", [lambda y: F.relu(y, inplace=True), lambda y: y.add_(1.0), lambda y: y.mul_(2.0)])
+def test_the_output_of_an_adapted_layer_may_be_changed_in_place(
+    backend: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    if not tcur.backends()[backend]:
+        pytest.skip(f"{backend} is not available")
+    linear, x = nn.Linear(8, 8), torch.randn(2, 3, 8)
+    gradients = []
+    for out_of_place in (True, False):
+        layer = tcur.TCURLinear.from_linear(linear, rank=2, backend=backend)
+        y = layer(x)
+        change(y.clone() if out_of_place else y).square().sum().backward()
+        gradients.append(layer.stack.core.grad)
+    assert torch.equal(*gradients)
