@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tcurlora_ext.segmentation.networks import NETWORKS, NetworkConfig, build_network, read_weights
+from tcurlora_ext.io.tensors import match_names, not_finite, read_weights
+from tcurlora_ext.segmentation.networks import NETWORKS, NetworkConfig, build_network
 
 # Channels, classes and window of a preset where --kwargs has no others.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -66,13 +67,15 @@ def load_model(name: str, kwargs: Mapping[str, Any], weights: Path) -> nn.Module
     Every parameter needs a tensor and every tensor a parameter. Of weights that are tied in the model, one is enough.
 
     Raises:
-        ValueError, OSError: Of :func:`build_model`; or the weights do not fit, with the names that differ.
+        ValueError, OSError: Of :func:`build_model`; or the weights do not fit, with the names that differ; or a
+            parameter is NaN or infinite.
     """
     model = build_model(name, kwargs)
     tensors: dict[str, torch.Tensor] = {}
     for file in _weight_files(weights):
         tensors |= read_weights(file)
     expected = model.state_dict()
+    tensors = match_names(tensors, expected)
     wrong = [f"{key} is not in the model" for key in tensors if key not in expected]
     wrong += [
         f"{key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
@@ -88,6 +91,9 @@ def load_model(name: str, kwargs: Mapping[str, Any], weights: Path) -> nn.Module
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"{weights}: weights do not fit {name}: {'; '.join(wrong[:4])}{more}")
+    # parameters alone: an attention mask among the buffers is infinite by design
+    if broken := not_finite(dict(model.named_parameters())):
+        raise ValueError(f"{weights}: found NaN or infinite values in {', '.join(broken[:4])}, expected finite weights")
     return model.eval()
 
 

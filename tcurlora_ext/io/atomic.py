@@ -1,16 +1,18 @@
 """Writing files atomically: a process killed at any moment leaves the old file or the new one, never a part of one.
 
 A temporary file in the target's folder is written, flushed to disk and renamed to the target; a rename within one file
-system is atomic.
+system is atomic. What a killed process left of it goes when the same file is written again.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -20,22 +22,57 @@ def replacing(path: Path) -> Iterator[Path]:
     An exception inside the block removes the temporary file and leaves `path` as it was. The temporary name keeps the
     suffix, because writers choose a format by it, and contains the process id, so that two processes that write the
     same file use two temporary ones.
+
+    Raises:
+        OSError: The system refuses the folder or the file (no permission, no space). It names `path`, which is as it
+            was, and has the system's error number.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.name.split(".", 1)
-    temporary = path.with_name(f".{name[0]}.{os.getpid()}.partial" + (f".{name[1]}" if len(name) > 1 else ""))
+    start, dot, suffix = path.name.partition(".")
+    temporary = path.with_name(f".{start}.{os.getpid()}.partial{dot}{suffix}")
     try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the rename is on disk too
-    finally:
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path.parent, f".{glob.escape(start)}.*.partial{glob.escape(dot + suffix)}")
+        try:
+            with temporary.open("wb") as held:
+                _lock(held)
+                yield temporary
+                with temporary.open("rb") as written:  # a writer may have made another file of this name
+                    os.fsync(written.fileno())
+                temporary.replace(path)
+        finally:
+            with suppress(OSError):  # what stopped the writing is the error to show
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _naming(path, temporary, error) from error
+    with suppress(OSError):  # some network file systems do not sync a folder; the file is complete all the same
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the rename is on disk too
+        finally:
+            os.close(folder)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Hold the file's lock while it is open; the system releases it when the process ends, however it ends."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _clear_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the temporary files that no process holds any more."""
+    for leftover in folder.glob(pattern):
+        with suppress(OSError), leftover.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError while a process writes it
+            leftover.unlink()
+
+
+def _naming(path: Path, temporary: Path, error: OSError) -> OSError:
+    """The same error for the file that the user knows, in place of the temporary one."""
+    reason = error.strerror or str(error)
+    if error.filename is not None and Path(os.fsdecode(error.filename)) not in (path, temporary):
+        reason += f" at {os.fsdecode(error.filename)}"
+    reason += "; the file is not written, and an earlier one is as it was"
+    return OSError(f"{path}: {reason}") if error.errno is None else OSError(error.errno, reason, str(path))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -20,7 +20,8 @@ from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.model.targets import find_targets
 from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.records import read_json, write_json
-from tcurlora_ext.io.tensors import read_checkpoint, read_tensors
+from tcurlora_ext.io.tensors import match_names, not_finite
+from tcurlora_ext.io.tensors import read_weights as read_weights  # also known by this name
 from tcurlora_ext.segmentation.packages import require_package
 
 Sizes = Mapping[str, Any]
@@ -237,57 +238,51 @@ def save_weights(model: nn.Module, path: Path) -> None:
     write_bytes(path, save(state))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a torch checkpoint, of which only tensors and containers are unpickled.
-
-    A dictionary under "state_dict", "model_state_dict" or "model" is taken for the state; "module." before names goes.
-
-    Raises:
-        FileNotFoundError, ValueError: There is no such file, or it cannot be read or holds no tensors.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected pretrained weights (.safetensors, .pt, .pth)")
-    if path.suffix == ".safetensors":
-        return read_tensors(path, "pretrained weights")[1]
-    content = read_checkpoint(path)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    tensors = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(content)[:5]))})")
-    return tensors
-
-
-def _some(lines: list[str]) -> str:
-    return "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
+def _some(lines: list[str], limit: int = 3) -> str:
+    return ", ".join(lines[:limit]) + (f" and {len(lines) - limit} more" if len(lines) > limit else "")
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], spec: NetworkSpec, source: Path) -> bool:
     """Load `tensors` into `model`. A head for another number of classes is left out and keeps its random weights.
 
+    Prefixes that wrappers have put before the names go, as :func:`tcurlora_ext.io.tensors.match_names` says.
+
     Returns:
         Whether the head was left out.
 
     Raises:
-        ValueError: Any other name or shape differs; the message lists them, and the model is left as it was.
+        ValueError: Any other name, shape or kind of number differs, or a weight is NaN or infinite; the message lists
+            them, and the model is left as it was.
     """
     state = model.state_dict()
+    tensors = match_names(tensors, state)
     # MONAI up to 1.3 built cross-attention it never used; its own loader drops those tensors too
     tensors = {name: value for name, value in tensors.items() if name in state or ".cross_attn." not in name}
     head = [name for name in state if has_prefix(name, spec.head)]
     pairs = [(tensors[name].shape, state[name].shape) for name in head if name in tensors]
     replaced = any(len(a) != 0 and a[0] != b[0] for a, b in pairs) and all(a[1:] == b[1:] for a, b in pairs)
-    kept = set(state) - set(head if replaced else ())
-    missing = [f"{name} missing" for name in state if name in kept and name not in tensors]
-    extra = [f"{name} unknown" for name in tensors if name not in state]
+    kept = [name for name in state if not replaced or name not in head]
+    missing = [f"{name} missing" for name in kept if name not in tensors]
+    unknown = [f"{name} unknown" for name in tensors if name not in state]
     other = [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(state[name].shape)}"
-        for name in state
-        if name in kept and name in tensors and tensors[name].shape != state[name].shape
+        f"{name} is {_kind(tensors[name])}, expected {_kind(state[name])}"
+        for name in kept
+        if name in tensors and not _same_kind(tensors[name], state[name])
     ]
-    if missing or extra or other:
-        raise ValueError(f"{source}: weights do not fit the network {spec.name}: {_some(other + missing + extra)}")
-    model.load_state_dict({name: tensors[name] if name in kept else state[name] for name in state})
+    if missing or unknown or other:
+        differences = "; ".join(_some(names) for names in (other, missing, unknown) if names)
+        raise ValueError(f"{source}: weights do not fit the network {spec.name}: {differences}")
+    used = {name: tensors[name].to(state[name].dtype) for name in kept}
+    if broken := not_finite(used):
+        raise ValueError(f"{source}: found NaN or infinite values in {_some(broken)}, expected finite weights")
+    model.load_state_dict(state | used)
     return replaced
+
+
+def _same_kind(a: Tensor, b: Tensor) -> bool:
+    """Whether shapes are equal and both are floating or neither: quantised weights have the shape of real ones."""
+    return a.shape == b.shape and a.is_floating_point() == b.is_floating_point()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" of {tensor.dtype}")

@@ -254,7 +254,7 @@ PARTS: dict[str, Callable[[Net], nn.Module]] = {
 def test_a_part_of_an_adapted_model_says_where_its_cores_are(part: Callable[[Net], nn.Module], tmp_path: Path) -> None:
     taken = part(adapted())
     for call in (tcur.stacks, tcur.summary, lambda m: tcur.save_adapter(m, tmp_path / "a.safetensors")):
-        with pytest.raises(ValueError, match="is a part of an adapted model: the core that .* at its root"):
+        with pytest.raises(ValueError, match=r"is a part of an adapted model: the core that .* at its root"):
             call(taken)
 
 

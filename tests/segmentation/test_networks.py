@@ -96,6 +96,37 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path: Path
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_loaded(value: float) -> None:
+    """1e300 is finite in the file's float64, and infinite in the network's float32."""
+    model = build_network(CONFIGS["vit"], 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.double() for name, tensor in before.items()}
+    tensors["vit.norm.weight"] = torch.full((16,), value, dtype=torch.float64)
+    message = r"base\.pt: found NaN or infinite values in vit\.norm\.weight, expected finite weights"
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, tensors, get_spec("vit"), Path("base.pt"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_another_network_are_refused_with_names_of_both() -> None:
+    model = build_network(CONFIGS["vit"])
+    tensors = {f"module.encoder.{index}.weight": torch.zeros(1) for index in range(5)}
+    with pytest.raises(ValueError, match="do not fit") as raised:
+        load_weights(model, tensors, get_spec("vit"), Path("base.pt"))
+    unknown = ", ".join(f"module.encoder.{index}.weight unknown" for index in range(3))
+    assert f"{unknown} and 2 more" in str(raised.value)
+    assert "vit.patch_embedding" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_quantised_weights_of_the_same_shape_are_refused() -> None:
+    model = build_network(CONFIGS["vit"])
+    tensors = model.state_dict() | {"vit.norm.weight": torch.ones(16, dtype=torch.int8)}
+    with pytest.raises(ValueError, match=r"vit\.norm\.weight is \(16,\) of torch\.int8, expected \(16,\)"):
+        load_weights(model, tensors, get_spec("vit"), Path("base.pt"))
+
+
 class Trap:
     """Makes a file when it is unpickled."""
 

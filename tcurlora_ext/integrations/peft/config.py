@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.options import Rank, StackOptions
+from tcurlora_ext.io.atomic import write_bytes
 
 if not hasattr(BaseTuner, "_get_adapter_state_dict"):
     raise ImportError(f"peft {peft.__version__} is installed, expected 0.21 or newer")
@@ -158,8 +159,9 @@ class TcurLoraConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
-        if card.exists() and IMPORT not in (text := card.read_text()):
-            card.write_text(f"{text.rstrip()}\n\nBefore loading this adapter:\n\n```python\n{IMPORT}\n```\n")
+        if card.exists() and IMPORT not in (text := card.read_text(encoding="utf-8")):
+            text = f"{text.rstrip()}\n\nBefore loading this adapter:\n\n```python\n{IMPORT}\n```\n"
+            write_bytes(card, text.encode())
 
 
 def _as_rank(rank: Any) -> Rank:
