@@ -18,7 +18,7 @@ export TORCHINDUCTOR_COMPILE_THREADS := 1
 export TRITON_CACHE_DIR := $(abspath build/triton)
 export TORCHINDUCTOR_CACHE_DIR := $(abspath build/inductor)
 
-.PHONY: demo test test-all lint ctest oldest docs bench gpu gpu-bench profile clean
+.PHONY: demo test test-all lint ctest oldest oldest-triton docs bench gpu gpu-bench profile clean
 .DELETE_ON_ERROR:
 
 # Adapts a network to the embedded data and writes $(RUN)/report.html; called again, it goes on where it stopped.
@@ -30,7 +30,7 @@ test: lint
 
 # What takes long and changes seldom: PEFT's own suites, the kernels compiled anew and with every option in the
 # interpreter, sanitizers, the site, the examples, the C++ library by itself, and the oldest libraries that are allowed.
-test-all: ctest oldest
+test-all: ctest oldest oldest-triton
 	$(PYTEST) -m slow
 
 lint: $(BUILT)
@@ -52,6 +52,20 @@ oldest: $(BUILT)
 	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/integrations/peft \
 	  --deselect tests/integrations/peft/test_quantised_llama.py::test_the_trainer_trains_the_cores_and_leaves_the_codes \
 	  tests/adapter/test_written_before.py tests/adapter/test_options.py
+
+# Triton's kernels, compiled by the oldest Triton that pyproject.toml allows: those of an H200 in bfloat16, and those of
+# float32 without a table. It stays in a folder of its own, which Python searches before the environment.
+TRITON_VERSION := 3.6.0
+OLDEST_TRITON := $(CURDIR)/build/triton-$(TRITON_VERSION)
+oldest-triton: $(BUILT) $(OLDEST_TRITON)/.installed
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON_VERSION)'"
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/test_compiled.py -m slow \
+	  -k "(H200 and bfloat16-sm90-descriptors-n3-c8r8) or (fallback and float32-sm90-pointers) or readings"
+
+$(OLDEST_TRITON)/.installed:
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(@D) triton==$(TRITON_VERSION)
+	touch $@
 
 # The C++ sources as a library, in a program without Python.
 ctest: $(BUILT)

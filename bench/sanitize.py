@@ -26,7 +26,7 @@ from .variants import Variant, prepare, variants
 # No size is a multiple of a tile's; ranks with a specialised kernel and without; one tile of groups and several.
 CASES = [
     of_layer(Layer(f"{s} slices", 72, 56, n, s), 67, rank=r, dtype=dtype, compiled=False)
-    for r in (1, 2, 3, 8, 16)
+    for r in (1, 2, 3, 6, 8, 12, 16)
     for s, n in ((1, 1), (12, 3))
     for dtype in ("float32", "bfloat16")
 ]

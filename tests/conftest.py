@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+from torch.utils import cpp_extension
 
 # No deadline: the first call of an operator is slow, and a shared machine is slower. Derandomised: a failure on one
 # machine is the same failure on the next.
@@ -63,3 +65,18 @@ def assert_same() -> Callable[[Tensor, Tensor], None]:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    found = shutil.which("g++") or shutil.which("c++")
+    if found is None:
+        pytest.skip("no C++ compiler on the PATH")
+    return found
+
+
+@pytest.fixture(scope="session")
+def stubs() -> list[str]:
+    """Compiler options for a CUDA runtime of the CPU, tests/cpp/stubs, and for torch, which has its 16-bit types."""
+    folders = [option for folder in cpp_extension.include_paths() for option in ("-isystem", folder)]
+    return ["-I", str(Path(__file__).parent / "cpp" / "stubs"), *folders]

@@ -12,15 +12,19 @@ cudaError_t launch_core_gradient(
     using scalar = typename decltype(type)::type;
     using acc = acc_t<scalar>;
     acc* sums = static_cast<acc*>(workspace);
-    const cudaError_t error = with_rank<scalar>(sizes, sums, p, h, [&](auto rank) {
-      using Body = ChunkSums<scalar, decltype(rank)::value>;
-      const Body body{sizes, chunk_tokens(sizes), static_cast<const scalar*>(p), static_cast<const scalar*>(h), sums};
-      return launch(body, Body::grid(sizes), stream);
+    int64_t chunks = 0;
+    const cudaError_t error = with_known<scalar>(sizes, sums, p, h, [&](auto known) {
+      using Body = ChunkSums<scalar, decltype(known)>;
+      const Grid grid = Body::grid(sizes);
+      chunks = grid.blocks_y;
+      const Body body{
+          sizes, Body::chunk_tokens(sizes), static_cast<const scalar*>(p), static_cast<const scalar*>(h), sums};
+      return launch(body, grid, stream);
     });
     if (error != cudaSuccess) return error;
     return with_element(core, [&](auto core_type) {
       using result = typename decltype(core_type)::type;
-      const SumOfChunks<acc, result> body{sizes.core(), chunk_count(sizes), sums, static_cast<result*>(gradient)};
+      const SumOfChunks<acc, result> body{sizes.core(), chunks, sums, static_cast<result*>(gradient)};
       return launch(body, body.grid(), stream);
     });
   });

@@ -2,7 +2,7 @@
 //
 //   du_re = sum_t P h_re^T + Q h_im^T    du_im = sum_t Q h_re^T - P h_im^T      (single block: du = sum_t P h^T)
 //
-// in two kernels: the sums of every chunk of tokens (sizes.h), then the sum of the chunks. No atomics: the sizes fix
+// in two kernels: the sums of every chunk of tokens (grid.h), then the sum of the chunks. No atomics: the sizes fix
 // the order of all additions.
 #pragma once
 
@@ -13,9 +13,9 @@ namespace tcurlora::cuda {
 
 // An item is a tile of the core's gradient, `rows` of c by `depth` of r. The lanes of a block take the tokens of a
 // chunk in turn; their sums are added in shared memory.
-template <typename scalar, int rank>
+template <typename scalar, class Known>
 struct ChunkSums {
-  using Tiles = Tiling<scalar, rank>;
+  using Tiles = Tiling<scalar, Known>;
   using acc = acc_t<scalar>;
   static constexpr int steps = 3;
   static constexpr int threads = 128;
@@ -31,7 +31,10 @@ struct ChunkSums {
   static TCURLORA_HD int across(const Sizes& sizes) { return Tiles::pieces(sizes.c, Tiles::rows); }
   static TCURLORA_HD int along(const Sizes& sizes) { return Tiles::pieces(sizes.r, Tiles::depth); }
   static TCURLORA_HD int per_group(const Sizes& sizes) { return across(sizes) * along(sizes); }
-  static Grid grid(const Sizes& sizes) { return chunk_grid<acc>(sizes, per_group(sizes), threads, entries); }
+  static Grid grid(const Sizes& sizes) {
+    return chunk_grid<acc>(sizes, per_group(sizes), threads, entries, Tiles::tokens);
+  }
+  static int64_t chunk_tokens(const Sizes& sizes) { return chunk_of(sizes, grid(sizes).lanes, Tiles::tokens); }
 
   template <int step>
   TCURLORA_HD void run(const Place& at, void* shared) const {
@@ -71,11 +74,11 @@ struct ChunkSums {
       for (int k = 0; k < Tiles::tokens; ++k) {
         const int64_t wanted = token + int64_t(k) * at.lanes, read = wanted < end ? wanted : end - 1;
         const scalar* from = h + read * sizes.hidden() + int64_t(item.block) * r + item.along;
-        real[k] = load<Tiles::exact, Tiles::depth>(from, r - item.along);
-        imaginary[k] = item.pair ? load<Tiles::exact, Tiles::depth>(from + r, r - item.along) : real[k];
+        real[k] = load<Tiles::unit, Tiles::depth>(from, r - item.along);
+        imaginary[k] = item.pair ? load<Tiles::unit, Tiles::depth>(from + r, r - item.along) : real[k];
       }
       Turned turned;
-      turned.template load_from<Tiles::exact>(p, sizes, c, phases, item, item.across, token, at.lanes, end);
+      turned.template load_from<Tiles::unit>(p, sizes, c, phases, item, item.across, token, at.lanes, end);
       TCURLORA_UNROLL
       for (int k = 0; k < Tiles::tokens; ++k) {
         if (token + int64_t(k) * at.lanes < end) add(du, turned.P[k], turned.Q[k], real[k], imaginary[k], item.pair);

@@ -74,17 +74,24 @@ struct alignas(sizeof(scalar) * count < 16 ? sizeof(scalar) * count : 16) Run {
   TCURLORA_HD acc_t<scalar> operator[](int i) const { return widened(value[i]); }
 };
 
-// Reads a run from memory. A whole run has an aligned address and is read at once. Any other run is read element by
-// element, with zeros from element `valid` on.
-template <bool whole, int count, typename scalar>
+// Reads `count` neighbouring elements in runs of `unit` whose addresses are aligned, all at once where there is only one.
+// Of several, each is read if it starts before element `valid`; the others are zeros.
+template <int unit, int count, typename scalar>
 TCURLORA_HD Run<scalar, count> load(const scalar* from, int valid) {
-  if constexpr (whole) {
+  if constexpr (unit >= count) {
     return *reinterpret_cast<const Run<scalar, count>*>(from);
   } else {
-    Run<scalar, count> run;
+    Run<scalar, count> all;
     TCURLORA_UNROLL
-    for (int i = 0; i < count; ++i) run.value[i] = i < valid ? from[i] : Narrow<scalar>::from(0.0f);
-    return run;
+    for (int i = 0; i < count; i += unit) {
+      Run<scalar, unit> run;
+      TCURLORA_UNROLL
+      for (int k = 0; k < unit; ++k) run.value[k] = Narrow<scalar>::from(0.0f);
+      if (i < valid) run = *reinterpret_cast<const Run<scalar, unit>*>(from + i);
+      TCURLORA_UNROLL
+      for (int k = 0; k < unit; ++k) all.value[i + k] = run.value[k];
+    }
+    return all;
   }
 }
 
@@ -116,19 +123,16 @@ TCURLORA_HD void store_run(scalar* to, const Run<scalar, count>& run) {
 #endif
 }
 
-// Writes sums to memory as elements: all of them, or the first `valid`.
-template <bool whole, int count, typename scalar, typename acc>
+// Writes sums to memory as elements, in runs as `load` reads them.
+template <int unit, typename scalar, typename acc, int count>
 TCURLORA_HD void store(scalar* to, const acc (&sums)[count], int valid) {
-  if constexpr (whole) {
-    Run<scalar, count> run;
+  constexpr int length = unit < count ? unit : count;
+  TCURLORA_UNROLL
+  for (int i = 0; i < count; i += length) {
+    Run<scalar, length> run;
     TCURLORA_UNROLL
-    for (int i = 0; i < count; ++i) run.value[i] = Narrow<scalar>::from(sums[i]);
-    store_run(to, run);
-  } else {
-    TCURLORA_UNROLL
-    for (int i = 0; i < count; ++i) {
-      if (i < valid) to[i] = Narrow<scalar>::from(sums[i]);
-    }
+    for (int k = 0; k < length; ++k) run.value[k] = Narrow<scalar>::from(sums[i + k]);
+    if (length == count || i < valid) store_run(to + i, run);
   }
 }
 

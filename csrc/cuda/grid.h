@@ -8,8 +8,6 @@ namespace tcurlora::cuda {
 // The shared memory that a block can use without opting in to more, on every device since compute capability 8.0.
 constexpr int64_t kSharedBytes = 48 << 10;
 
-inline int64_t pieces_of(int64_t number, int64_t size) { return (number + size - 1) / size; }
-
 // Divides `items` evenly into blocks of at most `most`.
 inline int even_width(int64_t items, int64_t most) {
   return static_cast<int>(pieces_of(items, pieces_of(items, most)));
@@ -36,10 +34,17 @@ Grid streaming_grid(const Sizes& sizes, int per_group, int threads, int tokens) 
 TCURLORA_HD int64_t aligned_to_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 TCURLORA_HD int odd_pitch(int width) { return width | 1; }
 
+// Tokens of a chunk: whole steps, in each of which every lane has `tokens` of its own. With 16 tokens a chunk, S = 64 and
+// r = 4 left 12 of the 28 places of the only step empty.
+inline int64_t chunk_of(const Sizes& sizes, int lanes, int tokens) {
+  const int64_t step = int64_t(lanes) * tokens;
+  return pieces_of(least_chunk(sizes), step) * step;
+}
+
 // The launch of the sums over tokens: one block of at most 128 threads for a chunk of tokens and at most 32 items; its
 // lanes take the tokens of the chunk in turn.
 template <typename acc>
-Grid chunk_grid(const Sizes& sizes, int per_group, int threads, int entries) {
+Grid chunk_grid(const Sizes& sizes, int per_group, int threads, int entries, int tokens) {
   const int64_t items = sizes.groups().count() * per_group;
   int width = even_width(items, 32), lanes = threads / width;
   const auto bytes = [&] {
@@ -48,7 +53,7 @@ Grid chunk_grid(const Sizes& sizes, int per_group, int threads, int entries) {
   };
   while (lanes > 1 && bytes() > kSharedBytes) lanes /= 2;
   while (width > 1 && bytes() > kSharedBytes) width /= 2;
-  return {pieces_of(items, width), chunk_count(sizes), width, lanes, bytes()};
+  return {pieces_of(items, width), pieces_of(sizes.tokens, chunk_of(sizes, lanes, tokens)), width, lanes, bytes()};
 }
 
 }  // namespace tcurlora::cuda

@@ -1,4 +1,5 @@
-// From a kernel's body to a launch on the GPU. Device compiler only.
+// From a kernel's body to a launch on the GPU. A function of the runtime instead of <<<>>>: tests compile this file for
+// the CPU, with a runtime that has a thread for each of the GPU's (tests/cpp/stubs).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,9 +29,12 @@ template <class Body>
 cudaError_t launch(const Body& body, const Grid& grid, cudaStream_t stream) {
   if (grid.blocks_x == 0 || grid.blocks_y == 0) return cudaSuccess;
   if (grid.shared_bytes > kSharedBytes || grid.blocks_x > 0x7fffffff) return cudaErrorInvalidValue;
-  const dim3 blocks(static_cast<unsigned>(grid.blocks_x), static_cast<unsigned>(grid.blocks_y));
-  steps_of<Body><<<blocks, dim3(grid.width, grid.lanes), grid.shared_bytes, stream>>>(body);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks_x), static_cast<unsigned>(grid.blocks_y));
+  config.blockDim = dim3(grid.width, grid.lanes);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, steps_of<Body>, body);
 }
 
 template <typename scalar>

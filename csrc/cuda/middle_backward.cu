@@ -9,8 +9,8 @@ cudaError_t launch_middle_backward(
     Element element, const Sizes& sizes, const void* p, const void* core, void* dh, cudaStream_t stream) {
   return with_element(element, [&](auto type) {
     using scalar = typename decltype(type)::type;
-    return with_rank<scalar>(sizes, core, p, dh, [&](auto rank) {
-      using Body = MiddleBackward<scalar, decltype(rank)::value>;
+    return with_known<scalar>(sizes, core, p, dh, [&](auto known) {
+      using Body = MiddleBackward<scalar, decltype(known)>;
       const Body body{
           sizes, static_cast<const scalar*>(p), static_cast<const acc_t<scalar>*>(core), static_cast<scalar*>(dh)};
       return launch(body, Body::grid(sizes), stream);

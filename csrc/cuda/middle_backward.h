@@ -11,9 +11,9 @@ namespace tcurlora::cuda {
 // An item is a group and `rows` neighbouring entries of its dh, which are columns of u; the tile spans the rows of u,
 // which are those of p. The threads of a group compute the same P and Q: 4 n c multiplications beside the 4 c rows of
 // the product, but without communication between them.
-template <typename scalar, int rank>
+template <typename scalar, class Known>
 struct MiddleBackward {
-  using Tiles = Tiling<scalar, rank>;
+  using Tiles = Tiling<scalar, Known>;
   using acc = acc_t<scalar>;
   static constexpr int steps = 2;
   static constexpr int threads = 128;
@@ -51,15 +51,15 @@ struct MiddleBackward {
 
   TCURLORA_HD void stream(const Place& at, const Phases<acc>& phases, const Item& item) const {
     Tile u;
-    if constexpr (Tiles::exact) u.template load_from<true>(core, rank, rank, item, 0, item.across);
+    if constexpr (Tiles::exact) u.template load_from<Tiles::unit>(core, Tiles::rank, Tiles::rank, item, 0, item.across);
     const int c = Tiles::extent(sizes.c);
     const int64_t tile = int64_t(at.lanes) * Tiles::tokens;
     for (int64_t token = at.block_y * tile + at.y; token < sizes.tokens; token += at.blocks_y * tile) {
       Products sums = {};
       for (int row = 0; row < c; row += Tiles::depth) {
-        if constexpr (!Tiles::exact) u.template load_from<false>(core, sizes.c, sizes.r, item, row, item.across);
+        if constexpr (!Tiles::exact) u.template load_from<Tiles::unit>(core, sizes.c, sizes.r, item, row, item.across);
         Turned turned;
-        turned.template load_from<Tiles::exact>(p, sizes, c, phases, item, row, token, at.lanes, sizes.tokens);
+        turned.template load_from<Tiles::unit>(p, sizes, c, phases, item, row, token, at.lanes, sizes.tokens);
         multiply(sums, u, turned, item.pair);
       }
       write(sums, item, token, at.lanes);
@@ -94,8 +94,8 @@ struct MiddleBackward {
       const int64_t written = token + int64_t(k) * lanes;
       if (written >= sizes.tokens) break;
       scalar* to = dh + written * sizes.hidden() + int64_t(item.block) * r + item.across;
-      store<Tiles::exact>(to, sums.re[k], r - item.across);
-      if (item.pair) store<Tiles::exact>(to + r, sums.im[k], r - item.across);
+      store<Tiles::unit>(to, sums.re[k], r - item.across);
+      if (item.pair) store<Tiles::unit>(to + r, sums.im[k], r - item.across);
     }
   }
 };

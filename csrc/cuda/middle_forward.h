@@ -10,9 +10,9 @@
 namespace tcurlora::cuda {
 
 // An item is a group and `rows` rows of its z; the tile spans the columns of u, which are those of h.
-template <typename scalar, int rank>
+template <typename scalar, class Known>
 struct MiddleForward {
-  using Tiles = Tiling<scalar, rank>;
+  using Tiles = Tiling<scalar, Known>;
   using acc = acc_t<scalar>;
   static constexpr int steps = 2;
   static constexpr int threads = 256;
@@ -48,7 +48,7 @@ struct MiddleForward {
 
   TCURLORA_HD void stream(const Place& at, const Phases<acc>& phases, const Item& item) const {
     CoreTile<acc, Tiles::rows, Tiles::depth> u;
-    if constexpr (Tiles::exact) u.template load_from<true>(core, rank, rank, item, item.across, 0);
+    if constexpr (Tiles::exact) u.template load_from<Tiles::unit>(core, Tiles::rank, Tiles::rank, item, item.across, 0);
     const int64_t tile = int64_t(at.lanes) * Tiles::tokens;
     for (int64_t token = at.block_y * tile + at.y; token < sizes.tokens; token += at.blocks_y * tile) {
       Products z = {};
@@ -56,7 +56,7 @@ struct MiddleForward {
         multiply(z, u, item, token, at.lanes, 0);
       } else {
         for (int column = 0; column < sizes.r; column += Tiles::depth) {
-          u.template load_from<false>(core, sizes.c, sizes.r, item, item.across, column);
+          u.template load_from<Tiles::unit>(core, sizes.c, sizes.r, item, item.across, column);
           multiply(z, u, item, token, at.lanes, column);
         }
       }
@@ -74,8 +74,8 @@ struct MiddleForward {
     for (int k = 0; k < Tiles::tokens; ++k) {
       const int64_t wanted = token + int64_t(k) * lanes, read = wanted < sizes.tokens ? wanted : sizes.tokens - 1;
       const scalar* from = h + read * sizes.hidden() + int64_t(item.block) * r + column;
-      real[k] = load<Tiles::exact, Tiles::depth>(from, r - column);
-      imaginary[k] = item.pair ? load<Tiles::exact, Tiles::depth>(from + r, r - column) : real[k];
+      real[k] = load<Tiles::unit, Tiles::depth>(from, r - column);
+      imaginary[k] = item.pair ? load<Tiles::unit, Tiles::depth>(from + r, r - column) : real[k];
     }
     TCURLORA_UNROLL
     for (int k = 0; k < Tiles::tokens; ++k) {
@@ -116,8 +116,8 @@ struct MiddleForward {
           imaginary[a] = phase.im * z.re[k][a] + phase.re * z.im[k][a];
         }
         scalar* to = m + (written * sizes.num_slices + j) * sizes.columns() + int64_t(item.block) * c + item.across;
-        store<Tiles::exact>(to, real, c - item.across);
-        if (item.pair) store<Tiles::exact>(to + c, imaginary, c - item.across);
+        store<Tiles::unit>(to, real, c - item.across);
+        if (item.pair) store<Tiles::unit>(to + c, imaginary, c - item.across);
       }
     }
   }

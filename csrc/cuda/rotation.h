@@ -14,7 +14,7 @@ struct Rotated {
   acc Q[tokens][width];
 
   // From row `row` of the group on, for tokens `lanes` apart. Tokens after the last repeat the last: callers drop them.
-  template <bool whole, typename scalar>
+  template <int unit, typename scalar>
   TCURLORA_HD void load_from(
       const scalar* p, const Sizes& sizes, int c, const Phases<acc>& phases, const Item& item, int row, int64_t token,
       int lanes, int64_t end) {
@@ -32,8 +32,8 @@ struct Rotated {
       Run<scalar, width> real[tokens], imaginary[tokens];
       TCURLORA_UNROLL
       for (int k = 0; k < tokens; ++k) {
-        real[k] = load<whole, width>(from[k], c - row);
-        imaginary[k] = item.pair ? load<whole, width>(from[k] + c, c - row) : real[k];
+        real[k] = load<unit, width>(from[k], c - row);
+        imaginary[k] = item.pair ? load<unit, width>(from[k] + c, c - row) : real[k];
         from[k] += sizes.columns();
       }
       TCURLORA_UNROLL

@@ -23,18 +23,21 @@ struct Sizes {
   int64_t core() const { return int64_t(slices) * c * r; }
 };
 
-// The core's gradient is summed in fixed chunks of tokens, a function of the sizes alone: at least 16 tokens each, at
-// most 512 chunks, and in all at most 2^20 partial sums (4 MB) unless one chunk already has more.
-inline int64_t chunk_tokens(const Sizes& sizes) {
+inline int64_t pieces_of(int64_t number, int64_t size) { return (number + size - 1) / size; }
+
+// The core's gradient is summed in fixed chunks of tokens, a function of the sizes alone. A chunk has at least as many as
+// this, 64 or more, and is then filled up to whole steps of the kernel's lanes (grid.h). There are thus at most 512
+// chunks, and in all at most 2^20 partial sums (4 MB) unless one chunk already has more.
+inline int64_t least_chunk(const Sizes& sizes) {
   const int64_t room = (int64_t(1) << 20) / sizes.core();
   const int64_t most = room < 1 ? 1 : room > 512 ? 512 : room;
-  const int64_t tokens = (sizes.tokens + most - 1) / most;
-  return tokens < 16 ? 16 : tokens;
+  const int64_t tokens = pieces_of(sizes.tokens, most);
+  return tokens < 64 ? 64 : tokens;
 }
-inline int64_t chunk_count(const Sizes& sizes) {
-  return (sizes.tokens + chunk_tokens(sizes) - 1) / chunk_tokens(sizes);
+// Partial sums of all chunks, or more.
+inline int64_t core_gradient_workspace(const Sizes& sizes) {
+  return pieces_of(sizes.tokens, least_chunk(sizes)) * sizes.core();
 }
-inline int64_t core_gradient_workspace(const Sizes& sizes) { return chunk_count(sizes) * sizes.core(); }
 
 // A launch: blocks (x, y) of `width` items by `lanes` tokens. Each kernel defines what an item is (tiles.h).
 struct Grid {

@@ -1,9 +1,8 @@
 // Shared by the three kernels: a thread's tile of the core, and the phases of a block's groups.
 //
 // A tile is `rows` x `depth` entries of u_re and as many of u_im, of one group. Its thread keeps it in registers and
-// streams tokens past it. Where c = r is a rank known to the compiler, `depth` is that rank: the tile then spans one
-// dimension of the core's block, and its runs of h, p and m are aligned. For any other c and r (rank 0) tiles are
-// 4 x 4, cut off at the edges, and a kernel loops over them.
+// streams tokens past it. Where c = r is a rank known to the compiler, `depth` is that rank, and the tile spans one
+// dimension of the core's block. For any other c and r tiles are 4 x 4, and a kernel loops over them.
 #pragma once
 
 #include "elements.h"
@@ -11,9 +10,22 @@
 
 namespace tcurlora::cuda {
 
-template <typename scalar, int rank>
+// What a kernel knows of c and r when it is compiled: both are `rank` (0: not known), or multiples of `unit`. Runs of
+// `unit` elements are aligned and never cut off by an edge of the core's block.
+template <int number>
+struct Rank {
+  static constexpr int rank = number, unit = number;
+};
+template <int number>
+struct MultiplesOf {
+  static constexpr int rank = 0, unit = number;
+};
+
+template <typename scalar, class Known>
 struct Tiling {
   using acc = acc_t<scalar>;
+  static constexpr int rank = Known::rank;
+  static constexpr int unit = Known::unit;
   static constexpr bool exact = rank > 0;
   static constexpr int depth = exact ? rank : 4;
   // Two parts of rows * depth elements, 256 bytes: 64 of a thread's 128 registers.
@@ -52,15 +64,16 @@ struct CoreTile {
   acc re[height][width];
   acc im[height][width];
 
-  template <bool whole>
+  template <int unit>
   TCURLORA_HD void load_from(const acc* core, int c, int r, const Item& item, int row, int column) {
+    constexpr bool whole = unit >= width;  // no tile is cut off, in neither dimension
     const acc* first = core + (int64_t(item.block) * c + row) * r + column;
     TCURLORA_UNROLL
     for (int a = 0; a < height; ++a) {
       const int valid = whole || row + a < c ? r - column : 0;
-      const auto real = load<whole, width>(first + int64_t(a) * r, valid);
+      const auto real = load<unit, width>(first + int64_t(a) * r, valid);
       Run<acc, width> imaginary{};
-      if (item.pair) imaginary = load<whole, width>(first + (int64_t(c) + a) * r, valid);
+      if (item.pair) imaginary = load<unit, width>(first + (int64_t(c) + a) * r, valid);
       TCURLORA_UNROLL
       for (int b = 0; b < width; ++b) {
         re[a][b] = real[b];

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+WARNINGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +20,34 @@ def sources() -> Path:
     return ROOT / "csrc" / "cuda"
 
 
-@pytest.fixture(scope="session")
-def compiler() -> str:
-    found = shutil.which("g++") or shutil.which("c++")
-    if found is None:
-        pytest.skip("no C++ compiler on the PATH")
-    return found
+@pytest.fixture
+def build(compiler: str, tmp_path: Path) -> Callable[..., Path]:
+    """Compiles a program of tests/cpp with further options and returns its path."""
+
+    def compile(source: str, *options: str) -> Path:
+        program = tmp_path / source.split(".")[0]
+        command = [compiler, *WARNINGS, *options, str(ROOT / "tests" / "cpp" / source), "-o", str(program)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return program
+
+    return compile
+
+
+@pytest.fixture
+def sanitizer(compiler: str, tmp_path: Path) -> Callable[[str], list[str]]:
+    """Compiler options for these sanitizers; the test is skipped where a program with them does not run."""
+
+    def options(names: str) -> list[str]:
+        chosen = ["-g1", f"-fsanitize={names}", "-fno-sanitize-recover=all"]
+        (tmp_path / "empty.cpp").write_text("int main() {}\n")
+        command = [compiler, *chosen, str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "empty")]
+        for step in (command, [str(tmp_path / "empty")]):
+            if subprocess.run(step, capture_output=True, check=False).returncode != 0:
+                pytest.skip(f"no program with the sanitizers {names} runs here")
+        return chosen
+
+    return options
 
 
 @pytest.fixture(scope="session")

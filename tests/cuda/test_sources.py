@@ -11,9 +11,9 @@ import pytest
 from torch.utils import cpp_extension
 
 ARCHITECTURES = ("80", "90", "100")
-# Kernels of each source: three element types with the ranks 1, 2, 4, 8, 16 and any, and float64 with any; for the
-# core's gradient also the sums of chunks, of two types into four.
-KERNELS = {"middle_forward": 3 * 6 + 1, "middle_backward": 3 * 6 + 1, "core_gradient": 3 * 6 + 1 + 2 * 4}
+# Kernels of each source: three element types with the ranks 1, 2, 4, 8, 16, multiples of 4 and of 2, and any, and
+# float64 with any; for the core's gradient also the sums of chunks, of two types into four.
+KERNELS = {"middle_forward": 3 * 8 + 1, "middle_backward": 3 * 8 + 1, "core_gradient": 3 * 8 + 1 + 2 * 4}
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -52,26 +52,53 @@ def test_every_kernel_lives_in_registers(reports: dict[str, str], name: str) -> 
     assert "warning" not in said, said[-4000:]
 
 
-@pytest.mark.parametrize(
-    ("name", "kernel"), [("middle_forward", "MiddleForward"), ("middle_backward", "MiddleBackward")]
-)
-def test_rank_8_in_bfloat16_reads_words_of_16_bytes(
-    nvcc: str, sources: Path, tmp_path: Path, name: str, kernel: str
-) -> None:
+@pytest.fixture(scope="module")
+def bodies(nvcc: str, sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Source -> mangled name of a kernel -> its PTX for sm_90."""
+    folder = tmp_path_factory.mktemp("ptx")
+    found = {}
+    for name, number in KERNELS.items():
+        output = folder / f"{name}.ptx"
+        command = [nvcc, "-std=c++17", "-O3", "-arch=compute_90", "-ptx", str(sources / f"{name}.cu")]
+        command += ["-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        texts = re.split(r"\.visible \.entry ", output.read_text())[1:]
+        found[name] = {text.split("(")[0]: text for text in texts}
+        assert len(found[name]) == number
+    return found
+
+
+def accesses(kernels: dict[str, str], known: str, operation: str) -> list[str]:
+    """The forms of a bfloat16 kernel's loads or stores; ``known`` is the mangled class of csrc/cuda/tiles.h."""
+    (body,) = [text for name, text in kernels.items() if f"I13__nv_bfloat16NS0_{known}" in name]
+    return re.findall(rf"\b{operation}\.global\.(\S+)", body)
+
+
+@pytest.mark.parametrize("name", ["middle_forward", "middle_backward"])
+def test_rank_8_in_bfloat16_reads_words_of_16_bytes(bodies: dict[str, dict[str, str]], name: str) -> None:
     """The block of one token is 8 numbers of 2 bytes; two threads of 4 numbers each write one."""
-    output = tmp_path / "kernels.ptx"
-    command = [nvcc, "-std=c++17", "-O3", "-arch=compute_90", "-ptx", str(sources / f"{name}.cu"), "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    bodies = re.split(r"\.visible \.entry ", output.read_text())[1:]
-    (body,) = [b for b in bodies if "I13__nv_bfloat16Li8E" in b.split("(")[0]]
-    assert len(bodies) == KERNELS[name]
-    loads = re.findall(r"\bld\.global\.(\S+)", body)
+    loads = accesses(bodies[name], "4RankILi8E", "ld")
     assert len(loads) >= 8
     assert {load.split(".")[0] for load in loads} == {"v4"}
-    stores = re.findall(r"\bst\.global\.(\S+)", body)
+    stores = accesses(bodies[name], "4RankILi8E", "st")
     assert len(stores) == 4  # the real and the imaginary part of two tokens
     assert set(stores) == {"v2.b32"}
+
+
+@pytest.mark.parametrize("unit", [2, 4])
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_other_ranks_read_and_write_runs_of_their_multiple(
+    bodies: dict[str, dict[str, str]], name: str, unit: int
+) -> None:
+    """As many elements as the general kernel (multiples of 1) with a half or a quarter of its accesses."""
+    for operation in ("ld", "st") if name != "core_gradient" else ("ld",):  # its sums are written one by one
+        runs, single = (accesses(bodies[name], f"11MultiplesOfILi{n}E", operation) for n in (unit, 1))
+        assert len(runs) * unit == len(single) > 0
+        if operation == "ld":
+            assert {access.split(".")[0] for access in runs} == {f"v{unit}"}
+        else:
+            assert set(runs) == {"b32" if unit == 2 else "v2.b32"}
 
 
 def included(source: Path) -> tuple[set[Path], set[str]]:

@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU, without having one, and analyses the result. Run as ``aot.py PART PARTS``."""
+"""Compiles kernels for a GPU, without having one, and analyses the result. Run as ``aot.py PART PARTS NAME...``."""
 
 from __future__ import annotations
 
@@ -243,9 +243,9 @@ def launches_of(spec: Spec) -> list[Launch]:
     return list(launch.core_gradient_launches(m, h, middle, workspace, middle.core, config, spec.precision))
 
 
-def main(part: int, parts: int) -> None:
-    """Compile every ``parts``-th case and print a line of JSON for each."""
-    for spec in specs()[part::parts]:
+def main(part: int, parts: int, names: list[str]) -> None:
+    """Compile every ``parts``-th of the cases with these names and print a line of JSON for each."""
+    for spec in [spec for spec in specs() if spec.name in names][part::parts]:
         compiled = [asdict(compile_for(one, spec.capability)) for one in launches_of(spec)]
         print(json.dumps({"name": spec.name, "compiled": compiled}), flush=True)
     if part == 0:
@@ -280,4 +280,4 @@ def spilling(x, y):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,16 @@ import tcurlora_ext, tcurlora_ext.kernels, tcurlora_ext.kernels.configs, tcurlor
 
 def test_the_package_imports_without_triton() -> None:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_the_kernels_are_compiled_by_the_oldest_triton_that_is_allowed() -> None:
+    """make oldest-triton takes the version that pyproject.toml names."""
+    root = Path(__file__).parents[2]
+    compiled = re.search(r"^TRITON_VERSION := (\d+\.\d+)\.\d+$", (root / "Makefile").read_text(), re.MULTILINE)
+    allowed = re.search(r"triton>=(\d+\.\d+);", (root / "pyproject.toml").read_text())
+    assert compiled is not None
+    assert allowed is not None
+    assert compiled[1] == allowed[1]
 
 
 @pytest.mark.parametrize("name", [*configs.TABLES, "another GPU", "unaligned rows"])
