@@ -6,7 +6,6 @@ the files that are written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import safetensors.torch
@@ -14,7 +13,7 @@ import torch
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.files.fingerprint import PROBES
-from tcurlora_ext.adapter.files.format import FORMAT, HEADER
+from tcurlora_ext.adapter.files.format import FORMAT, HEADER, description
 from tcurlora_ext.adapter.model.targets import Target, slice_names
 
 Ranks = Mapping[str, tuple[int, int]]
@@ -65,5 +64,5 @@ def _header_bytes(config: TCURConfig, groups: Groups, ranks: Ranks) -> int:
         }  # fmt: skip
         for kind, tensor in _tensors(members, ranks[name], config).items():
             empty[f"{kind}.{name}"] = torch.empty(0, *tensor.shape[1:], dtype=tensor.dtype)
-    header = json.dumps({"format": FORMAT, "config": config.to_json(), "stacks": described})
-    return len(safetensors.torch.save(empty, {HEADER: header}))
+    header = {"format": FORMAT, "config": config.to_json(), "stacks": described}
+    return len(safetensors.torch.save(empty, {HEADER: description(header, empty)}))

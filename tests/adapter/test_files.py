@@ -20,10 +20,11 @@ from tcurlora_ext.adapter.files.format import read_adapter
 
 
 def parts_of(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The header and the tensors of a file, by safetensors alone."""
+    """The header, its digest left out, and the tensors of a file, by safetensors alone."""
     with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        return json.loads(metadata["tcurlora"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["tcurlora"])
+        assert len(header.pop("digest")) == 64
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def write(path: Path, header: Any, tensors: dict[str, torch.Tensor]) -> Path:
@@ -240,3 +241,12 @@ def test_a_damaged_configuration_is_refused(saved: Path, change: dict[str, Any])
     header["config"] |= change
     with pytest.raises(ValueError, match=r"saved\.safetensors: .*damaged"):
         read_adapter(write(saved, header, tensors))
+
+
+def test_a_changed_value_is_found_by_the_digest(make_network: Any, tmp_path: Path) -> None:
+    path = tcur.save_adapter(tcur.inject(make_network(), tcur.TCURConfig(rank=2)), tmp_path / "a.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.safetensors: the file is damaged: its content has another digest"):
+        tcur.load_adapter(make_network(), path)

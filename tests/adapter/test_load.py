@@ -232,6 +232,7 @@ def edited(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Non
         header = json.loads(file.metadata()["tcurlora"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(header, tensors)
+    header.pop("digest")  # so that the change itself has to be found
     safetensors.torch.save_file(tensors, path, {"tcurlora": json.dumps(header)})
     return path
 

@@ -2,14 +2,15 @@
 
 Tensors:  ``core.<stack>`` (S, c, r) in its core_domain, or (fewer, c, r) with ``frequencies``; ``rows.<stack>`` and
 ``columns.<stack>``, int64; ``trained.<name>`` for every parameter of the model that trains besides the cores;
-``state.<name>`` for the buffers of modules that own such a parameter; with ``include_factors`` also ``col.<stack>`` and
-``row.<stack>``.
+``state.<name>`` for buffers that training changes; with ``include_factors`` also ``col.<stack>`` and ``row.<stack>``.
 Header:   ``tcurlora`` -> format version, configuration, and for every stack the names of its slices, its scale, and
-the dtype and fingerprint of its base weights.
+the dtype and fingerprint of its base weights; and the digest, SHA-256 of all of it, which files written before 0.2 do
+not have.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -43,6 +44,21 @@ class AdapterFile:
         return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
 
 
+def description(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A file's description as JSON, with the digest of all of the file as its last entry."""
+    return json.dumps({**header, "digest": _digest(header, tensors)})
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the description and of name, dtype, shape and bytes of the tensors, as hexadecimal digits."""
+    found = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     """Read an adapter file.
 
@@ -56,7 +72,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     if HEADER not in metadata:
         raise ValueError(f"{path}: found a safetensors file without a {HEADER!r} header, expected one by save_adapter")
     try:
-        header = json.loads(metadata[HEADER])
+        header = dict(json.loads(metadata[HEADER]))
+        stated = header.pop("digest", None)
         version, config, described = header["format"], header["config"], header["stacks"]
         if version == FORMAT:
             file_ = AdapterFile(path, TCURConfig.from_json(config), dict(described), tensors)
@@ -66,6 +83,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
         raise ValueError(f"{path}: the adapter's description is damaged: {error!r}") from None
     if version != FORMAT:
         raise ValueError(f"{path}: found adapter format {version!r}, expected {FORMAT}")
+    if stated is not None and stated != _digest(header, tensors):
+        raise ValueError(f"{path}: the file is damaged: its content has another digest than the one that it states")
     return file_
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from tcurlora_ext.adapter.model.structure import (
 from tcurlora_ext.io.atomic import write_bytes
 
 from .fingerprint import fingerprint
-from .format import FORMAT, HEADER
+from .format import FORMAT, HEADER, description
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors: bool = False) -> Path:
@@ -66,13 +65,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     _warn_of_others(model, adapted)
     model = adapted.model
     tensors: dict[str, Tensor] = {}
-    description: dict[str, dict[str, Any]] = {}
+    described: dict[str, dict[str, Any]] = {}
     for name, stack in stacks(model).items():
         tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("core", "rows", "columns")}
         base = base_weights(model, stack)
         if include_factors or stack.options.trainable == "all" or not stack.is_of(base):
             tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("col", "row")}
-        description[name] = {
+        described[name] = {
             "names": stack.names,
             "scale": stack.scale,
             "normalised": stack.normalised,
@@ -83,12 +82,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
         }
     tensors |= {f"trained.{name}": p for name, p in _trained_beside(model)}
     tensors |= {f"state.{name}": b for name, b in _buffers_beside(adapted)}
-    header = {"format": FORMAT, "config": adapted.container.config.to_json(), "stacks": description}
+    header = {"format": FORMAT, "config": adapted.container.config.to_json(), "stacks": described}
     # A tensor with two names (tied weights) is copied and saved under both: safetensors refuses shared memory.
     content = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
     sharded = sharded_parameter(model) is not None
     if not sharded or distributed.get_rank() == 0:
-        write_bytes(path, safetensors.torch.save(content, {HEADER: json.dumps(header)}))
+        write_bytes(path, safetensors.torch.save(content, {HEADER: description(header, content)}))
     if sharded:
         distributed.barrier()
     return path
