@@ -8,10 +8,11 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
+from typing_extensions import Self
 
 from tcurlora_ext.maths.selection import RULES
 
-from .options import Rank, StackOptions, one_of, pair_of, positive
+from .options import Rank, StackOptions, one_of, pair_of, positive, refuse_lora_names, warn_of_lora_alpha
 
 # The row blocks of the fused projections of MONAI and GPT-2.
 DEFAULT_SPLIT = {"qkv": 3, "c_attn": 3}
@@ -55,6 +56,7 @@ class TCURConfig(StackOptions):
         frequencies: K: the core has only the K lowest frequencies of the DFT, min(2K - 1, S) blocks in place of S.
 
     Raises:
+        TypeError: An option has an unknown name; for LoRA's names (``lora_alpha``) the message says what it is here.
         ValueError: A value is unknown or out of range, a regex does not compile, or options exclude each other:
             ``budget`` and ``rank_pattern``; ``stack_blocks`` and a ``stack_by`` other than ``"shape"`` or ``"role"``;
             ``frequencies`` and a ``transform`` other than ``"dft"`` or a ``core_domain`` other than ``"fourier"``;
@@ -70,9 +72,15 @@ class TCURConfig(StackOptions):
     budget: int | None = None
     stack_blocks: int | None = None
 
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        refuse_lora_names(given)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         one_of("selection", self.selection, tuple(RULES))
         super().__post_init__()
+        if self.scale is None:
+            warn_of_lora_alpha(self.alpha)
         if not callable(self.stack_by):
             one_of("stack_by", self.stack_by, STACK_BY)
         if self.budget is not None:

@@ -6,6 +6,8 @@ A new option takes a field of :class:`StackOptions`, a field of PEFT's configura
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import KW_ONLY, dataclass
 
 from tcurlora_ext.maths.transforms import TRANSFORMS, SliceTransform
@@ -97,6 +99,34 @@ class StackOptions:
             S, or min(2K - 1, S) with ``frequencies``.
         """
         return self.along.kept_blocks(slices, self.frequencies)
+
+
+# What PEFT's LoraConfig calls the options.
+LORA_NAMES = {
+    "r": "rank", "lora_alpha": "alpha, a factor of the default scale: 1.0 where lora_alpha = r",
+    "lora_dropout": "dropout",
+    "use_rslora": "rank_stabilised", "modules_to_save": "unfreeze(model, [...]) after inject",
+    "init_lora_weights": "nothing: a core begins at zero",
+}  # fmt: skip
+# An alpha of this size is taken for a lora_alpha.
+LORA_SIZED = 8
+
+
+def warn_of_lora_alpha(alpha: float) -> None:
+    """Warn of an alpha that is as large as a lora_alpha."""
+    if alpha >= LORA_SIZED:
+        warnings.warn(
+            f"alpha is {alpha:g}: it multiplies the default scale, whose first step is as long as LoRA's with "
+            f"lora_alpha = r; the step is then {alpha:g} times as long. Usual values are 0.5 to 4",
+            stacklevel=4,
+        )
+
+
+def refuse_lora_names(given: Iterable[str], known: Collection[str] = ()) -> None:
+    """Raise TypeError for options by the names that PEFT's LoraConfig has, with what they are called here."""
+    for name in given:
+        if name in LORA_NAMES and name not in known:
+            raise TypeError(f"{name} is an option of LoRA; here it is {LORA_NAMES[name]}")
 
 
 def pair_of(rank: Rank, name: str = "rank") -> tuple[int, int]:

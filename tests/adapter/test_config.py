@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -84,3 +85,28 @@ def test_a_function_for_stacks_leaves_its_name() -> None:
 def test_unknown_entries_are_named() -> None:
     with pytest.raises(ValueError, match="unknown entries drop_path"):
         tcur.TCURConfig.from_json({"drop_path": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_alpha": 16}, r"lora_alpha is an option of LoRA; here it is alpha, a factor of the default scale"),
+        ({"lora_dropout": 0.1}, "here it is dropout"),
+        ({"r": 4}, "here it is rank"),
+        ({"modules_to_save": ["head"]}, r"here it is unfreeze\(model"),
+    ],
+)
+def test_lora_names_are_explained(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        tcur.TCURConfig(**options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        tcur.TCURConfig(ranks=3)  # type: ignore[call-arg]
+
+
+def test_an_alpha_as_large_as_a_lora_alpha_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"alpha is 16: .* the step is then 16 times as long"):
+        tcur.TCURConfig(alpha=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tcur.TCURConfig(alpha=4)
+        tcur.TCURConfig(alpha=16, scale=1.0)

@@ -140,3 +140,41 @@ def test_of_mixed_batches_over_merged_weights(
 def test_of_peft_mixed_model(make_llama: Callable[[], LlamaForCausalLM]) -> None:
     with pytest.raises(ValueError, match="'TCURLORA' is not compatible with the `PeftMixedModel`"):
         get_peft_model(make_llama(), TcurLoraConfig(r=2), mixed=True)
+
+
+def test_lora_names_are_explained() -> None:
+    with pytest.raises(TypeError, match="lora_alpha is an option of LoRA; here it is alpha"):
+        TcurLoraConfig(lora_alpha=16)  # type: ignore[call-arg]
+    with pytest.warns(UserWarning, match="alpha is 16"):
+        get_peft_model(nn.Sequential(nn.Linear(8, 8)), TcurLoraConfig(alpha=16, r=2, target_modules=["0"]))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16)
+
+
+def test_all_linear_leaves_out_what_cannot_be_adapted_and_says_why() -> None:
+    with pytest.warns(UserWarning, match=r"leaves out attention\.out_proj, encoder.* \(4 of 5 linear"):
+        model = get_peft_model(Attending(), TcurLoraConfig(r=2, target_modules="all-linear"))
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    assert adapted == ["base_model.model.linear"]
+
+
+def test_an_encoder_layer_that_bypasses_its_linear_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"encoder\.linear1: encoder is an nn\.TransformerEncoderLayer"):
+        get_peft_model(Attending(), TcurLoraConfig(r=2, target_modules=["linear1"]))
+
+
+def test_names_that_nothing_has_are_named() -> None:
+    with pytest.warns(UserWarning, match="target_modules has 'lin', which no module of Attending is called"):
+        get_peft_model(Attending(), TcurLoraConfig(r=2, target_modules=["linear", "lin"]))
+
+
+def test_a_weight_made_by_a_hook_is_refused() -> None:
+    model = Attending()
+    nn.utils.spectral_norm(model.linear)
+    with pytest.raises(TypeError, match="linear cannot be adapted: its weight is made anew in each call"):
+        get_peft_model(model, TcurLoraConfig(r=2, target_modules=["linear"]))
