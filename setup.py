@@ -164,4 +164,4 @@ def options() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    setup(**options())
+    setup(license="Apache-2.0", **options())
