@@ -48,6 +48,7 @@ while read -r name limit call; do
 done <<<"$table"
 (($# > 0)) || usage "found no folder for the results"
 results=$1
+[[ $results != -* ]] || usage "found '$results', no folder for the results"
 shift
 (($# > 0)) || set -- a b
 for choice in "$@"; do
