@@ -106,7 +106,7 @@ LORA_NAMES = {
     "r": "rank", "lora_alpha": "alpha, a factor of the default scale: 1.0 where lora_alpha = r",
     "lora_dropout": "dropout",
     "use_rslora": "rank_stabilised", "modules_to_save": "unfreeze(model, [...]) after inject",
-    "init_lora_weights": "nothing: a core begins at zero",
+    "init_lora_weights": "init_weights of TcurLoraConfig; a core begins at zero",
 }  # fmt: skip
 # An alpha of this size is taken for a lora_alpha.
 LORA_SIZED = 8

@@ -235,3 +235,55 @@ def test_a_part_without_the_layer_that_holds_the_cores_names_that_layer(tmp_path
     assert isinstance(model, nn.Sequential)
     with pytest.raises(ValueError, match=r"the core that 0 uses is registered in its 1, which is gone"):
         tcur.save_adapter(model[:1], tmp_path / "a.safetensors")
+
+
+def test_statistics_moved_in_place_do_not_stay_under_an_adapter_without_them(x: Tensor, tmp_path: Path) -> None:
+    path = tcur.save_adapter(adapted(), tmp_path / "a.safetensors")
+    net = adapted()
+    net.train()(3 * x + 1)
+    with pytest.raises(ValueError, match=r"does not have norm\.num_batches_tracked, norm\.running_mean"):
+        tcur.load_adapter(net, path)
+    tcur.load_adapter(adapted().bfloat16(), path)  # a cast alone is no training
+
+
+def test_a_head_that_is_frozen_again_is_saved(x: Tensor, tmp_path: Path) -> None:
+    net = tcur.unfreeze(adapted(), "head")
+    with torch.no_grad():
+        net.head.weight.add_(1.0)
+    path = tcur.save_adapter(net.requires_grad_(False), tmp_path / "a.safetensors")
+    loaded = tcur.load_adapter(Net(), path).eval()
+    assert torch.equal(loaded(x), net(x))
+    assert torch.equal(
+        tcur.load_adapter(Net(), tcur.save_adapter(loaded.requires_grad_(False), path)).eval()(x), net(x)
+    )
+
+
+@pytest.mark.parametrize("what", ["core", "head"])
+def test_values_that_no_model_could_load_are_not_written(what: str, tmp_path: Path) -> None:
+    net = tcur.unfreeze(adapted(), "head")
+    good = tcur.save_adapter(net, tmp_path / "a.safetensors").read_bytes()
+    broken = next(iter(tcur.stacks(net).values())).core if what == "core" else net.head.bias
+    with torch.no_grad():
+        broken.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"(core\.8x8|trained\.head\.bias) has NaN or infinite values"):
+        tcur.save_adapter(net, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == good
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS[:2], ids=["compile", "DataParallel"])
+def test_a_file_loads_onto_a_wrapped_base(wrap: Callable[[nn.Module], Any], x: Tensor, tmp_path: Path) -> None:
+    path = tcur.save_adapter(adapted(), tmp_path / "a.safetensors")
+    loaded = tcur.load_adapter(wrap(Net().eval()), path)
+    assert torch.equal(loaded(x), tcur.load_adapter(Net().eval(), path)(x))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("hed", "matches no parameter"), ("head[", "neither a prefix nor a regex")]
+)
+def test_unfreeze_takes_prefixes_and_refuses_what_means_nothing(pattern: str, said: str) -> None:
+    net = nn.ModuleDict({"a[0]": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+    tcur.inject(net, tcur.TCURConfig(rank=2, target_modules=["head"]))
+    with pytest.raises(ValueError, match=said):
+        tcur.unfreeze(net, pattern)
+    tcur.unfreeze(net, "a[0]")
+    assert net["a[0]"].weight.requires_grad

@@ -216,3 +216,19 @@ def test_the_output_of_an_adapted_layer_may_be_changed_in_place(
         change(y.clone() if out_of_place else y).square().sum().backward()
         gradients.append(layer.stack.core.grad)
     assert torch.equal(*gradients)
+
+
+def test_blocks_compiled_one_by_one_and_parts_of_a_loaded_model_are_no_alarm(x: Tensor, tmp_path: Path) -> None:
+    path = tcur.save_adapter(adapted(), tmp_path / "a.safetensors")
+    loaded = tcur.load_adapter(Net(), path)
+    assert isinstance(loaded, Net)
+    net = adapted()
+    for layer in net.body:
+        layer.compile(backend="eager")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loaded.body[0](x)
+        tcur.merge(loaded)
+        net(x).sum().backward()
+        tcur.save_adapter(net, path)
+    assert not any("never called" in str(one.message) for one in said)

@@ -67,7 +67,9 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such adapter file")
+        of_peft = (path.parent / "adapter_config.json").exists()
+        hint = "; PEFT wrote its folder: use PeftModel.from_pretrained" if of_peft else ""
+        raise FileNotFoundError(f"{path}: no such adapter file{hint}")
     metadata, tensors = read_tensors(path, "an adapter saved by save_adapter")
     if HEADER not in metadata:
         raise ValueError(f"{path}: found a safetensors file without a {HEADER!r} header, expected one by save_adapter")

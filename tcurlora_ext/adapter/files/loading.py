@@ -15,7 +15,15 @@ from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.adapter.layer.quantised import refuse_quantised
 from tcurlora_ext.adapter.model.inject import attach
-from tcurlora_ext.adapter.model.structure import CONTAINER, Adapted, adapted_layers, find_adapted, module_of, stacks
+from tcurlora_ext.adapter.model.structure import (
+    Adapted,
+    adapted_layers,
+    changed_buffers,
+    find_adapted,
+    module_of,
+    stacks,
+    trained_beside,
+)
 from tcurlora_ext.adapter.model.support import reason_against
 from tcurlora_ext.adapter.model.targets import Target, stacked_weights
 from tcurlora_ext.adapter.stack import TCURStack
@@ -45,6 +53,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     file = read_adapter(path)
     whole, adapted = model, find_adapted(model)
+    model = unwrapped(model)
     if adapted is not None:
         model = adapted.model
         _refuse_leftovers(adapted, file)
@@ -66,14 +75,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 destination.requires_grad_(True)
     loaded = find_adapted(model)
     assert loaded is not None
+    loaded.container.from_file = True
     loaded.container.loaded = set(file.under("trained")) | set(file.under("state"))
     return whole
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in a wrapper of torch.compile, DataParallel or DistributedDataParallel, whose names a file has."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
 def _refuse_leftovers(adapted: Adapted, file: AdapterFile) -> None:
     """Raise ValueError where the model would keep what another adapter has set, such as its head."""
-    trains = {n for n, p in adapted.model.named_parameters() if p.requires_grad and CONTAINER not in n.split(".")}
-    left = sorted((trains | adapted.container.loaded) - set(file.under("trained")) - set(file.under("state")))
+    own = set(trained_beside(adapted)) | adapted.container.loaded | set(changed_buffers(adapted, tolerance=0.01))
+    left = sorted(own - set(file.under("trained")) - set(file.under("state")))
     if left:
         raise ValueError(
             f"{file.path} does not have {', '.join(left[:4])} ({len(left)} in all), which trained with the adapter "

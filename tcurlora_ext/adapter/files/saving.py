@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, distributed, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter, whole
 from tcurlora_ext.adapter.model.effect import warn_without_effect
 from tcurlora_ext.adapter.model.structure import (
-    CONTAINER,
     Adapted,
     base_weights,
     buffers_beside,
@@ -22,6 +22,7 @@ from tcurlora_ext.adapter.model.structure import (
     require_adapted,
     require_all_layers,
     stacks,
+    trained_beside,
 )
 from tcurlora_ext.io.atomic import write_bytes
 
@@ -33,9 +34,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     """Save the adapter of a model to a safetensors file.
 
     The file holds r*c*S core parameters per stack, the chosen indices, all other parameters that train (a decoder, a
-    head), running statistics that training has changed, and a fingerprint of the base weights. It also holds C and R
-    where they are trained, or where they are not the columns and rows of the present base weights. A file at ``path``
-    is replaced only when the new one is complete.
+    head; also when it was frozen again), running statistics that training has changed, and a fingerprint of the base
+    weights. It also holds C and R where they are trained, or where they are not the columns and rows of the present
+    base weights. A file at ``path`` is replaced only when the new one is complete.
 
     For a model sharded over processes, every process calls this. They gather the base weights of one stack at a time,
     the first process writes the file, and all processes return when it is written.
@@ -51,7 +52,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
 
     Raises:
         ValueError: The model is not adapted, or is a part of an adapted one; several of its parts were adapted apart;
-            or an adapted layer is not in it any more. No file is written.
+            an adapted layer is not in it any more; or a value is NaN or infinite. No file is written.
 
     Warns:
         UserWarning: A module around the adapted model has trained parameters, which are not saved; or adapted layers
@@ -80,11 +81,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
             "base_dtype": str(base.dtype).removeprefix("torch."),
             "fingerprint": fingerprint(base).tolist(),
         }
-    tensors |= {f"trained.{name}": p for name, p in _trained_beside(model)}
+    tensors |= {f"trained.{name}": p for name, p in trained_beside(adapted).items()}
     tensors |= {f"state.{name}": b for name, b in _buffers_beside(adapted)}
     header = {"format": FORMAT, "config": adapted.container.config.to_json(), "stacks": described}
     # A tensor with two names (tied weights) is copied and saved under both: safetensors refuses shared memory.
     content = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
+    broken = next((n for n, t in content.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)
+    if broken is not None:
+        raise ValueError(f"{broken} has NaN or infinite values, so that no model could load it; {path} is as it was")
     sharded = sharded_parameter(model) is not None
     if not sharded or distributed.get_rank() == 0:
         write_bytes(path, safetensors.torch.save(content, {HEADER: description(header, content)}))
@@ -93,13 +97,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     return path
 
 
-def _trained_beside(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((n, p) for n, p in model.named_parameters() if p.requires_grad and CONTAINER not in n.split("."))
-
-
 def _buffers_beside(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:
     """Buffers (running statistics) that training has changed, and those of modules that own a trained parameter."""
-    owners = {name.rpartition(".")[0] for name, _ in _trained_beside(adapted.model)}
+    owners = {name.rpartition(".")[0] for name in trained_beside(adapted)}
     changed = changed_buffers(adapted)
     return ((n, b) for n, b in buffers_beside(adapted.model) if n in changed or n.rpartition(".")[0] in owners)
 

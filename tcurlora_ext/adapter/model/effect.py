@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from .structure import Adapted, TCURStacks, adapted_layers, stacks
 
-ADVICE = "their parents may read the weight themselves; leave such layers out by exclude_modules"
+ADVICE = "if their parents read the weight themselves, the adapters have no effect: leave them out by exclude_modules"
 
 
 def watch_first_call(model: nn.Module, container: TCURStacks) -> None:
@@ -32,13 +33,14 @@ def _after_first_call(model: nn.Module, *_: Any) -> None:
 
 def warn_without_effect(adapted: Adapted) -> None:
     """Warn of layers that were never called and of cores that are still zero, where others were called or trained."""
-    _warn_uncalled(adapted.model, adapted.container, stacklevel=4)
+    if not adapted.container.from_file:  # whoever loads an adapter may well use a part of the model alone
+        _warn_uncalled(adapted.model, adapted.container, stacklevel=4)
     trained = {name: stack for name, stack in stacks(adapted.model).items() if stack.core.requires_grad}
     zero = [name for name, stack in trained.items() if not bool(stack.core.detach().any())]
     if zero and len(zero) < len(trained):
         warnings.warn(
-            f"the cores of {', '.join(zero[:4])} ({len(zero)} of {len(trained)} stacks) are still zero: they never got "
-            "a gradient",
+            f"the cores of {', '.join(zero[:4])} ({len(zero)} of {len(trained)} stacks) are still zero: they got no "
+            "gradient or are not in the optimizer",
             stacklevel=3,
         )
 
@@ -46,9 +48,14 @@ def warn_without_effect(adapted: Adapted) -> None:
 def _warn_uncalled(model: nn.Module, container: TCURStacks, stacklevel: int) -> None:
     layers = dict(adapted_layers(model))
     uncalled = [name for name, layer in layers.items() if layer.uncalled]
-    if uncalled and (container.called or len(uncalled) < len(layers)):
+    if not _compiled() and uncalled and (container.called or len(uncalled) < len(layers)):
         warnings.warn(
-            f"{', '.join(uncalled[:4])} ({len(uncalled)} of {len(layers)} adapted layers) were never called, so that "
-            f"their adapters have no effect; {ADVICE}",
+            f"{', '.join(uncalled[:4])} ({len(uncalled)} of {len(layers)} adapted layers) were never called; {ADVICE}",
             stacklevel=stacklevel,
         )
+
+
+def _compiled() -> bool:
+    """Whether Dynamo has compiled anything in this process: calls within what it compiled leave no mark."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"])

@@ -16,7 +16,7 @@ from tcurlora_ext.adapter.stack import TCURStack
 from .calibration import stack_inputs
 from .effect import watch_first_call
 from .ranks import stack_ranks
-from .structure import CONTAINER, TCURStacks, adapted_layers, require_adapted, sums_of_buffers
+from .structure import CONTAINER, TCURStacks, adapted_layers, find_adapted, require_adapted, sums_of_buffers
 from .support import adapted_type, plain_type
 from .targets import Target, find_targets, group, placed, slice_names, stacked_weights
 
@@ -126,20 +126,30 @@ def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: A pattern matches no parameter; nothing is changed.
+        ValueError: A pattern matches no parameter, or is no regex; nothing is changed.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     parameters = [(name, p) for name, p in model.named_parameters() if f"{CONTAINER}." not in name]
     chosen = []
     for pattern in patterns:
-        matching = [p for name, p in parameters if re.match(pattern, name)]
+        try:
+            matching = [(name, p) for name, p in parameters if _begins_with(name, pattern)]
+        except re.error as error:
+            raise ValueError(f"unfreeze pattern {pattern!r} is neither a prefix nor a regex ({error})") from None
         if not matching:
             roots = sorted({name.split(".")[0] for name, _ in parameters})
             raise ValueError(f"unfreeze pattern {pattern!r} matches no parameter; names begin with {', '.join(roots)}")
         chosen += matching
-    for parameter in chosen:
+    adapted = find_adapted(model)
+    for name, parameter in chosen:
         parameter.requires_grad_(True)
+        if adapted is not None:
+            adapted.container.unfrozen.add(name.removeprefix(adapted.prefix))
     return model
+
+
+def _begins_with(name: str, pattern: str) -> bool:
+    return name.startswith(pattern) or re.match(pattern, name) is not None
 
 
 def remove(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class TCURStacks(nn.ModuleDict):
     Attributes:
         buffer_sums: Of the model's buffers when it was adapted, see :func:`sums_of_buffers`.
         loaded: The names of the parameters and buffers that :func:`load_adapter` has set beside the stacks.
+        from_file: Whether :func:`load_adapter` has set the stacks.
+        unfrozen: The names of the parameters that :func:`unfreeze` made train.
         first_call: The hook that looks at the model's first call (``model/effect.py``); None once that is over.
         called: Whether the model has been called.
     """
@@ -41,6 +44,8 @@ class TCURStacks(nn.ModuleDict):
         self.config, self.owner = config, owner
         self.buffer_sums: dict[str, tuple[float, ...]] = {}
         self.loaded: set[str] = set()
+        self.unfrozen: set[str] = set()
+        self.from_file = False
         self.first_call: RemovableHandle | None = None
         self.called = False
 
@@ -92,7 +97,12 @@ def require_adapted(model: nn.Module) -> Adapted:
     """As :func:`find_adapted`; raises ValueError where the model is not adapted, too."""
     adapted = find_adapted(model)
     if adapted is None:
-        raise ValueError(f"{type(model).__name__} is not adapted; call inject(model) first")
+        kind = type(model).__name__
+        if any(isinstance(module, TCURStack) for module in model.modules()) and not any(adapted_layers(model)):
+            raise ValueError(
+                f"{kind} is adapted through PEFT; use the PeftModel's own save_pretrained, merge_adapter or unload"
+            )
+        raise ValueError(f"{kind} is not adapted; call inject(model) first")
     return adapted
 
 
@@ -160,10 +170,30 @@ def sums_of_buffers(model: nn.Module) -> dict[str, tuple[float, ...]]:
     return {name: _sums(buffer) for name, buffer in buffers_beside(model)}
 
 
-def changed_buffers(adapted: Adapted) -> dict[str, Tensor]:
-    """The buffers that are not as they were when the model was adapted: statistics of frozen norms move in training."""
-    before = adapted.container.buffer_sums
-    return {name: buffer for name, buffer in buffers_beside(adapted.model) if before.get(name) != _sums(buffer)}
+def changed_buffers(adapted: Adapted, tolerance: float = 0.0) -> dict[str, Tensor]:
+    """The buffers that are not as they were when the model was adapted: statistics of frozen norms move in training.
+
+    ``tolerance`` is relative; 1 % leaves out what a cast to bfloat16 changes.
+    """
+    before, changed = adapted.container.buffer_sums, {}
+    for name, buffer in buffers_beside(adapted.model):
+        sums, known = _sums(buffer), before.get(name, ())
+        same = len(sums) == len(known) and all(
+            math.isclose(a, b, rel_tol=tolerance) for a, b in zip(sums, known, strict=True)
+        )
+        if not same:
+            changed[name] = buffer
+    return changed
+
+
+def trained_beside(adapted: Adapted) -> dict[str, nn.Parameter]:
+    """The parameters beside the cores that train, or did: a head that is frozen again was trained by the adapter."""
+    kept = adapted.container.unfrozen | adapted.container.loaded
+    return {
+        name: parameter
+        for name, parameter in adapted.model.named_parameters()
+        if (parameter.requires_grad or name in kept) and CONTAINER not in name.split(".")
+    }
 
 
 def _sums(tensor: Tensor) -> tuple[float, ...]:

@@ -125,9 +125,13 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     matching = {name: module for name, module in named.items() if matches(name, wanted) and name not in excluded}
     if not matching:
         linear = [name for name, module in named.items() if adapted_type(module)]
+        asked = "the names known by default" if config.target_modules is None else f"target_modules {wanted!r}"
+        hint = "; a string is a regex for the whole name, names go into a list" if isinstance(wanted, str) else ""
+        if config.target_modules is None:
+            hint = "; set target_modules"
         raise ValueError(
-            f"target_modules {wanted!r} match none of the {len(linear)} linear modules of "
-            f"{type(model).__name__}, such as {', '.join(linear[:4]) or '(it has none)'}"
+            f"{asked} match none of the {len(linear)} linear modules of "
+            f"{type(model).__name__}, such as {', '.join(linear[:4]) or '(it has none)'}{hint}"
         )
     for name, reason in bypassed(model).items():
         if name in matching:

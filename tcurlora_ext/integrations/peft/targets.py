@@ -116,10 +116,11 @@ def _leave_out(model: nn.Module, config: TcurLoraConfig) -> None:
         return
     whole = {n for n, _ in outer_modules(model) if check_target_module_exists(config, n)}
     config.target_modules = whole - reasons.keys()
-    name, reason = next(iter(reasons.items()))
+    first = {reason.split(": ", 1)[-1]: name for name, reason in reversed(reasons.items())}  # one name for each reason
+    why = "; ".join(f"{name}: {reason}" for reason, name in list(first.items())[:3])
     warnings.warn(
         f"target_modules='all-linear' leaves out {', '.join(list(reasons)[:4])} ({len(reasons)} of {len(whole)} linear "
-        f"layers): {reason}",
+        f"layers): {why}",
         stacklevel=2,
     )
 
@@ -135,6 +136,8 @@ def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraCo
     if is_made_anew(base):
         raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
     if not is_supported(base, model):
+        if type(base).__name__ == "NonDynamicallyQuantizableLinear":
+            raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
         raise TypeError(
             f"{name} is a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' Conv1D or a "
             "quantised one) that its parent calls"
