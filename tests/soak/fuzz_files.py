@@ -2,8 +2,8 @@
 
     python tests/soak/fuzz_files.py 10000 0        # number of files, seed
 
-A file that `tcur.load_adapter` takes must give the output of the undamaged file, bit for bit. Any other file must raise a
-ValueError that names it, and leave the model as it was, bit for bit. Everything else is a failure: another exception,
+A file that `tcur.load_adapter` takes must give the output of the undamaged file, bit for bit. Any other file must raise
+a ValueError that names it, and leave the model as it was, bit for bit. Everything else is a failure: another exception,
 another output, a changed model, more than 20 s. The first failures are printed; the exit code is 1 where there are any.
 
 Where the description or a tensor is changed, every second file loses its digest too, as if it came from a version that
@@ -295,7 +295,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("count", type=int, metavar="N", help="how many damaged files")
     parser.add_argument("seed", type=int, metavar="SEED")
     options = parser.parse_args(arguments)
-    faulthandler.enable()
     before = signal.signal(signal.SIGALRM, _raise_hang)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -309,4 +308,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash shows where
     raise SystemExit(main())

@@ -2,10 +2,11 @@
 
     python tests/soak/kill_saving.py 50 6 0       # kills of saving, kills of a fine-tuning run, seed
 
-Saving: a process writes an adapter file and a training checkpoint over and over, and is killed by SIGKILL. Both files must
-then load and hold the last save that ended or the one after it, and the next save must leave nothing but the two files.
-Fine-tuning: `tcurlora finetune` runs on the embedded data with tiny settings, is killed, and goes on with --resume. Adapters,
-scores and curves must then be those of a run that nothing interrupted. The exit code is 1 where one of these fails.
+Saving: a process writes an adapter file and a checkpoint over and over, and is killed by SIGKILL. Both files must then
+load and hold the last save that ended or the one after it, and the next save must leave nothing but the two files.
+Fine-tuning: `tcurlora finetune` runs on the embedded data with tiny settings, is killed, and goes on with --resume.
+Data, weights, adapter, scores and curves must then be those of a run that nothing interrupted. The exit code is 1 where
+one of these fails.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from tcurlora_ext.io.tensors import read_checkpoint, write_checkpoint
 
 ADAPTER, CHECKPOINT, COUNTER = "adapter.safetensors", "checkpoint.pt", "saved.txt"
 TINY = [
-    "--method", "tcur", "--steps", "40", "--pretrain-steps", "20", "--checkpoint-every", "1", "--rank", "4", "--roi", "16",
-    "--sizes", '{"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "features": 4}',
+    "--method", "tcur", "--steps", "40", "--pretrain-steps", "20", "--checkpoint-every", "1", "--rank", "4",
+    "--roi", "16", "--sizes", '{"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "features": 4}',
 ]  # fmt: skip
 
 
@@ -183,8 +184,8 @@ def phase(run: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("saving", type=int, nargs="?", default=50, help="kills of a process that saves")
-    parser.add_argument("finetuning", type=int, nargs="?", default=6, help="kills of a fine-tuning run; 0 makes none")
+    parser.add_argument("saving", type=int, nargs="?", default=50, help="kills of a process that saves; 0: none")
+    parser.add_argument("finetuning", type=int, nargs="?", default=6, help="kills of a fine-tuning run; 0: none")
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--save-to", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -192,18 +193,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save_for_ever(options.save_to)
     draw = random.Random(options.seed)
     failures: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "saved").mkdir()
-        saving = kill_savers(options.saving, draw, Path(folder) / "saved")
-        failures += saving.failures
-        line = f"{saving.kills} kills in {saving.saves} saves, {saving.partial} left a partial file"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.saving:
+            (folder / "saved").mkdir()
+            found = kill_savers(options.saving, draw, folder / "saved")
+            figures = f"{found.kills} kills in {found.saves} saves, {found.partial} left a partial file"
+            failures += report(figures, found.failures)
         if options.finetuning:
-            reached, differences = kill_finetuning(options.finetuning, draw, Path(folder))
-            failures += differences
-            line += f"; {len(reached)} kills of a fine-tuning run ({', '.join(reached)})"
-    print(*failures, sep="\n", end="\n" if failures else "")
-    print(f"{line}: {len(failures)} failures")
-    return int(bool(failures) or saving.kills < options.saving)
+            reached, differences = kill_finetuning(options.finetuning, draw, folder)
+            figures = f"{len(reached)} kills of a fine-tuning run ({', '.join(reached)})"
+            failures += report(figures, differences)
+    return int(bool(failures))
+
+
+def report(figures: str, failures: Sequence[str]) -> Sequence[str]:
+    """Print the failures and the line of figures."""
+    print(*failures, f"{figures}: {len(failures)} failures", sep="\n", flush=True)
+    return failures
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.io.tensors import read_tensors
+from tcurlora_ext.io.tensors import not_finite, read_tensors
 
 from .fingerprint import PROBES
 
@@ -95,7 +95,7 @@ def _check_stack(name: str, stack: Mapping[str, Any], tensors: Mapping[str, Tens
         raise ValueError(f"core.{name} has shape {tuple(core.shape)}, expected {expected}")
     if not core.is_floating_point():
         raise ValueError(f"core.{name} is {core.dtype}, expected a floating dtype")
-    if not bool(torch.isfinite(core).all()):
+    if not_finite({name: core}):
         raise ValueError(f"core.{name} has NaN or infinite values")
     for kind, indices in (("rows", rows), ("columns", columns)):
         if indices.dtype != torch.int64 or indices.dim() != 1 or int(indices.min()) < 0:
