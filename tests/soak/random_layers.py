@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("seed", type=int, metavar="SEED")
     options = parser.parse_args(arguments)
     draw = random.Random(options.seed)
-    counts, failures, largest = Counter[str](), [], Counter[str]()
+    counts, failures = Counter[str](), []
+    largest: dict[str, float] = {}
     for number in range(options.count):
         case, description = random_case(draw)
         generator = torch.Generator().manual_seed(number)
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = str(case.x.dtype).removeprefix("torch.")
         counts[name] += 1
         for backend, error in errors.items():
-            largest[f"{backend} {name}"] = max(largest[f"{backend} {name}"], error)
+            largest[f"{backend} {name}"] = max(largest.get(f"{backend} {name}", 0.0), error)
     print(*failures[:SHOWN], sep="\n", end="\n" if failures else "")
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     errors_ = ", ".join(f"{key} {value:.1f}" for key, value in sorted(largest.items()))
