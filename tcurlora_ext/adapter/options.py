@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import KW_ONLY, dataclass
 
 from tcurlora_ext.maths.transforms import TRANSFORMS, SliceTransform
+from tcurlora_ext.operator.backends.registry import BACKENDS
 
 Rank = int | tuple[int, int]
 TRAINABLE = ("core", "all")
@@ -63,9 +64,12 @@ class StackOptions:
         one_of("trainable", self.trainable, TRAINABLE)
         one_of("transform", self.transform, tuple(TRANSFORMS))
         one_of("core_domain", self.core_domain, CORE_DOMAINS)
+        one_of("backend", self.backend, ("auto", *BACKENDS))
         for name in ("scale", "alpha"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not math.isfinite(value)):
+            if value is None and name == "scale":
+                continue
+            if value is None or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value!r}, expected a finite number")
         if self.frequencies is not None:
             positive("frequencies", self.frequencies)

@@ -33,7 +33,7 @@ class GroupedMiddle:
         self.groups, self.width = mixing.shape[0], mixing.shape[-1]
         self._mixing = mixing.flatten(1, 2)  # (groups, n*w*w, w)
         self._first = self.width - 1  # the position of block 0 among the groups' blocks
-        blocks = self._grouped(core, 0).view(self.groups, self.width, self.c * self.r)
+        blocks = self._grouped(core, 0).reshape(self.groups, self.width, self.c * self.r)
         # (groups, n, i, j, c, r) -> the matrix of each group for all n slices, (groups, n*w*c, w*r).
         B = self._times_scale(self._mixing, blocks).view(self.groups, self.n, self.width, self.width, self.c, self.r)
         B = B.transpose(3, 4).to(dtype, memory_format=torch.contiguous_format)

@@ -203,7 +203,8 @@ def test_a_missing_entry_is_refused(saved: Path, entry: str) -> None:
     ("entry", "value"),
     [
         ("scale", "large"), ("scale", None), ("scale", float("nan")), ("fingerprint", "none"), ("fingerprint", [[1.0]]),
-        ("names", 3), ("names", ["one"]), ("base_dtype", "float7"), ("base_dtype", None), ("row_scores", "high"),
+        ("names", 3), ("names", ["one"]), ("names", ["blocks.0.mlp.linear1", 1]), ("scale", 10**400),
+        ("base_dtype", "float7"), ("base_dtype", None), ("row_scores", "high"),
     ],
 )  # fmt: skip
 def test_a_damaged_entry_is_refused(saved: Path, entry: str, value: Any) -> None:
@@ -225,6 +226,8 @@ def test_a_missing_tensor_is_refused(saved: Path, kind: str) -> None:
     ("name", "value"),
     [
         ("core.16x8", torch.zeros(3, 2, 2)), ("core.16x8", torch.full((2, 2, 2), float("nan"))),
+        ("core.16x8", torch.full((2, 2, 2), float("nan")).to(torch.float8_e4m3fn)),
+        ("core.16x8", torch.zeros(2, 2, 2).long()),
         ("rows.16x8", torch.tensor([0, -1])), ("rows.16x8", torch.tensor([0.0, 1.0])),
         ("columns.16x8", torch.tensor([[0, 1]])),
     ],
@@ -235,7 +238,13 @@ def test_a_damaged_tensor_is_refused(saved: Path, name: str, value: torch.Tensor
         read_adapter(write(saved, header, tensors | {name: value}))
 
 
-@pytest.mark.parametrize("change", [{"rank": -1}, {"transform": "fft"}, {"dropout": 1.5}, {"drop_path": 0.1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": -1}, {"transform": "fft"}, {"dropout": 1.5}, {"drop_path": 0.1}, {"backend": "cuto"},
+        {"backend": None}, {"alpha": None}, {"rank_pattern": 3}, {"split_fused": None},
+    ],
+)  # fmt: skip
 def test_a_damaged_configuration_is_refused(saved: Path, change: dict[str, Any]) -> None:
     header, tensors = parts_of(saved)
     header["config"] |= change

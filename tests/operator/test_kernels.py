@@ -116,10 +116,12 @@ def test_a_non_contiguous_input_or_gradient_changes_nothing(make_case: Callable[
     assert_close(found, right, **CLOSE)
 
 
-def test_non_contiguous_weight_and_factors_change_nothing(make_case: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("transform", ["dft", "dct"])
+def test_non_contiguous_weight_and_factors_change_nothing(make_case: Callable[..., Any], transform: str) -> None:
     """GPT-2's Conv1D passes its weight transposed, and the identity transform passes blocks of col."""
-    case = make_case(n=2).training("x", "core")
-    other = case.replaced(**{name: strided(getattr(case, name), "transposed") for name in ("weight", "col", "row")})
+    case = make_case(n=2, transform=transform).training("x", "core")
+    names = ("weight", "col", "core", "row")
+    other = case.replaced(**{name: strided(getattr(case, name), "transposed") for name in names})
     y, expected = call(other), call(case)
     assert_close(y, expected, **CLOSE)
     g = torch.randn_like(y)

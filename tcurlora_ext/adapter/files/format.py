@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.io.tensors import read_tensors
+from tcurlora_ext.io.tensors import not_finite, read_tensors
 
 from .fingerprint import PROBES
 
@@ -81,7 +81,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
             file_ = AdapterFile(path, TCURConfig.from_json(config), dict(described), tensors)
             for name, stack in file_.stacks.items():
                 _check_stack(name, stack, tensors, file_.config.blocks(len(stack["names"])))
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the adapter's description is damaged: {error!r}") from None
     if version != FORMAT:
         raise ValueError(f"{path}: found adapter format {version!r}, expected {FORMAT}")
@@ -95,11 +95,15 @@ def _check_stack(name: str, stack: Mapping[str, Any], tensors: Mapping[str, Tens
     expected = (blocks, columns.numel(), rows.numel())
     if tuple(core.shape) != expected:
         raise ValueError(f"core.{name} has shape {tuple(core.shape)}, expected {expected}")
-    if not bool(torch.isfinite(core).all()):
+    if not core.is_floating_point():
+        raise ValueError(f"core.{name} is {core.dtype}, expected a floating dtype")
+    if not_finite({name: core}):
         raise ValueError(f"core.{name} has NaN or infinite values")
     for kind, indices in (("rows", rows), ("columns", columns)):
         if indices.dtype != torch.int64 or indices.dim() != 1 or int(indices.min()) < 0:
             raise ValueError(f"{kind}.{name} are {indices.dtype} {tuple(indices.shape)}, expected indices from 0")
+    if not isinstance(stack["names"], list) or not all(isinstance(slice_name, str) for slice_name in stack["names"]):
+        raise ValueError(f"names of stack {name} are {stack['names']!r:.60}, expected a list of strings")
     shapes = {
         "scale": (),
         "fingerprint": (len(stack["names"]), 1 + PROBES),
