@@ -8,17 +8,17 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
-from typing_extensions import Self
 
 from tcurlora_ext.maths.selection import RULES
 
-from .options import Rank, StackOptions, one_of, pair_of, positive, refuse_lora_names, warn_of_lora_alpha
+from .options import Rank, StackOptions, explains_lora_names, one_of, pair_of, positive, warn_of_lora_alpha
 
 # The row blocks of the fused projections of MONAI and GPT-2.
 DEFAULT_SPLIT = {"qkv": 3, "c_attn": 3}
 STACK_BY = ("shape", "role", "none")
 
 
+@explains_lora_names
 @dataclass(frozen=True)
 class TCURConfig(StackOptions):
     """How :func:`inject` adapts a model.
@@ -71,10 +71,6 @@ class TCURConfig(StackOptions):
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     budget: int | None = None
     stack_blocks: int | None = None
-
-    def __new__(cls, *_: Any, **given: Any) -> Self:
-        refuse_lora_names(given)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         one_of("selection", self.selection, tuple(RULES))

@@ -5,14 +5,17 @@ A new option takes a field of :class:`StackOptions`, a field of PEFT's configura
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Collection, Iterable
 from dataclasses import KW_ONLY, dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 from tcurlora_ext.maths.transforms import TRANSFORMS, SliceTransform
 from tcurlora_ext.operator.backends.registry import BACKENDS
 
+T = TypeVar("T")
 Rank = int | tuple[int, int]
 TRAINABLE = ("core", "all")
 CORE_DOMAINS = ("fourier", "slice")
@@ -126,11 +129,20 @@ def warn_of_lora_alpha(alpha: float) -> None:
         )
 
 
-def refuse_lora_names(given: Iterable[str], known: Collection[str] = ()) -> None:
-    """Raise TypeError for options by the names that PEFT's LoraConfig has, with what they are called here."""
-    for name in given:
-        if name in LORA_NAMES and name not in known:
-            raise TypeError(f"{name} is an option of LoRA; here it is {LORA_NAMES[name]}")
+def explains_lora_names(config: type[T]) -> type[T]:
+    """Let a configuration raise TypeError for options by LoRA's names with what they are called here."""
+    init = config.__init__
+    known = inspect.signature(init).parameters
+
+    @wraps(init)
+    def explaining(self: T, *values: Any, **options: Any) -> None:
+        for name in options:
+            if name in LORA_NAMES and name not in known:
+                raise TypeError(f"{name} is an option of LoRA; here it is {LORA_NAMES[name]}")
+        init(self, *values, **options)
+
+    config.__init__ = explaining  # type: ignore[method-assign, assignment]
+    return config
 
 
 def pair_of(rank: Rank, name: str = "rank") -> tuple[int, int]:

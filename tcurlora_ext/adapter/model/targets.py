@@ -146,7 +146,8 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
             f"target_modules {wanted!r} match {len(left_out)} modules, such as {next(iter(left_out))}, but none that "
             f"can be adapted: found {', '.join(kinds)}, {EXPECTED}"
         )
-    unused = _warn_unused("target_modules", config.target_modules, [target.name for target in found], model)
+    linear = [name for name, module in named.items() if adapted_type(module)]
+    unused = _warn_unused("target_modules", config.target_modules, linear, model)
     _warn_unused("exclude_modules", config.exclude_modules, list(named), model)
     if config.split_fused != DEFAULT_SPLIT:
         _warn_unused("split_fused", list(config.split_fused), [target.name for target in found], model)
@@ -184,7 +185,7 @@ def what_has(entry: str, model: nn.Module) -> str:
     """What in a model has a name that no adapted layer has, and why it is not adapted; for messages."""
     for name, module in model.named_modules():
         if name and matches(name, [entry]):
-            return f"but {name} cannot be adapted: {reason_against(module) or 'it is excluded'}"
+            return f"but {name} cannot be adapted: {reason_against(module)}"
     for name, _ in model.named_parameters():
         if matches(name, [entry]):
             owner = class_of(model.get_submodule(name.rpartition(".")[0]))

@@ -13,10 +13,9 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
 from torch import Tensor
-from typing_extensions import Self
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.options import Rank, StackOptions, refuse_lora_names
+from tcurlora_ext.adapter.options import Rank, StackOptions, explains_lora_names
 from tcurlora_ext.io.atomic import write_bytes
 
 if not hasattr(BaseTuner, "_get_adapter_state_dict"):
@@ -47,6 +46,7 @@ def peft_type() -> PeftType:
     return PeftType[TYPE]
 
 
+@explains_lora_names
 @dataclass
 class TcurLoraConfig(PeftConfig):
     """The configuration of a t-CUR adapter in PEFT. Fields not described here are those of ``PeftConfig``.
@@ -114,10 +114,6 @@ class TcurLoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     layer_replication: list[tuple[int, int]] | None = None
-
-    def __new__(cls, *_: Any, **given: Any) -> Self:
-        refuse_lora_names(given, {field.name for field in fields(cls)})
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

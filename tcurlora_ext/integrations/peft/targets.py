@@ -87,8 +87,9 @@ def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
             raise ValueError(f"{name}: {reason}")
     found = [as_target(name, module, model, config) for name, module in wanted.items()]
     if found and not isinstance(config.target_modules, str):
+        linear = [name for name, module in outer_modules(model) if is_supported(base_of(module), model)]
         for entry in sorted(config.target_modules or ()):
-            if not matches_any(entry, wanted):
+            if not matches_any(entry, linear):
                 warnings.warn(f"target_modules has {entry!r}, {what_has(entry, model)}", stacklevel=2)
     return found
 
