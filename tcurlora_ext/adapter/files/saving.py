@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, distributed, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter, whole
@@ -25,6 +24,7 @@ from tcurlora_ext.adapter.model.structure import (
     trained_beside,
 )
 from tcurlora_ext.io.atomic import write_bytes
+from tcurlora_ext.io.tensors import not_finite
 
 from .fingerprint import fingerprint
 from .format import FORMAT, HEADER, description
@@ -86,9 +86,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     header = {"format": FORMAT, "config": adapted.container.config.to_json(), "stacks": described}
     # A tensor with two names (tied weights) is copied and saved under both: safetensors refuses shared memory.
     content = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
-    broken = next((n for n, t in content.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)
-    if broken is not None:
-        raise ValueError(f"{broken} has NaN or infinite values, so that no model could load it; {path} is as it was")
+    broken = not_finite(content)
+    if broken:
+        raise ValueError(f"{broken[0]} has NaN or infinite values, so that no model could load it; {path} is as it was")
     sharded = sharded_parameter(model) is not None
     if not sharded or distributed.get_rank() == 0:
         write_bytes(path, safetensors.torch.save(content, {HEADER: description(header, content)}))

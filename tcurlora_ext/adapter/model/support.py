@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer, TCURLinear
-from tcurlora_ext.adapter.layer.quantised import is_quantised, refuse_quantised
+from tcurlora_ext.adapter.layer.quantised import is_quantised
 
 EXPECTED = "expected nn.Linear or transformers' Conv1D"
 
@@ -47,7 +47,7 @@ def reason_against(module: nn.Module) -> str:
     if is_made_anew(module):
         return "its weight is made anew in each call (weight_norm, spectral_norm, pruning or a parametrization)"
     if adapted_type(module) is None:
-        if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        if is_read_by_attention(module):
             return "nn.MultiheadAttention reads its weight and never calls it"
         if is_quantised(module):
             return f"it is quantised, a {class_of(module)}"
@@ -61,6 +61,11 @@ def reason_against(module: nn.Module) -> str:
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it was compiled in place and would go on calling what was compiled; call inject before compile"
     return ""
+
+
+def is_read_by_attention(module: nn.Module) -> bool:
+    """Whether this is the output projection of nn.MultiheadAttention, which reads its weight and never calls it."""
+    return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
 def is_made_anew(module: nn.Module) -> bool:
@@ -77,7 +82,6 @@ def has_matrix(module: nn.Module) -> bool:
 
 def refuse(name: str, module: nn.Module) -> None:
     """Raise ValueError, with the module's name and the reason, where a module cannot be adapted."""
-    refuse_quantised(name, module)
     reason = reason_against(module)
     if reason:
         raise ValueError(f"{name} cannot be adapted: {reason}")

@@ -123,8 +123,8 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     excluded = {name for name in named if matches(name, config.exclude_modules)}
     wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     matching = {name: module for name, module in named.items() if matches(name, wanted) and name not in excluded}
+    linear = [name for name, module in named.items() if adapted_type(module)]
     if not matching:
-        linear = [name for name, module in named.items() if adapted_type(module)]
         asked = "the names known by default" if config.target_modules is None else f"target_modules {wanted!r}"
         hint = "; a string is a regex for the whole name, names go into a list" if isinstance(wanted, str) else ""
         if config.target_modules is None:
@@ -146,11 +146,10 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
             f"target_modules {wanted!r} match {len(left_out)} modules, such as {next(iter(left_out))}, but none that "
             f"can be adapted: found {', '.join(kinds)}, {EXPECTED}"
         )
-    linear = [name for name, module in named.items() if adapted_type(module)]
-    unused = _warn_unused("target_modules", config.target_modules, linear, model)
-    _warn_unused("exclude_modules", config.exclude_modules, list(named), model)
+    unused = warn_unused("target_modules", config.target_modules, linear, model)
+    warn_unused("exclude_modules", config.exclude_modules, list(named), model)
     if config.split_fused != DEFAULT_SPLIT:
-        _warn_unused("split_fused", list(config.split_fused), [target.name for target in found], model)
+        warn_unused("split_fused", list(config.split_fused), [target.name for target in found], model)
     left_out = {name: module for name, module in left_out.items() if has_matrix(module) and not matches(name, unused)}
     if left_out and config.target_modules is not None:
         name, module = next(iter(left_out.items()))
@@ -172,16 +171,16 @@ def bypassed(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _warn_unused(option: str, entries: Sequence[str] | str | None, names: Sequence[str], model: nn.Module) -> list[str]:
+def warn_unused(option: str, entries: Sequence[str] | str | None, names: Sequence[str], model: nn.Module) -> list[str]:
     """Warn of the entries of a list that none of ``names`` has, with what has them; a regex has matched as a whole."""
     entries = [] if entries is None or isinstance(entries, str) else entries
     unused = [entry for entry in entries if not any(matches(name, [entry]) for name in names)]
     for entry in unused:
-        warnings.warn(f"{option} has {entry!r}, {what_has(entry, model)}", stacklevel=4)
+        warnings.warn(f"{option} has {entry!r}, {_what_has(entry, model)}", stacklevel=4)
     return unused
 
 
-def what_has(entry: str, model: nn.Module) -> str:
+def _what_has(entry: str, model: nn.Module) -> str:
     """What in a model has a name that no adapted layer has, and why it is not adapted; for messages."""
     for name, module in model.named_modules():
         if name and matches(name, [entry]):

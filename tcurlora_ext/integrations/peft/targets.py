@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,8 +15,8 @@ from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.model.ranks import stack_ranks
-from tcurlora_ext.adapter.model.support import is_conv1d, is_made_anew, reason_against
-from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, bypassed, group, matches, what_has
+from tcurlora_ext.adapter.model.support import is_conv1d, is_made_anew, is_read_by_attention, reason_against
+from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, bypassed, group, warn_unused
 from tcurlora_ext.adapter.options import Rank
 
 from .config import TcurLoraConfig
@@ -32,9 +32,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a base layer is a linear layer, not quantised, that its parent calls."""
-    # nn.MultiheadAttention reads the weight of its out_proj, which has this type, and never calls it.
-    uncalled = type(module).__name__ == "NonDynamicallyQuantizableLinear"
-    return (isinstance(module, nn.Linear) and not uncalled) or is_conv1d(module)
+    return (isinstance(module, nn.Linear) and not is_read_by_attention(module)) or is_conv1d(module)
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -88,15 +86,8 @@ def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
     found = [as_target(name, module, model, config) for name, module in wanted.items()]
     if found and not isinstance(config.target_modules, str):
         linear = [name for name, module in outer_modules(model) if is_supported(base_of(module), model)]
-        for entry in sorted(config.target_modules or ()):
-            if not matches_any(entry, linear):
-                warnings.warn(f"target_modules has {entry!r}, {what_has(entry, model)}", stacklevel=2)
+        warn_unused("target_modules", sorted(config.target_modules or ()), linear, model)
     return found
-
-
-def matches_any(entry: str, names: Iterable[str]) -> bool:
-    """Whether one of the names is an entry of ``target_modules``, or ends with it in whole components."""
-    return any(matches(name, [entry]) for name in names)
 
 
 def _leave_out(model: nn.Module, config: TcurLoraConfig) -> None:
@@ -134,11 +125,9 @@ def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Targ
 def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraConfig) -> Target:
     """The target for a module that the configuration names. Raises TypeError or ValueError if it cannot be adapted."""
     base = base_of(module)
-    if is_made_anew(base):
+    if is_made_anew(base) or is_read_by_attention(base):
         raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
     if not is_supported(base, model):
-        if type(base).__name__ == "NonDynamicallyQuantizableLinear":
-            raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
         raise TypeError(
             f"{name} is a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' Conv1D or a "
             "quantised one) that its parent calls"
