@@ -92,7 +92,7 @@ def test_of_a_base_without_values(make_llama: Callable[[], LlamaForCausalLM]) ->
 
 def test_of_modules_that_are_not_called() -> None:
     """``nn.MultiheadAttention`` does not call its out_proj: an adapter there would silently have no effect."""
-    with pytest.raises(TypeError, match="out_proj cannot be adapted: nn\.MultiheadAttention reads its weight"):
+    with pytest.raises(TypeError, match=r"out_proj cannot be adapted: nn\.MultiheadAttention reads its weight"):
         get_peft_model(nn.MultiheadAttention(8, 2), TcurLoraConfig(r=1, target_modules=["out_proj"]))
 
 
