@@ -104,7 +104,7 @@ def extension_options(strict: bool) -> dict[str, Any]:
 
     cpu = cpp_extension.CppExtension(
         "tcurlora_ext._C",
-        sources("csrc", "csrc/cpu"),
+        sources("csrc", "csrc/riding", "csrc/cpu"),
         extra_compile_args={"cxx": CXX_FLAGS + OPENMP},
         extra_link_args=OPENMP,
     )
@@ -117,7 +117,7 @@ def extension_options(strict: bool) -> dict[str, Any]:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         cuda = cpp_extension.CUDAExtension(
             "tcurlora_ext._C",
-            sources("csrc", "csrc/cpu") + sources("csrc/cuda", suffixes=(".cpp", ".cu")),
+            sources("csrc", "csrc/riding", "csrc/cpu") + sources("csrc/cuda", suffixes=(".cpp", ".cu")),
             define_macros=[("TCURLORA_CUDA", None), ("TCURLORA_CUDA_ARCHITECTURES", f'"{architectures}"')],
             extra_compile_args={"cxx": CXX_FLAGS + OPENMP, "nvcc": ["-O3"]},
             extra_link_args=OPENMP,

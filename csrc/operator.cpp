@@ -1,5 +1,6 @@
 // Schemas of torch.ops.tcurlora.* and the choice of an implementation by device and `backend`.
 #include "choice.h"
+#include "messages.h"
 #include "operator.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -21,17 +22,6 @@ Transform parse_transform(std::string_view name) {
 }
 
 namespace {
-
-// As Python writes them: "(4, 6)", "(6,)", "torch.float32".
-std::string shape_text(at::IntArrayRef sizes) {
-  std::string text = "(";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
-  return text + (sizes.size() == 1 ? ",)" : ")");
-}
-
-std::string dtype_text(const Tensor& tensor) {
-  return "torch." + std::string(c10::getDtypeNames(tensor.scalar_type()).first);
-}
 
 void check_one(
     const char* name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& x, const Stack& stack, bool same_dtype) {

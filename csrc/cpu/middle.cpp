@@ -10,6 +10,7 @@
 
 #include "blocks.h"
 #include "phases.h"
+#include "targets.h"
 
 namespace tcurlora::cpu {
 namespace {
@@ -145,11 +146,8 @@ void run(const Call& call, int64_t begin, int64_t end) {
   std::vector<Lanes<typename Call::acc>> large(call.scratch() > kSmall ? call.scratch() : 0);
   auto* scratch = large.empty() ? &small->lanes : &large.data()->lanes;
 #if defined(__x86_64__)
-  static const bool has_avx512 = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq");
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512) return avx512(call, begin, end, scratch);
-  if (has_avx2) return avx2(call, begin, end, scratch);
+  if (has_avx512()) return avx512(call, begin, end, scratch);
+  if (has_avx2()) return avx2(call, begin, end, scratch);
 #endif
   any(call, begin, end, scratch);
 }

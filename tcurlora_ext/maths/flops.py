@@ -69,3 +69,45 @@ class CallFlops:
     def base_backward(self, needs: Sequence[bool]) -> int:
         """FLOPs of the base in backward: its part of dx, and dweight."""
         return (needs[0] + needs[1]) * self.base_product()
+
+
+@dataclass(frozen=True)
+class RidingFlops:
+    """One call of the riding form with T rows of x, on a base (out, in_), with a core (c, r).
+
+    ``needs`` says which gradients are computed: x, core, row.
+    """
+
+    T: int
+    out: int
+    in_: int
+    c: int
+    r: int
+
+    def base_product(self) -> int:
+        """FLOPs of x' W^T; d = g W takes as many."""
+        return 2 * self.T * self.out * self.in_
+
+    def row_product(self) -> int:
+        """FLOPs of h = x R^T; dh R and dh^T x take as many."""
+        return 2 * self.T * self.r * self.in_
+
+    def core_product(self) -> int:
+        """FLOPs of h U^T; p U and p^T h take as many."""
+        return 2 * self.T * self.c * self.r
+
+    def forward(self) -> int:
+        """FLOPs of the adapter in forward; those of the base are not counted."""
+        return self.row_product() + self.core_product()
+
+    def backward(self, needs: Sequence[bool]) -> int:
+        """FLOPs of the adapter in backward, from d = g W on."""
+        needs_x, needs_core, needs_row = needs
+        inner = needs_x or needs_row
+        return (needs_core + inner) * self.core_product() + (needs_x + needs_row) * self.row_product()
+
+    def base_backward(self, needs_x: bool, needs_adapter: bool) -> int:
+        """FLOPs of the base in backward: d, or only its chosen features where the gradient of x is not needed."""
+        if needs_x:
+            return self.base_product()
+        return 2 * self.T * self.out * self.c if needs_adapter else 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tcurlora_ext.maths.flops import CallFlops
+from tcurlora_ext.maths.flops import CallFlops, RidingFlops
 
 
 def forward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
@@ -27,6 +27,38 @@ def backward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
     call = _named(torch.ops.tcurlora.backward.default, given, named)
     flops = _call(call["g"], call)
     return flops.base_backward(call["needs"]) + flops.backward(call["needs"], keeps_h=call["h"] is not None)
+
+
+def riding_forward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::riding_forward``; the counter passes shapes in place of tensors."""
+    call = _named(torch.ops.tcurlora.riding_forward.default, given, named)
+    flops = _riding(call["x"], call["weight"][0], call)
+    return flops.base_product() + flops.forward()
+
+
+def riding_backward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::riding_backward``; the counter passes shapes in place of tensors."""
+    call = _named(torch.ops.tcurlora.riding_backward.default, given, named)
+    needs_x, _, *rest = call["needs"]
+    flops = _riding(call["g"], call["weight"][0], call)
+    return flops.base_backward(needs_x, any(rest)) + flops.backward([needs_x, *rest])
+
+
+def ride_forward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::ride_forward``; the counter passes shapes in place of tensors."""
+    call = _named(torch.ops.tcurlora.ride_forward.default, given, named)
+    return _riding(call["x"], 0, call).forward()
+
+
+def ride_backward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::ride_backward``; the counter passes shapes in place of tensors."""
+    call = _named(torch.ops.tcurlora.ride_backward.default, given, named)
+    return _riding(call["g"], 0, call).backward(call["needs"])
+
+
+def _riding(rows: tuple[int, ...], out: int, call: dict[str, Any]) -> RidingFlops:
+    _, c, r = call["core"]
+    return RidingFlops(prod(rows[:-1]), out, call["row"][1], c, r)
 
 
 def _named(operator: Any, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -57,5 +89,9 @@ def register() -> None:
     """
     from torch.utils import flop_counter
 
-    flop_counter.register_flop_formula(torch.ops.tcurlora.forward)(forward_flops)
-    flop_counter.register_flop_formula(torch.ops.tcurlora.backward)(backward_flops)
+    for function in (
+        forward_flops, backward_flops, riding_forward_flops, riding_backward_flops, ride_forward_flops,
+        ride_backward_flops,
+    ):  # fmt: skip
+        operator = getattr(torch.ops.tcurlora, function.__name__.removesuffix("_flops"))
+        flop_counter.register_flop_formula(operator)(function)

@@ -28,10 +28,10 @@ def define(library: torch.library.Library) -> None:
     library.impl("backward", _backward, "CompositeExplicitAutograd")
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         library.impl("linear", _autocast(device), key)
-        library.impl("forward", _without_autocast(torch.ops.tcurlora.forward, device), key)
-        library.impl("backward", _without_autocast(torch.ops.tcurlora.backward, device), key)
+        library.impl("forward", without_autocast(torch.ops.tcurlora.forward, device), key)
+        library.impl("backward", without_autocast(torch.ops.tcurlora.backward, device), key)
     torch.library.register_autograd("tcurlora::forward", _gradients, setup_context=_save, lib=library)
-    torch.library.register_autograd("tcurlora::backward", _no_second_derivative, lib=library)
+    torch.library.register_autograd("tcurlora::backward", no_second_derivative, lib=library)
 
 
 def _linear(*arguments: Any) -> Tensor:
@@ -82,7 +82,7 @@ def _gradients(ctx: Any, g: Tensor | None, _h: Tensor | None) -> tuple[Tensor | 
     return (*asked, None, None, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
+def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
     raise RuntimeError("tcurlora::backward has no derivative: a second derivative is not implemented")
 
 
@@ -106,7 +106,7 @@ def _autocast(device_type: str) -> Any:
     return linear
 
 
-def _without_autocast(operator: Any, device_type: str) -> Any:
+def without_autocast(operator: Any, device_type: str) -> Any:
     """Call the operator with autocast off: its arguments are already cast, also in a backward pass under autocast."""
 
     def call(*arguments: Any) -> Any:

@@ -29,6 +29,7 @@ from .backends import BACKENDS
 from .backends.choice import as_plain_values, override
 from .backends.native import extension
 from .checks import check
+from .riding import registration as riding
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -75,6 +76,7 @@ else:
             _library.impl(f"{_backend.name}_backward", backward_of(_backend), "CompositeExplicitAutograd")
     _extension.set_choices(as_plain_values)
 tell_names()
+riding.register(_library, built=_extension is not None)
 torch.library.register_fake("tcurlora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tcurlora::backward", _backward_fake, lib=_library)
 # This key has priority over every transform of torch.func (vmap, grad, jvp). They cannot differentiate or batch a C++

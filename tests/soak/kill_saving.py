@@ -145,17 +145,18 @@ def kill_finetuning(kills: int, draw: random.Random, folder: Path) -> tuple[list
     Returns:
         What the run had reached at each kill, and the failures.
     """
-    started = time.monotonic()
     with finetune(folder / "whole") as process:
         process.communicate()
-    seconds = time.monotonic() - started
     reached: list[str] = []
     run = folder / "killed"
     while len(reached) < kills:
         with finetune(run, "--resume") as process:
+            # the kills reach one phase of the run after the other, each at a random moment soon after its begin
+            aim = list(MARKS.values())[len(reached) * len(MARKS) // kills]
+            while process.poll() is None and not has_reached(run, aim):
+                time.sleep(0.01)
             try:
-                # a resumed run is shorter than a whole one: waits of at most half of it reach every phase
-                process.wait(draw.uniform(0, 0.5) * seconds)
+                process.wait(draw.uniform(0, 1))
             except subprocess.TimeoutExpired:
                 process.kill()
             errors = process.communicate()[1].decode()
@@ -173,13 +174,22 @@ def kill_finetuning(kills: int, draw: random.Random, folder: Path) -> tuple[list
     return reached, [f"{name} differs from that of the whole run" for name in differ]
 
 
+MARKS = {
+    "data": "making data", "pretrain/checkpoint.pt": "in pretraining", "base.safetensors": "pretrained",
+    "tcur/seed0/checkpoint.pt": "in training", "tcur/seed0/result.json": "scored",
+}  # fmt: skip
+"""The phases of a run in their order, each by the first file that it writes."""
+
+
 def phase(run: Path) -> str:
     """How far a run has come, by the files that it has written."""
-    marks = {
-        "report.html": "at its end", "tcur/seed0/result.json": "scored", "tcur/seed0/checkpoint.pt": "in training",
-        "base.safetensors": "pretrained", "pretrain/checkpoint.pt": "in pretraining", "data": "making data",
-    }  # fmt: skip
-    return next((text for name, text in marks.items() if (run / name).exists()), "starting")
+    return next((text for name, text in reversed(MARKS.items()) if (run / name).exists()), "starting")
+
+
+def has_reached(run: Path, aim: str) -> bool:
+    """Whether a run has come to a phase or to one after it."""
+    order = ["starting", *MARKS.values()]
+    return order.index(phase(run)) >= order.index(aim)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

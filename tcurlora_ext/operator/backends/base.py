@@ -21,8 +21,11 @@ class Backend:
         forward: (x, weight, bias, factors) -> y (..., n*out) and h (T, r*S).
         backward: (g, x, h, weight, factors, needs) -> gradients of x, weight, bias, col, core and row; an empty tensor
             for every gradient that ``needs`` does not ask for.
-        in_python: True: the registered operators call ``forward`` and ``backward``. False: csrc/ implements the
-            backend, and ``forward`` and ``backward`` call the registered operators.
+        ride: (x, riding) -> the changed input x' (T, in) and h (T, r), for a :class:`Riding` and x (T, in).
+        ride_back: (g, x, h, riding, needs) -> gradients of core and row; g, the gradient of x' (T, in), becomes that of
+            x where ``needs``, for x, core and row, asks for it.
+        in_python: True: the registered operators call these functions. False: csrc/ implements the backend, and these
+            functions call the registered operators.
     """
 
     name: str
@@ -30,4 +33,6 @@ class Backend:
     missing: Callable[[str], str]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Gradients]
+    ride: Callable[..., tuple[Tensor, Tensor]]
+    ride_back: Callable[..., tuple[Tensor, Tensor]]
     in_python: bool = True

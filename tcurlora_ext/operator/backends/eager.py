@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tcurlora_ext.maths.contract import Factors, Gradients, required
+from tcurlora_ext.maths.contract import Factors, Gradients, Riding, required
 from tcurlora_ext.maths.grouped import GroupedMiddle
 from tcurlora_ext.operator.checks import check
 from tcurlora_ext.trace import stage
@@ -93,10 +93,50 @@ def _six(gradients: list[Tensor]) -> Gradients:
     return dx, dweight, dbias, dcol, dcore, drow
 
 
+def ride(x: Tensor, adapter: Riding) -> tuple[Tensor, Tensor]:
+    """The changed input x' (T, in) of x (T, in), and h (T, r). The change is added in at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with stage("h = x row^T"):
+        h = x @ adapter.own_row.T
+    with stage("x' = x, x'[:, J] += h U^T"):
+        changed = x.clone(memory_format=torch.contiguous_format)
+        chosen = x.index_select(1, adapter.columns).to(wide)
+        changed.index_copy_(1, adapter.columns, chosen.addmm_(h.to(wide), adapter.mixing.to(wide).T).to(x.dtype))
+    return changed, h
+
+
+def ride_back(
+    g: Tensor, x: Tensor | None, h: Tensor | None, adapter: Riding, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of core and row; g, the gradient of x', becomes that of x in place where it is needed."""
+    needs_x, needs_core, needs_row = needs
+    dcore, drow = adapter.core.new_empty(0), g.new_empty(0)
+    wide = torch.promote_types(g.dtype, torch.float32)
+    at = adapter.slice_index
+    with stage("p = d[:, J]"):
+        p = g.index_select(1, adapter.columns).to(wide)
+    if needs_core:
+        with stage("dcore = p^T h"):
+            own = (p.T @ required(h, "h").to(wide)) * (adapter.gain.to(wide) * adapter.scale).unsqueeze(1)
+            dcore = torch.zeros_like(adapter.core, memory_format=torch.contiguous_format)
+            dcore[at] = own
+    if needs_x or needs_row:
+        with stage("dx = d + p U R"):
+            dh = (p @ adapter.mixing.to(wide)).to(g.dtype)
+            if needs_row:
+                drow = torch.zeros_like(adapter.row, memory_format=torch.contiguous_format)
+                adapter._replace(row=drow).own_row.copy_(dh.T @ required(x, "x"))
+            if needs_x:
+                g.addmm_(dh, adapter.own_row)
+    return dcore, drow
+
+
 EAGER = Backend(
     name="eager",
     description=lambda: "PyTorch operations",
     missing=lambda device_type: "",
     forward=forward,
     backward=backward,
+    ride=ride,
+    ride_back=ride_back,
 )

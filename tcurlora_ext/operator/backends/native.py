@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tcurlora_ext.maths.contract import Factors, Gradients
+from tcurlora_ext.maths.contract import Factors, Gradients, Riding
 
 from .base import Backend
 
@@ -58,6 +58,28 @@ def backward(
     return torch.ops.tcurlora.backward(g, x, h, weight, *shared, needs, transform, NATIVE.name)
 
 
+def ride(x: Tensor, adapter: Riding) -> tuple[Tensor, Tensor]:
+    """See eager.ride. Raises RuntimeError where the extension has no kernels for the device."""
+    return torch.ops.tcurlora.ride_forward(x, *adapter, NATIVE.name)
+
+
+def ride_back(
+    g: Tensor, x: Tensor | None, h: Tensor | None, adapter: Riding, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """See eager.ride_back. Raises RuntimeError where the extension has no kernels for the device."""
+    dx, dcore, drow = torch.ops.tcurlora.ride_backward(g, x, h, *adapter, needs, NATIVE.name)
+    if needs[0]:
+        g.copy_(dx)
+    return dcore, drow
+
+
 NATIVE = Backend(
-    name="native", description=_description, missing=missing, forward=forward, backward=backward, in_python=False
+    name="native",
+    description=_description,
+    missing=missing,
+    forward=forward,
+    backward=backward,
+    ride=ride,
+    ride_back=ride_back,
+    in_python=False,
 )

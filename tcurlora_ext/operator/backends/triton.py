@@ -11,6 +11,7 @@ from torch import Tensor
 from tcurlora_ext.maths.contract import Factors, Gradients
 from tcurlora_ext.operator.checks import check
 
+from . import eager
 from .base import Backend
 
 
@@ -43,5 +44,11 @@ def backward(*arguments: Any) -> Gradients:
 
 
 TRITON = Backend(
-    name="triton", description=lambda: "Triton kernels", missing=missing, forward=forward, backward=backward
+    name="triton",
+    description=lambda: "Triton kernels",
+    missing=missing,
+    forward=forward,
+    backward=backward,
+    ride=eager.ride,
+    ride_back=eager.ride_back,
 )
