@@ -96,6 +96,14 @@ class StackOptions:
         """Whether columns of C and rows of R get unit norm over all slices and the default rule gives the scale."""
         return self.scale is None
 
+    def rides(self, slices: int) -> bool:
+        """Whether a stack's adapter rides on the base product: each slice has a core of its own, and only U trains.
+
+        Args:
+            slices: S, the number of slices.
+        """
+        return self.trainable == "core" and self.along.own_cores(slices)
+
     def blocks(self, slices: int) -> int:
         """The first dimension of a stack's core.
 

@@ -1,17 +1,17 @@
-"""FLOPs and saved tensors of one adapted layer in a training step, computed from its sizes."""
+"""FLOPs and saved tensors of one adapted layer in a training step, computed from its sizes, for each form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.maths.flops import CallFlops
+from tcurlora_ext.maths.flops import CallFlops, RidingFlops
 from tcurlora_ext.maths.transforms import CallShape, with_middle_product
 
 
 @dataclass(frozen=True)
-class LayerCost:
-    """The cost of one layer with T tokens, whose weight is n of the stack's S slices of shape (out, in_)."""
+class LayerSizes:
+    """The sizes of one layer with T tokens, whose weight is n of the stack's S slices of shape (out, in_)."""
 
     T: int
     n: int
@@ -21,6 +21,51 @@ class LayerCost:
     c: int
     r: int
     config: TCURConfig
+
+    @property
+    def _drops(self) -> bool:
+        return self.config.dropout > 0
+
+
+def layer_cost(sizes: LayerSizes) -> RidingCost | LayerCost:
+    """The cost of a layer in the form that its stack takes."""
+    kind = RidingCost if sizes.config.rides(sizes.S) else LayerCost
+    return kind(**vars(sizes))
+
+
+@dataclass(frozen=True)
+class RidingCost(LayerSizes):
+    """The cost of a layer whose adapter rides on the base product."""
+
+    @property
+    def _call(self) -> RidingFlops:
+        return RidingFlops(self.T, self.out, self.in_, self.c, self.r)
+
+    def base(self) -> int:
+        """FLOPs of the frozen layer in forward; its dx in backward takes as many."""
+        return self.n * self._call.base_product()
+
+    def forward(self) -> int:
+        """FLOPs of the adapter in forward."""
+        return self.n * self._call.forward()
+
+    def backward(self) -> int:
+        """FLOPs of the adapter in backward."""
+        return self.n * self._call.backward((True, True, False))
+
+    def saved(self) -> tuple[int, bool]:
+        """The number of elements that the layer saves for backward, in the dtype of x; it does not save x."""
+        # With dropout, which PyTorch's operations compute, the mask and the changed features; more in saved_casts.
+        return (self.T * (self.in_ + self.n * self.c) if self._drops else self.n * self.T * self.r), False
+
+    def saved_casts(self, size: int) -> int:
+        """Bytes saved in at least float32: with dropout h, scale * diag(gain) U, and scale * gain."""
+        return self.n * (self.T * self.r + self.c * self.r + self.c) * max(4, size) if self._drops else 0
+
+
+@dataclass(frozen=True)
+class LayerCost(LayerSizes):
+    """The cost of a layer whose adapter is computed beside the base product."""
 
     @property
     def _folds_core(self) -> bool:
@@ -46,10 +91,6 @@ class LayerCost:
     def _call(self) -> CallFlops:
         calls, blocks, transform = self._shape
         return CallFlops(self.T, self.n // calls, blocks, self.out, self.in_, self.c, self.r, transform)
-
-    @property
-    def _drops(self) -> bool:
-        return self.config.dropout > 0
 
     @property
     def _keeps_h(self) -> bool:

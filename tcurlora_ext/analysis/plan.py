@@ -13,6 +13,11 @@ a real and an imaginary part, and ``single`` frequencies that are real:
     LoRA forward   2T*r0*(in + n*out);  backward twice that
     base           2T*n*in*out forward, the same for dx
 
+Where every slice has a core of its own, the adapter rides on the base product, with one core (c, r) per slice:
+
+    riding forward   h = x R^T 2T*n*r*in,  h U^T 2T*n*c*r
+    riding backward  dcore and p U 2T*n*c*r each,  (p U) R 2T*n*r*in
+
 With ``frequencies``, S in these formulas is the number of kept blocks, and a layer of n slices takes n calls of one
 slice each.
 
@@ -37,7 +42,7 @@ from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watc
 from tcurlora_ext.io.table import text_table
 
 from .filesize import file_bytes, stack_file_bytes
-from .layercost import LayerCost
+from .layercost import LayerSizes, layer_cost
 
 # Projections that usually have the same tensor as input: autograd saves it once for all of them.
 _SIBLINGS = re.compile(r"(?:(?P<attention>(to_)?[qkv](_proj)?|query|key|value)|(?P<gated>gate_proj|up_proj))")
@@ -65,7 +70,7 @@ class Cost:
         forward: FLOPs in forward, without the base's products.
         backward: FLOPs in backward, without the base's products.
         saved: Bytes saved from forward to backward.
-        factors: Bytes of frozen factors (col and row).
+        factors: Bytes of frozen factors that are held: col and row, or row alone where the adapter rides.
         file: Bytes that these layers take in the adapter file.
     """
 
@@ -260,7 +265,7 @@ def _stack(
     wide = max(4, size)
     c, r = rank
     blocks = config.blocks(slices)
-    factors = blocks * (out_features * c + r * in_features)
+    factors = blocks * ((0 if config.rides(slices) else out_features * c) + r * in_features)
     trains_all = config.trainable == "all"
     base, lora = Cost(), Cost()
     tcur = Cost(
@@ -269,7 +274,7 @@ def _stack(
         file=stack_file_bytes(name, members, rank, config),
     )
     for target, call in zip(members, calls, strict=True):
-        layer = LayerCost(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
+        layer = layer_cost(LayerSizes(call.tokens, target.slices, slices, out_features, in_features, c, r, config))
         base += Cost(forward=layer.base(), backward=layer.base())
         elements, keeps_x = layer.saved()
         tcur += Cost(

@@ -36,7 +36,19 @@ def normalise_columns(C: Tensor) -> Tensor:
     Returns:
         (S, out, c), in the dtype of C.
     """
-    return _divided(C, torch.linalg.vector_norm(C, dim=(0, 1), keepdim=True, dtype=torch.float64))
+    return (C / column_norms(C)).to(C.dtype)
+
+
+def column_norms(C: Tensor) -> Tensor:
+    """The norm of every column over slices and outputs; 1 for a zero column.
+
+    Args:
+        C: (S, out, c).
+
+    Returns:
+        (c,), float64.
+    """
+    return _nonzero(torch.linalg.vector_norm(C, dim=(0, 1), dtype=torch.float64))
 
 
 def normalise_rows(R: Tensor) -> Tensor:
@@ -48,11 +60,11 @@ def normalise_rows(R: Tensor) -> Tensor:
     Returns:
         (S, r, in), in the dtype of R.
     """
-    return _divided(R, torch.linalg.vector_norm(R, dim=(0, 2), keepdim=True, dtype=torch.float64))
+    return (R / _nonzero(torch.linalg.vector_norm(R, dim=(0, 2), keepdim=True, dtype=torch.float64))).to(R.dtype)
 
 
-def _divided(tensor: Tensor, norms: Tensor) -> Tensor:
-    return (tensor / torch.where(norms > 0, norms, 1.0)).to(tensor.dtype)
+def _nonzero(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def step_length(C: Tensor, R: Tensor, transform: str = "dft", frequencies: int | None = None) -> float:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tcurlora_ext.maths.contract import Factors
+from tcurlora_ext.maths.contract import Factors, Riding
 
 from . import decomposition
 from . import registration as _registration  # noqa: F401  registers torch.ops.tcurlora
+from .riding import decomposition as riding_decomposition
 
 
 def tcur_linear(
@@ -91,3 +92,50 @@ def tcur_delta(
         RuntimeError: Shapes, dtypes or devices do not fit; PyTorch's matrix products raise it.
     """
     return decomposition.delta(x, Factors(col, core_fourier, row, first_slice, num_slices, scale, transform))
+
+
+def tcur_riding(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Riding, backend: str = "auto") -> Tensor:
+    """``x' W^T + bias`` with the changed input ``x'[:, J] += scale * h (diag(gain) U)^T``, ``h = x R^T``.
+
+    The form of an adapter whose C is columns of the frozen weight itself: ``torch.ops.tcurlora.riding``. It is
+    differentiable once, with respect to x, bias, core and row. Under autocast it behaves as ``nn.Linear``.
+
+    Args:
+        x: (..., in); any leading shape.
+        weight: (out, in), frozen, in the dtype of x.
+        bias: (out,) in the dtype of x, or None.
+        adapter: The adapter of the layer's slice, a :class:`tcurlora_ext.maths.contract.Riding`.
+        backend: A name of :func:`tcurlora_ext.backends`, or ``"auto"``.
+
+    Returns:
+        (..., out) in the dtype of x, or in autocast's dtype where that is enabled.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, the slice is not in the core, the weight requires a gradient,
+            or a name is unknown.
+        RuntimeError: The backend that was asked for does not work on this device.
+    """
+    result: Tensor = torch.ops.tcurlora.riding.default(x, weight, bias, *adapter, backend)
+    return result
+
+
+def changed_input(x: Tensor, seen: Tensor | None, adapter: Riding, backend: str = "auto") -> Tensor:
+    """The changed input x' of :func:`tcur_riding`, for a base that is called as a module: quantised, sharded or hooked.
+
+    Args:
+        x: (..., in), the base's input.
+        seen: What the adapter sees in place of x, such as x with dropout, computed by PyTorch operations; None: x,
+            computed by ``torch.ops.tcurlora.ride``.
+        adapter: The adapter of the layer's slice.
+        backend: A name of :func:`tcurlora_ext.backends`, or ``"auto"``; without effect with ``seen``.
+
+    Returns:
+        (..., in) in the dtype of x; with a zero core it equals x.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, or a name is unknown.
+    """
+    if seen is not None:
+        return riding_decomposition.changed(x, seen, adapter)
+    result: Tensor = torch.ops.tcurlora.ride.default(x, *adapter, backend)
+    return result

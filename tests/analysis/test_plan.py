@@ -19,6 +19,8 @@ from tcurlora_ext.maths.transforms import TRANSFORMS
 from tcurlora_ext.maths.transforms.base import phase_table
 from tcurlora_ext.operator.arguments import backward_of, forward_of
 from tcurlora_ext.operator.backends.eager import EAGER
+from tcurlora_ext.operator.riding import products
+from tcurlora_ext.operator.riding.arguments import split, split_backward
 
 TOKENS = 35
 NAMES = ["qkv", "out_proj", "linear1", "linear2"]
@@ -60,6 +62,21 @@ def meta(block: type[nn.Module] = Block, depth: int = 3) -> nn.Module:
         return build(block, depth)
 
 
+def riding_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    return products.forward(EAGER, x, weight, bias, split(*rest)[0])
+
+
+def riding_backward(*given: Any) -> tuple[Tensor, ...]:
+    *tensors, adapter, needs = *given[:4], *split_backward(*given[4:])[:2]
+    return products.backward(EAGER, *tensors, adapter, needs)
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "tcurlora::forward": forward_of(EAGER), "tcurlora::backward": backward_of(EAGER),
+    "tcurlora::riding_forward": riding_forward, "tcurlora::riding_backward": riding_backward,
+}  # fmt: skip
+
+
 class InsideOperators(TorchDispatchMode):
     """Runs this package's operators as eager PyTorch operations, so that a counter sees their products.
 
@@ -72,7 +89,9 @@ class InsideOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "tcurlora":
             return func(*args, **(kwargs or {}))
-        kernel = {"tcurlora::forward": forward_of(EAGER), "tcurlora::backward": backward_of(EAGER)}[func._schema.name]
+        kernel = KERNELS[func._schema.name]
+        if "riding" in func._schema.name:
+            return kernel(*args)
         given = dict(zip((one.name for one in func._schema.arguments), args, strict=False))
         blocks = MiddleBlocks(given["core"], given["first_slice"], given["num_slices"], given["transform"])
         InsideOperators.middle = 2 * args[0].shape[:-1].numel() * (blocks.single.numel() + blocks.pair.numel())

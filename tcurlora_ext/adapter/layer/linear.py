@@ -63,6 +63,27 @@ class TCURLayer(nn.Module):
         base = self.weight.detach() if self.base is None else self.base
         return self.as_matrix(whole(base)).unflatten(0, (self.num_slices, -1))
 
+    def slices_in(self, stack: TCURStack) -> int:
+        """How many slices of a stack are this layer's.
+
+        Args:
+            stack: The layer's stack.
+        """
+        return self.num_slices
+
+    def base_slices(self, stack: TCURStack) -> Tensor:
+        """:meth:`weight_slices`, for the stack that asks.
+
+        Args:
+            stack: The layer's stack.
+        """
+        return self.weight_slices()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if isinstance(vars(self).get("stack") or self._modules.get("stack"), TCURStack):
+            self.stack.layers.setdefault(self.first_slice, self)  # a copied or unpickled stack knows no layers
+
     @classmethod
     def adopt(cls, plain: nn.Module) -> Self:
         """A layer of this class with the parameters, hooks and attributes of a plain layer.
@@ -107,6 +128,8 @@ class TCURLayer(nn.Module):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+        stack.layers[first_slice] = self
+        stack.ride()
 
     @property
     def merged(self) -> bool:
@@ -216,6 +239,8 @@ class TCURLayer(nn.Module):
         new = state_dict.get(prefix + "weight")
         if new is not None:
             same = new.shape == self.weight.shape and torch.equal(new.to(self.weight), self.weight)
+            if not same and bool(self.stack.core.any()):
+                self.stack.hold_columns()  # a trained core belongs to the weights that it was trained on
             self.stack.reloaded.changed |= not same
             self.stack.reloaded[self.first_slice] = self
         super()._load_from_state_dict(state_dict, prefix, *rest)

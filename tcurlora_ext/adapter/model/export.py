@@ -37,6 +37,7 @@ class ExportedStack(TCURStack):
     @torch.no_grad()
     def become(cls, stack: TCURStack) -> None:
         """Turn a stack into an exported stack in place, so that its container and its layers keep their reference."""
+        stack.hold_columns()
         core = stack.core
         along = stack.options.along
         call = along.call_shape(stack.slices, 1, stack.blocks)

@@ -108,7 +108,7 @@ def summary(model: nn.Module) -> Summary:
         described.append(
             StackSummary(
                 name, stack.slices, stack.shape, stack.rank, stack.rank[1] * call.blocks, stack.scale, trained,
-                sum(map(_bytes, (stack.core, stack.col, stack.row))),
+                sum(_bytes(t) for t in (stack.core, stack.held_col, stack.row) if t is not None),
             )
         )  # fmt: skip
     layers = [layer for _, layer in adapted_layers(model)]

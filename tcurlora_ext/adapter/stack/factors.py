@@ -21,30 +21,36 @@ class TakenFactors(NamedTuple):
         col: C folded, (out, c*S), in the weights' dtype.
         row: R folded, (r*S, in), in the weights' dtype.
         scale: The factor of C * U * R, from the options or from the default rule.
+        gain: What the chosen columns were multiplied by to be those of C, (c,) float64.
     """
 
     col: Tensor
     row: Tensor
     scale: float
+    gain: Tensor
 
 
-def take_factors(weights: Tensor, selection: Selection, options: StackOptions) -> TakenFactors:
+def take_factors(weights: Tensor | Sequence[Tensor], selection: Selection, options: StackOptions) -> TakenFactors:
     """Take the chosen columns and rows of weights (S, out, in), in the form that a stack with these options has.
+
+    The weights may be in several tensors, of some slices each.
 
     Raises ValueError where the default scale rule is asked for and the chosen columns or rows are all zero.
     """
-    C = weights[:, :, selection.columns].double()
-    R = weights[:, selection.rows, :].double()
-    scale = options.scale
+    parts = [weights] if isinstance(weights, Tensor) else weights
+    C = torch.cat([part[:, :, selection.columns] for part in parts]).double()
+    R = torch.cat([part[:, selection.rows, :] for part in parts]).double()
+    scale, gain = options.scale, torch.ones_like(C[0, 0])
     if scale is None:
+        gain = 1 / scaling.column_norms(C)
         C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
         scale = scaling.default_scale(
             C, R, options.alpha, options.transform, options.rank_stabilised, options.core_domain, options.frequencies
         )
-    blocks = options.blocks(len(weights))
-    col = folding.fold_columns(C, options.transform, blocks).to(weights.dtype).contiguous()
-    row = folding.fold_rows(R, options.transform, blocks).to(weights.dtype).contiguous()
-    return TakenFactors(col, row, float(scale))
+    blocks = options.blocks(len(C))
+    col = folding.fold_columns(C, options.transform, blocks).to(parts[0].dtype).contiguous()
+    row = folding.fold_rows(R, options.transform, blocks).to(parts[0].dtype).contiguous()
+    return TakenFactors(col, row, float(scale), gain)
 
 
 def require_stack(weights: Tensor) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any
@@ -15,17 +14,13 @@ from tcurlora_ext.adapter.options import GIVEN, Rank, StackOptions, fitting_pair
 from tcurlora_ext.maths import folding
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.selection import Selection, select
-from tcurlora_ext.operator import flops
-from tcurlora_ext.operator.functional import tcur_delta, tcur_linear
+from tcurlora_ext.operator.functional import changed_input, tcur_delta, tcur_linear, tcur_riding
 
-from .factors import require_finite, require_stack, take_factors
-from .reloaded import Reloaded
-
-# Rules that choose by more than the base weights: their rows and columns stay when other base weights are loaded.
-KEPT_CHOICES = ("activation", GIVEN)
+from .factors import require_finite, require_stack
+from .state import StackState
 
 
-class TCURStack(nn.Module):
+class TCURStack(StackState):
     """``W' = W + scale * C * U * R`` for S weights of one shape: the core and the factors that their layers share.
 
     :meth:`from_weights` is the usual way to build one.
@@ -42,45 +37,16 @@ class TCURStack(nn.Module):
         core: The parameter (S, c, r), or (fewer, c, r) with ``frequencies``. It is real, at least float32, zero at
             the start, and in the options' ``core_domain``.
         col: C folded, (out, c*S): a frozen buffer in the weights' dtype, or with ``trainable="all"`` a parameter of at
-            least float32; see :mod:`tcurlora_ext.maths.folding`.
-        row: R folded, (r*S, in), a buffer or parameter like ``col``.
+            least float32; see :mod:`tcurlora_ext.maths.folding`. A stack that ``rides`` gathers it from its layers'
+            weights each time.
+        row: R folded, (r*S, in), a buffer or parameter.
+        rides: Whether C is columns of the layers' own weights, so that their adapters ride on the base product.
         rows: The chosen output features, (r,) int64, best first.
         columns: The chosen input features, (c,) int64, best first.
         row_scores, column_scores: The scores by which the rule chose them, lists of floats.
         scale: The factor of C * U * R.
         names: The module of each slice, in the order of the slices.
     """
-
-    core: nn.Parameter
-    col: Tensor
-    row: Tensor
-    rows: Tensor
-    columns: Tensor
-    row_scores: list[float]
-    column_scores: list[float]
-
-    def __init__(self, weights: Tensor, selection: Selection, options: StackOptions, names: Sequence[str] = ()) -> None:
-        super().__init__()
-        flops.register()
-        self.options = options
-        self.slices = weights.shape[0]
-        self.names = list(names)
-        self.holder = ""
-        self.reloaded = Reloaded()
-        # Rules return views of a ranking of all features; a tensor in a state_dict has to own its memory.
-        self.register_buffer("rows", selection.rows.clone())
-        self.register_buffer("columns", selection.columns.clone())
-        self._keep_scores(selection)
-        taken = take_factors(weights, selection, options)
-        self.scale = taken.scale
-        wide = torch.promote_types(weights.dtype, torch.float32)
-        shape = (self.blocks, len(selection.columns), len(selection.rows))
-        self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
-        for name, folded in (("col", taken.col), ("row", taken.row)):
-            if options.trainable == "all":
-                self.register_parameter(name, nn.Parameter(folded.to(wide)))
-            else:
-                self.register_buffer(name, folded)
 
     @classmethod
     def from_weights(
@@ -148,38 +114,9 @@ class TCURStack(nn.Module):
         return self.core.shape[1], self.core.shape[2]
 
     @property
-    def blocks(self) -> int:
-        """The number of the core's blocks, S, or fewer where it has only the lowest frequencies."""
-        return self.options.blocks(self.slices)
-
-    @property
-    def normalised(self) -> bool:
-        """Whether columns of C and rows of R have unit norm over all slices."""
-        return self.options.normalised
-
-    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of one slice."""
-        return self.col.shape[0], self.row.shape[1]
-
-    @property
-    def C(self) -> Tensor:
-        """The column factor (S, out, c), unfolded."""
-        return folding.unfold_columns(self.col, self.slices, self.options.transform, self.blocks)
-
-    @property
-    def R(self) -> Tensor:
-        """The row factor (S, r, in), unfolded."""
-        return folding.unfold_rows(self.row, self.slices, self.options.transform, self.blocks)
-
-    @property
-    def selection(self) -> Selection:
-        """The chosen rows and columns with their scores."""
-        scores = (torch.tensor(s, dtype=torch.float64) for s in (self.row_scores, self.column_scores))
-        return Selection(self.rows, self.columns, *scores)
-
-    def _keep_scores(self, selection: Selection) -> None:
-        self.row_scores, self.column_scores = selection.row_scores.tolist(), selection.column_scores.tolist()
+        return self.out_features, self.row.shape[1]
 
     # -- the core -----------------------------------------------------------------------------------------------------
 
@@ -239,14 +176,32 @@ class TCURStack(nn.Module):
         Returns:
             (..., num_slices*out) in the dtype of x.
         """
+        if self.rides and weight.requires_grad:
+            self.hold_columns()
+        if self.rides:
+            return self._riding(x, weight, bias, first_slice, num_slices, training)
         if training and self.options.dropout > 0:
             return nn.functional.linear(x, weight, bias) + self.delta(x, first_slice, num_slices, training)
         calls = self._calls(first_slice, num_slices, weight.dtype)
         if len(calls) == 1:
             return self._linear(x, weight, bias, calls[0])
-        biases = [None] * len(calls) if bias is None else bias.chunk(len(calls))
-        parts = zip(calls, weight.chunk(len(calls)), biases, strict=True)
-        return torch.cat([self._linear(x, part, part_bias, call) for call, part, part_bias in parts], -1)
+        parts = _parts(weight, bias, len(calls))
+        return torch.cat([self._linear(x, *part, call) for part, call in zip(parts, calls, strict=True)], -1)
+
+    def _riding(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, first_slice: int, num_slices: int, training: bool
+    ) -> Tensor:
+        """:meth:`adapt` in the riding form: one changed input, and one base product, for each slice."""
+        seen = nn.functional.dropout(x, self.options.dropout) if training and self.options.dropout > 0 else None
+        parts = enumerate(_parts(weight, bias, num_slices), first_slice)
+        results = [self._riding_slice(x, seen, *part, at) for at, part in parts]
+        return results[0] if num_slices == 1 else torch.cat(results, -1)
+
+    def _riding_slice(self, x: Tensor, seen: Tensor | None, weight: Tensor, bias: Tensor | None, at: int) -> Tensor:
+        adapter = self.riding(at, weight.dtype)
+        if seen is None:
+            return tcur_riding(x, weight, bias, adapter, self.options.backend)
+        return nn.functional.linear(changed_input(x, seen, adapter), weight, bias)
 
     def delta(self, x: Tensor, first_slice: int, num_slices: int, training: bool = False) -> Tensor:
         """The delta, the adapter's part of the result of :meth:`adapt`, alone.
@@ -299,100 +254,17 @@ class TCURStack(nn.Module):
         left = along.product(self.C.to(dtype), self.core_slices().to(dtype))
         return self.scale * (along.product(left, right) if layers is None else along.product_at(left, right, layers))
 
-    # -- module machinery ---------------------------------------------------------------------------------------------
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCURStack:
-        """As in nn.Module, but parameters stay at least float32 under ``.half()`` and ``.bfloat16()``."""
-        trained = {id(p) for p in self.parameters()} | {id(p.grad) for p in self.parameters() if p.grad is not None}
-
-        def wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in trained and moved.is_floating_point() and moved.element_size() < 4:
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(wide, recurse)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        _, _, missing_keys, unexpected_keys, _ = rest
-        reloaded, self.reloaded = self.reloaded, Reloaded()
-        if not any(key.startswith(prefix) for key in state_dict):
-            # A state_dict without adapter. The layers, registered before their stack, have loaded their weights by now.
-            weights = reloaded.weights(self.slices)
-            if weights is not None and reloaded.changed:
-                self.follow_base(weights)
-            return
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if prefix + "scale" in state_dict:
-            self.scale = float(state_dict[prefix + "scale"])
-            if prefix + "scale" in unexpected_keys:
-                unexpected_keys.remove(prefix + "scale")
-        else:
-            missing_keys.append(prefix + "scale")
-
-    @torch.no_grad()
-    def is_of(self, weights: Tensor) -> bool:
-        """Whether C and R are bit for bit the chosen columns and rows of ``weights``.
-
-        Args:
-            weights: (S, out, in).
-        """
-        taken = take_factors(weights, self.selection, self.options)
-        return torch.equal(taken.col, self.col) and torch.equal(taken.row, self.row)
-
-    @torch.no_grad()
-    def follow_base(self, weights: Tensor) -> None:
-        """Choose rows and columns and take C and R again where the base weights changed and U is still zero.
-
-        Indices that the caller gave, or that "activation" chose by calibration inputs, are kept, and only C and R are
-        taken again. A core that is not zero belongs to the weights it was trained on: then C and R stay, with a
-        warning.
-
-        Args:
-            weights: The new base weights, (S, out, in).
-
-        Warns:
-            UserWarning: The core is not zero.
-        """
-        if self.is_of(weights):
-            return
-        if bool(self.core.any()):
-            warnings.warn(
-                f"base weights of {', '.join(self.names[:3])}... changed under a trained core; its factors are still "
-                "those of the weights it was trained on",
-                stacklevel=2,
-            )
-            return
-        rule, chosen = self.options.selection, self.selection
-        if rule not in KEPT_CHOICES:
-            chosen = select(weights, *self.rank, rule, self.options.seed)
-        taken = take_factors(weights, chosen, self.options)
-        self.col.copy_(taken.col)
-        self.row.copy_(taken.row)
-        self.rows.copy_(chosen.rows)
-        self.columns.copy_(chosen.columns)
-        self._keep_scores(chosen)
-        if self.normalised:
-            self.scale = taken.scale
-
-    def take_over(self, other: TCURStack) -> None:
-        """Copy another stack into this one: core, factors, indices, scale, scores and options.
-
-        Args:
-            other: A stack of the same shapes and options.
-        """
-        self.load_state_dict(other.state_dict())
-        self.options = other.options
-        self._keep_scores(other.selection)
-
     def extra_repr(self) -> str:
         (out_features, in_features), (c, r) = self.shape, self.rank
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
+
+
+def _parts(weight: Tensor, bias: Tensor | None, number: int) -> list[tuple[Tensor, Tensor | None]]:
+    """The weight and bias of every slice of a layer: several where it is a fused projection."""
+    if number == 1:
+        return [(weight, bias)]
+    biases = [None] * number if bias is None else bias.chunk(number)
+    return list(zip(weight.chunk(number), biases, strict=True))
 
 
 # Options can be read from the stack too, as before 0.2. It has a rank, a selection and a scale of its own.

@@ -193,6 +193,14 @@ class SliceTransform:
 
     # -- the operator's calls -----------------------------------------------------------------------------------------
 
+    def own_cores(self, slices: int) -> bool:
+        """Whether every slice of a stack has a core of its own, so that its adapter can ride on the base product.
+
+        Args:
+            slices: S, how many slices the stack has.
+        """
+        return not self.shares_core or (slices == 1 and self.has_kernels)
+
     def call_shape(self, slices: int, num_slices: int, blocks: int) -> CallShape:
         """How a layer with ``num_slices`` of the S slices calls the operator, for a core of ``blocks`` blocks.
 

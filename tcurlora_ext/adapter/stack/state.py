@@ -1,0 +1,257 @@
+"""What a stack holds, and how that is moved, saved, loaded and taken again from other base weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from tcurlora_ext.adapter.options import GIVEN, StackOptions
+from tcurlora_ext.maths import folding
+from tcurlora_ext.maths.contract import Riding
+from tcurlora_ext.maths.selection import Selection, select
+from tcurlora_ext.operator import flops
+
+from .factors import take_factors
+from .layers import ReloadedLayers, StackLayers
+
+# Rules that choose by more than the base weights: their rows and columns stay when other base weights are loaded.
+KEPT_CHOICES = ("activation", GIVEN)
+
+
+class StackState(nn.Module):
+    """The core and the factors of a stack: the base class of :class:`tcurlora_ext.TCURStack`, which documents them.
+
+    Where every slice has a core of its own, C is ``W[:, columns] diag(gain)`` of the layers' frozen weights. Their
+    adapters then ride on the base product (:mod:`tcurlora_ext.operator.riding`), and C is not held: ``col`` gathers it.
+    """
+
+    core: nn.Parameter
+    row: Tensor
+    gain: Tensor
+    rows: Tensor
+    columns: Tensor
+    row_scores: list[float]
+    column_scores: list[float]
+
+    def __init__(self, weights: Tensor, selection: Selection, options: StackOptions, names: Sequence[str] = ()) -> None:
+        super().__init__()
+        flops.register()
+        self.options = options
+        self.slices, self.out_features, _ = weights.shape
+        self.names = list(names)
+        self.holder = ""
+        self.rides = False
+        self.layers = StackLayers()
+        self.reloaded = ReloadedLayers()
+        # Rules return views of a ranking of all features; a tensor in a state_dict has to own its memory.
+        self.register_buffer("rows", selection.rows.clone())
+        self.register_buffer("columns", selection.columns.clone())
+        self._keep_scores(selection)
+        taken = take_factors(weights, selection, options)
+        self.scale = taken.scale
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        shape = (self.blocks, len(selection.columns), len(selection.rows))
+        self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
+        self.register_buffer("gain", taken.gain.to(wide), persistent=False)
+        # ``col`` is a property of this class, and register_buffer refuses the name of one.
+        for name, folded in (("col", taken.col), ("row", taken.row)):
+            if options.trainable == "all":
+                self._parameters[name] = nn.Parameter(folded.to(wide))
+            else:
+                self._buffers[name] = folded
+
+    @property
+    def blocks(self) -> int:
+        """The number of the core's blocks, S, or fewer where it has only the lowest frequencies."""
+        return self.options.blocks(self.slices)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether columns of C and rows of R have unit norm over all slices."""
+        return self.options.normalised
+
+    @property
+    def C(self) -> Tensor:
+        """The column factor (S, out, c), unfolded."""
+        return folding.unfold_columns(self.col, self.slices, self.options.transform, self.blocks)
+
+    @property
+    def R(self) -> Tensor:
+        """The row factor (S, r, in), unfolded."""
+        return folding.unfold_rows(self.row, self.slices, self.options.transform, self.blocks)
+
+    @property
+    def selection(self) -> Selection:
+        """The chosen rows and columns with their scores."""
+        scores = (torch.tensor(s, dtype=torch.float64) for s in (self.row_scores, self.column_scores))
+        return Selection(self.rows, self.columns, *scores)
+
+    def _keep_scores(self, selection: Selection) -> None:
+        self.row_scores, self.column_scores = selection.row_scores.tolist(), selection.column_scores.tolist()
+
+    # -- columns: held, or those of the layers' weights ----------------------------------------------------------------
+
+    @property
+    def held_col(self) -> Tensor | None:
+        """``col`` where the stack holds it; None where the layers' weights have it."""
+        held = self._parameters.get("col")
+        return self._buffers.get("col") if held is None else held
+
+    @property
+    def col(self) -> Tensor:
+        """C folded, (out, c*S). Raises ValueError where the stack rides on layers that are gone."""
+        held = self.held_col
+        return self._gathered_col() if held is None else held
+
+    @torch.no_grad()
+    def _gathered_col(self) -> Tensor:
+        weights = self.layers.weights(self)
+        if weights is None:
+            raise ValueError(
+                f"C is columns of the weights of {', '.join(self.names[:3]) or 'its layer'}, which are gone; keep the "
+                "model, or save the adapter with include_factors=True"
+            )
+        C = torch.cat([weight[:, :, self.columns] for weight in weights]).double() * self.gain.double()
+        return folding.fold_columns(C, self.options.transform, self.blocks).to(weights[0].dtype).contiguous()
+
+    def ride(self) -> None:
+        """Let go of C where it is columns of the layers' own weights and every slice has a core of its own.
+
+        It does nothing where the layers of a slice are not here, C trains, or C was stored with other weights.
+        """
+        if self.options.rides(self.slices) and not self.rides and len(set(self.columns.tolist())) == len(self.columns):
+            weights = self.layers.weights(self)
+            if weights is not None and self.is_of(weights):
+                del self._buffers["col"]
+                self.rides = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def hold_columns(self) -> None:
+        """Hold C as it is now: the layers compute the ordinary form from here on, whatever becomes of their weights."""
+        if self.rides:
+            self._buffers["col"] = self._gathered_col()
+            self.rides = False
+
+    def riding(self, slice_index: int, dtype: torch.dtype) -> Riding:
+        """The adapter of one slice in the riding form.
+
+        Args:
+            slice_index: The slice.
+            dtype: That of the layer's input, into which R is converted.
+        """
+        row = self.row if self.row.dtype == dtype else self.row.to(dtype)
+        return Riding(self.columns, self.core, row, self.gain, slice_index, self.scale)
+
+    # -- module machinery ---------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As in nn.Module, but parameters and gain stay at least float32 under ``.half()`` and ``.bfloat16()``."""
+        trained = {id(p) for p in self.parameters()} | {id(p.grad) for p in self.parameters() if p.grad is not None}
+        trained.add(id(self.gain))
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in trained and moved.is_floating_point() and moved.element_size() < 4:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(wide, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
+        if self.rides:
+            destination[prefix + "gain"] = self.gain if keep_vars else self.gain.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, _, missing_keys, unexpected_keys, _ = rest
+        reloaded, self.reloaded = self.reloaded, ReloadedLayers()
+        if not any(key.startswith(prefix) for key in state_dict):
+            # A state_dict without adapter. The layers, registered before their stack, have loaded their weights by now.
+            weights = reloaded.weights(self)
+            if weights is not None and reloaded.changed:
+                self.follow_base(torch.cat(weights))
+            return
+        if prefix + "gain" in state_dict and prefix + "col" not in state_dict:
+            # Written by a stack that rode.
+            self.gain.copy_(state_dict[prefix + "gain"])
+            if not self.rides and self.options.rides(self.slices) and self.layers.weights(self) is not None:
+                del self._buffers["col"]
+                self.rides = True
+        elif prefix + "col" in state_dict:
+            self.hold_columns()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        for name in ("gain", "scale"):  # in a state, but neither parameter nor persistent buffer
+            if prefix + name in unexpected_keys:
+                unexpected_keys.remove(prefix + name)
+        if prefix + "scale" in state_dict:
+            self.scale = float(state_dict[prefix + "scale"])
+        else:
+            missing_keys.append(prefix + "scale")
+        self.ride()
+
+    @torch.no_grad()
+    def is_of(self, weights: Tensor | Sequence[Tensor]) -> bool:
+        """Whether C and R are bit for bit the chosen columns and rows of ``weights``.
+
+        Args:
+            weights: (S, out, in), or such tensors of some slices each, in order.
+        """
+        taken = take_factors(weights, self.selection, self.options)
+        own = torch.equal(taken.gain.to(self.gain), self.gain) if self.rides else torch.equal(taken.col, self.col)
+        return own and torch.equal(taken.row, self.row)
+
+    @torch.no_grad()
+    def follow_base(self, weights: Tensor) -> None:
+        """Choose rows and columns and take C and R again where the base weights changed and U is still zero.
+
+        Indices that the caller gave, or that "activation" chose by calibration inputs, are kept, and only C and R are
+        taken again. A core that is not zero belongs to the weights it was trained on: then C and R stay, with a
+        warning.
+
+        Args:
+            weights: The new base weights, (S, out, in).
+
+        Warns:
+            UserWarning: The core is not zero.
+        """
+        if self.is_of(weights):
+            return
+        if bool(self.core.any()):
+            warnings.warn(
+                f"base weights of {', '.join(self.names[:3])}... changed under a trained core; its factors are still "
+                "those of the weights it was trained on",
+                stacklevel=2,
+            )
+            return
+        rule, chosen = self.options.selection, self.selection
+        if rule not in KEPT_CHOICES:
+            _, c, r = self.core.shape
+            chosen = select(weights, c, r, rule, self.options.seed)
+        taken = take_factors(weights, chosen, self.options)
+        if not self.rides:
+            self.col.copy_(taken.col)
+        self.row.copy_(taken.row)
+        self.gain.copy_(taken.gain)
+        self.rows.copy_(chosen.rows)
+        self.columns.copy_(chosen.columns)
+        self._keep_scores(chosen)
+        if self.normalised:
+            self.scale = taken.scale
+        self.ride()
+
+    def take_over(self, other: StackState) -> None:
+        """Copy another stack into this one: core, factors, indices, scale, scores and options.
+
+        Args:
+            other: A stack of the same shapes and options.
+        """
+        self.load_state_dict(other.state_dict())
+        self.options = other.options
+        self._keep_scores(other.selection)
