@@ -12,6 +12,7 @@ from .adapter.model.merge import merge, unmerge
 from .adapter.model.structure import stacks
 from .adapter.model.summary import summary
 from .adapter.stack import TCURStack
+from .integrations.lora import to_lora
 from .maths import reference, tproduct
 from .operator import functional
 from .operator.backends import backends
@@ -35,6 +36,7 @@ __all__ = [
     "shard",
     "stacks",
     "summary",
+    "to_lora",
     "tproduct",
     "unfreeze",
     "unmerge",
