@@ -1,9 +1,9 @@
 """The delta of a layer as a product of two matrices, dW = B A: the form of a LoRA adapter.
 
-With ``row`` (q_r, in), ``col`` (out, q_c) and B_l as in docs/maths.md, dW_l = scale * col B_l row. The middle matrix B_l
-goes to the side where the rank is smaller:
+With ``row`` (q_r, in), ``col`` (out, q_c) and B_l as in docs/maths.md, dW_l = scale * col B_l row. The middle matrix
+B_l goes to the side where the rank is smaller:
 
-by rows      A = row, B = scale * col B_l. All slices of a layer share A, so the rank is q_r = r*S for any number of them.
+by rows      A = row, B = scale * col B_l. All slices of a layer share A: the rank is q_r = r*S for any number of them.
 by columns   A = scale * B_l row, B = col. The n slices of a fused layer need an A each: the rank is n * q_c = n*c*S.
 
 Slices with cores of their own (``transform="identity"``) share neither: their matrices A are stacked, and B is

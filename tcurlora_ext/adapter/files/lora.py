@@ -37,6 +37,11 @@ from tcurlora_ext.io.tensors import not_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# The modules within a LoRA layer of PEFT; "default" is the adapter. By modules_to_save PEFT would find them too.
+OF_PEFT = (
+    *("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B"),
+    *("lora_magnitude_vector", "default"),
+)
 SHARDED = "save the adapter, load it onto the base in one process and call to_lora there"
 
 
@@ -96,6 +101,7 @@ def write_lora(source: LoraSource, path: str | os.PathLike[str], max_rank: int) 
     """
     folder = Path(path)
     _require_free(folder)
+    _require_loadable(source.options.get("modules_to_save") or ())
     rank = _common_rank(source.layers, max_rank)
     config = _config(source, rank)
     tensors = dict(source.beside)
@@ -128,6 +134,18 @@ def _require_free(folder: Path) -> None:
             f"{folder}: holds an adapter of kind {kind}, whose files a LoRA adapter would replace; expected another "
             "folder"
         )
+
+
+def _require_loadable(whole: Iterable[str]) -> None:
+    """Raise ValueError for a name in modules_to_save by which PEFT would take parts of its own layers."""
+    for name in whole:
+        part = next((part for part in OF_PEFT if part.endswith(name)), None)
+        if part is not None:
+            raise ValueError(
+                f"{name} (trained beside the cores) cannot be loaded as one of modules_to_save: PEFT goes by the ends "
+                f"of names and would also take {part} of its own layers. Give the module a longer name, or use "
+                "merge(model)"
+            )
 
 
 def _require_one_place(adapted: Adapted) -> None:

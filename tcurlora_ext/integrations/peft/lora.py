@@ -55,7 +55,9 @@ def _the_adapter(model: PeftModel, adapter_name: str | None) -> str:
     if adapter_name is None:
         active = list(getattr(model.base_model, "active_adapters", [model.active_adapter]))
         if len(active) != 1:
-            raise ValueError(f"{', '.join(active) or 'no adapter'} is active, expected adapter_name to name one adapter")
+            raise ValueError(
+                f"{', '.join(active) or 'no adapter'} is active, expected adapter_name to name one adapter"
+            )
         return str(active[0])
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter {adapter_name} does not exist, expected one of {', '.join(model.peft_config)}")
