@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
-from tcurlora_ext.adapter.layer.linear import TCURLayer
+from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer
 from tcurlora_ext.adapter.model.effect import warn_without_effect
 from tcurlora_ext.adapter.model.structure import CONTAINER, Adapted, adapted_layers, require_adapted, require_all_layers
-from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.model.whole_modules import modules_to_save, tensors_of
 from tcurlora_ext.adapter.options import positive
 from tcurlora_ext.adapter.stack.slices import LayerSlices
@@ -53,6 +52,7 @@ class LoraSource:
         base: The model that is adapted.
         layers: The name of each adapted module -> its slices.
         others: The names of all modules of the base.
+        transposed: Whether weights are stored as (in, out), as in transformers' Conv1D.
         beside: Tensors beside A and B, by the names they have in the file.
         options: Fields of PEFT's ``LoraConfig`` beside those of A and B.
     """
@@ -60,6 +60,7 @@ class LoraSource:
     base: nn.Module
     layers: Mapping[str, LayerSlices]
     others: Collection[str]
+    transposed: bool
     beside: Mapping[str, Tensor] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,6 +81,7 @@ def source_of(model: nn.Module) -> LoraSource:
         adapted.model,
         {name: layer.layer_slices for name, layer in adapted_layers(adapted.model)},
         others,
+        any(isinstance(layer, TCURConv1D) for _, layer in adapted_layers(adapted.model)),
         {f"{PREFIX}{name}": value for name, value in tensors_of(whole).items()},
         {"modules_to_save": whole.names or None},
     )
@@ -208,14 +210,13 @@ def _config(source: LoraSource, rank: int) -> bytes:
             "the package 'peft' is not installed; expected it to write the configuration of a LoRA adapter: "
             "pip install 'tcurlora_ext[segmentation]' or pip install peft", name="peft",
         ) from error  # fmt: skip
-    modules = dict(source.base.named_modules())
     values = {"base_model_name_or_path": _name_of(source.base), "modules_to_save": None} | dict(source.options)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=0.0,
         bias="none",
-        fan_in_fan_out=any(is_conv1d(getattr(modules[name], "base_layer", modules[name])) for name in source.layers),
+        fan_in_fan_out=source.transposed,
         inference_mode=True,
         **values,
     )

@@ -8,11 +8,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.files.lora import SHARDED, LoraSource
+from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.stack import TCURStack
 
 from .config import TYPE, TcurLoraConfig
 from .layer import TcurLoraLinear
-from .targets import outer_modules
+from .targets import base_of, outer_modules
 
 # Fields that mean the same in PEFT's LoraConfig.
 SAME = ("task_type", "revision", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
@@ -48,7 +49,8 @@ def source_of(model: PeftModel, adapter_name: str | None = None) -> LoraSource:
     }
     options = {field: getattr(config, field) for field in SAME}
     options |= {field: value for field in SAME_WHERE_GIVEN if (value := getattr(config, field))}
-    return LoraSource(base, layers, [other for other, _ in outer], beside, options)
+    transposed = any(is_conv1d(base_of(module)) for module_name, module in outer if module_name in layers)
+    return LoraSource(base, layers, [other for other, _ in outer], transposed, beside, options)
 
 
 def _the_adapter(model: PeftModel, adapter_name: str | None) -> str:
