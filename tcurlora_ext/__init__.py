@@ -3,6 +3,7 @@
 from .adapter.config import TCURConfig
 from .adapter.distributed.sharding import shard
 from .adapter.files.loading import load_adapter
+from .adapter.files.lora import to_lora
 from .adapter.files.saving import save_adapter
 from .adapter.layer.linear import TCURLinear
 from .adapter.model.calibration import calibrate
@@ -12,7 +13,6 @@ from .adapter.model.merge import merge, unmerge
 from .adapter.model.structure import stacks
 from .adapter.model.summary import summary
 from .adapter.stack import TCURStack
-from .integrations.lora import to_lora
 from .maths import reference, tproduct
 from .operator import functional
 from .operator.backends import backends

@@ -23,9 +23,8 @@ def to_lora(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a LoRA adapter in the folder.")] = False,
 ) -> None:
     """Write the adapter as an exact LoRA adapter in PEFT's file format, which engines that serve LoRA read."""
-    from tcurlora_ext.adapter.files.lora import CONFIG, WEIGHTS
+    from tcurlora_ext.adapter.files.lora import CONFIG, WEIGHTS, to_lora
     from tcurlora_ext.cli.adapted import open_adapted
-    from tcurlora_ext.integrations.lora import to_lora
 
     if (output / CONFIG).exists() and not overwrite:
         raise ValueError(f"{output}: the folder has an {CONFIG}; expected a new folder, or --overwrite")

@@ -104,7 +104,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         with ExitStack() as files:
             # the last one that is entered is renamed first
-            for name, content in reversed(contents.items()):
+            for name, content in reversed(list(contents.items())):
                 with files.enter_context(replacing(folder / name)).open("wb") as file:
                     file.write(content)
                     file.flush()

@@ -182,9 +182,10 @@ class Alike(nn.Module):
         super().__init__()
         self.fc, self.part_fc = nn.Linear(6, 6), nn.Linear(6, 6)
         self.part = nn.ModuleDict({"fc": nn.Linear(6, 6)})
+        self.last: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.part_fc(self.part["fc"](torch.tanh(self.fc(x))))
+        return self.last(self.part_fc(self.part["fc"](torch.tanh(self.fc(x)))))
 
 
 def test_a_module_whose_name_ends_alike_stays_unadapted(inputs: Tensor, tmp_path: Path) -> None:
@@ -259,8 +260,8 @@ def test_modules_whose_names_end_alike_go_into_the_file_as_they_are(inputs: Tens
     ):
         tcur.to_lora(model, tmp_path / "refused")
     base.part_fc = nn.Identity()  # type: ignore[assignment]
-    base.other = nn.Linear(6, 6).double()
-    model = train_beside(inject(base, target_modules="other"), ["fc"])
+    base.last = nn.Linear(6, 6).double()
+    model = train_beside(inject(base, target_modules="last"), ["fc"])
     tcur.to_lora(model, tmp_path)
     assert config_of(tmp_path)["modules_to_save"] == ["fc"]
     assert f"{PREFIX}part.fc.weight" in tensors_of(tmp_path)
@@ -284,6 +285,18 @@ def test_tied_weights_go_into_the_file_under_both_names(tmp_path: Path) -> None:
     tcur.to_lora(model, tmp_path)
     assert config_of(tmp_path)["modules_to_save"] == ["embed", "head"]
     assert_equal(in_peft(base, tmp_path)(ids), model(ids))
+
+
+def test_warnings_are_those_of_a_saved_adapter(base: Network, tmp_path: Path) -> None:
+    model = inject(base)
+    with torch.no_grad():
+        tcur.stacks(model)["8x8"].core.zero_()
+    with pytest.warns(UserWarning, match=r"cores of 8x8 .* are still zero") as zero:
+        tcur.to_lora(model, tmp_path)
+    around = nn.Sequential(inject(base), nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match=r"1\.weight, 1\.bias .* are not in it") as others:
+        tcur.to_lora(around, tmp_path)
+    assert {warning.filename for warning in (*zero, *others)} == {__file__}
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -310,12 +323,16 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], nn.Module], dict[str, Any], str]]
     "rank": (
         lambda m: m,
         {"max_rank": 15},
-        r"attn\.qkv: the LoRA rank is 16, expected at most max_rank = 15.*stack_bl",
+        r"qkv: the LoRA rank is 16, expected at most max_rank = 15.*stack_bl",
     ),
     "no rank": (lambda m: m, {"max_rank": 0}, "max_rank is 0, expected a positive whole number"),
     "not adapted": (tcur.remove, {}, r"Network is not adapted; call inject\(model\) first"),
     "a part": (lambda m: m.get_submodule("blocks"), {}, "is a part of an adapted model"),
-    "adapter_name": (lambda m: m, {"adapter_name": "default"}, "expected None: Network is no PeftModel"),
+    "adapter_name": (
+        lambda m: m,
+        {"adapter_name": "default"},
+        "expected None: Network has no adapters of PEFT",
+    ),
     "bias": (
         lambda m: tcur.unfreeze(m, ["blocks.1.mlp.linear1.bias"]),
         {},

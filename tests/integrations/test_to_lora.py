@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "another method": (
         lambda: peft.get_peft_model(small_models.base("Llama"), peft.LoraConfig(target_modules=["q_proj"])),
         {},
-        "adapter default is a LORA adapter, expected TCURLORA",
+        r"PeftModel is not adapted; call inject\(model\) first",
     ),
 }
 

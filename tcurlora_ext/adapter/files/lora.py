@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import safetensors.torch
 import torch
@@ -33,6 +33,8 @@ from tcurlora_ext.adapter.options import positive
 from tcurlora_ext.adapter.stack.slices import LayerSlices
 from tcurlora_ext.io.atomic import write_together
 from tcurlora_ext.io.tensors import not_finite
+
+from .saving import warn_of_others
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -65,16 +67,72 @@ class LoraSource:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def source_of(model: nn.Module) -> LoraSource:
-    """What the LoRA adapter of a model adapted by ``inject`` is made from.
+class HasLoraSource(Protocol):
+    """A module in a model that another library adapts, which knows what a LoRA adapter is made from."""
 
-    Raises ValueError as :func:`tcurlora_ext.to_lora`.
+    def lora_source(self, adapter_name: str | None) -> LoraSource:
+        """As for :func:`to_lora`; raises ValueError as it does."""
+
+
+def to_lora(
+    model: nn.Module, path: str | os.PathLike[str], max_rank: int = 512, adapter_name: str | None = None
+) -> Path:
+    """Write a model's adapter as a LoRA adapter in PEFT's file format: exact, since each dW is a product B A.
+
+    ``PeftModel.from_pretrained(base, path)``, or an engine that serves LoRA (vLLM, SGLang, llama.cpp, ...), then gives
+    the adapted model's output up to rounding, without this package. A and B are computed in float64 and rounded once,
+    to the base's dtype, for a 16-bit base to float32. The scale is in B, so ``lora_alpha`` is r.
+
+    The rank is r*S for a core that S slices share, c*S where that is smaller, and r where every slice has its own
+    (``transform="identity"`` or ``stack_by="none"``). A fused projection of n slices has r*S too, but n*r where every
+    slice has its own core. All modules get the largest rank; smaller ones are filled with zeros.
+
+    Modules that were trained beside the cores, such as a norm or a head, become PEFT's ``modules_to_save``, with
+    running statistics that training has changed. PEFT loads them. vLLM refuses an adapter that has any: for it, train
+    the cores alone. Dropout has no effect on the file.
+
+    Args:
+        model: A model adapted by :func:`inject`, merged or not; a ``PeftModel`` with a ``TcurLoraConfig``; or a module
+            around one, such as a wrapper of DDP or torch.compile. Names in the file are those of the base.
+        path: The folder, created where it is missing. A LoRA adapter in it is replaced when the new one is complete;
+            other files in it stay.
+        max_rank: The largest rank that is written; 512 is the largest that vLLM serves.
+        adapter_name: The adapter of a ``PeftModel``; None: the active one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The model is not adapted, is a part of an adapted one or is sharded over processes; the rank is
+            above ``max_rank``; something that trained beside the cores is no whole module (the bias of an adapted
+            layer, a parameter of the model itself); an adapted module is at two places in the model; a value is NaN or
+            infinite; or ``path`` is a file or has an adapter of another kind. Nothing is written.
+        ModuleNotFoundError: PEFT, which writes the configuration, is not installed.
+        OSError: The system refuses the folder or a file.
+
+    Warns:
+        UserWarning: A module around the adapted model has trained parameters, which are not written; or adapted layers
+            were never called, or cores never trained, while others were.
     """
+    found = next((module for module in model.modules() if hasattr(module, "lora_source")), None)
+    if found is not None:
+        return _write(cast("HasLoraSource", found).lora_source(adapter_name), Path(path), max_rank)
+    if adapter_name is not None:
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}, expected None: {type(model).__name__} has no adapters of PEFT"
+        )
     adapted = require_adapted(model)
+    source = _source_of(adapted)
+    warn_without_effect(adapted)
+    warn_of_others(model, adapted)
+    return _write(source, Path(path), max_rank)
+
+
+def _source_of(adapted: Adapted) -> LoraSource:
+    """What the LoRA adapter of a model adapted by ``inject`` is made from."""
     require_all_layers(adapted)
     refuse_sharded(adapted.model, SHARDED)
     _require_one_place(adapted)
-    warn_without_effect(adapted)
     whole = modules_to_save(adapted)
     others = [name for name, _ in adapted.model.named_modules() if CONTAINER not in name.split(".")]
     return LoraSource(
@@ -87,33 +145,18 @@ def source_of(model: nn.Module) -> LoraSource:
     )
 
 
-def write_lora(source: LoraSource, path: str | os.PathLike[str], max_rank: int) -> Path:
-    """Write the two files of a LoRA adapter.
-
-    Args:
-        source: What it is made from.
-        path: The folder.
-        max_rank: The largest rank that is written.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError, ModuleNotFoundError, OSError: As :func:`tcurlora_ext.to_lora`.
-    """
-    folder = Path(path)
+def _write(source: LoraSource, folder: Path, max_rank: int) -> Path:
     _require_free(folder)
     _require_loadable(source.options.get("modules_to_save") or ())
     rank = _common_rank(source.layers, max_rank)
     config = _config(source, rank)
-    tensors = dict(source.beside)
+    # Copies, since safetensors refuses shared memory (tied weights). A and B are made here, for every layer anew.
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in source.beside.items()}
     for name, slices in source.layers.items():
         # 16-bit bases too: an engine casts A and B to its own dtype, and this way rounds them once, not twice.
         dtype = torch.promote_types(slices.stack.row.dtype, torch.float32)
         A, B = (_padded(factor, rank, dim).to(dtype) for dim, factor in enumerate(slices.lora_factors()))
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
-    # The copies own their memory, which safetensors asks of every tensor; A is the same for all layers of a stack.
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": A.cpu(), f"{PREFIX}{name}.lora_B.weight": B.cpu()}
     broken = not_finite(tensors)
     if broken:
         raise ValueError(f"{broken[0]} has NaN or infinite values, expected finite ones; {folder} is as it was")
@@ -172,10 +215,9 @@ def _common_rank(layers: Mapping[str, LayerSlices], max_rank: int) -> int:
         stack = layers[largest].stack
         c, r = stack.rank
         raise ValueError(
-            f"{largest}: the LoRA rank is {ranks[largest]}, expected at most max_rank = {max_rank}. It is about "
-            f"min(c, r) times the number of slices that share a core, here (c, r) = ({c}, {r}) and {stack.slices} "
-            "slices. Adapters with a smaller rank have a smaller one, and so have stack_blocks or frequencies; "
-            'stack_by="none" and transform="identity" have the smallest'
+            f"{largest}: the LoRA rank is {ranks[largest]}, expected at most max_rank = {max_rank}; its stack has rank "
+            f"(c, r) = ({c}, {r}) and {stack.slices} slices. Train with a smaller rank, with stack_blocks or "
+            'frequencies, or with a core for every slice: stack_by="none" or transform="identity"'
         )
     return ranks[largest]
 
