@@ -3,6 +3,7 @@
 from .adapter.config import TCURConfig
 from .adapter.distributed.sharding import shard
 from .adapter.files.loading import load_adapter
+from .adapter.files.lora import to_lora
 from .adapter.files.saving import save_adapter
 from .adapter.layer.linear import TCURLinear
 from .adapter.model.calibration import calibrate
@@ -35,6 +36,7 @@ __all__ = [
     "shard",
     "stacks",
     "summary",
+    "to_lora",
     "tproduct",
     "unfreeze",
     "unmerge",

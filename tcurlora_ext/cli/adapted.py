@@ -1,4 +1,4 @@
-"""The adapter that ``inspect`` and ``merge`` read: one of a run folder, or a file with or without its base weights."""
+"""The adapter that ``inspect``, ``merge`` and ``to-lora`` read: of a run folder, or a file with or without its base."""
 
 from __future__ import annotations
 

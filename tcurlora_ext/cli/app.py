@@ -20,6 +20,7 @@ from tcurlora_ext.cli.inspect import inspect
 from tcurlora_ext.cli.merge import merge
 from tcurlora_ext.cli.plan import plan
 from tcurlora_ext.cli.pretrain import pretrain
+from tcurlora_ext.cli.to_lora import to_lora
 
 EXTRA_HINT = "pip install 'tcurlora_ext["
 
@@ -77,6 +78,7 @@ for _command, _summary in (
     (plan, "Count what an adapter costs on a model, from shapes alone."),
     (inspect, "Show which features an adapter selected, and its deltas."),
     (merge, "Write the base model with the adapter merged."),
+    (to_lora, "Write the adapter as a LoRA adapter, for engines that serve LoRA."),
     (bench, "Measure what the adapter costs on this machine, beside LoRA."),
     (doctor, "Show what is installed and which backends work."),
 ):

@@ -146,7 +146,7 @@ CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same settings.")]
 
-# -- of inspect and merge ---------------------------------------------------------------------------------------------
+# -- of inspect, merge and to-lora ------------------------------------------------------------------------------------
 
 Source = Annotated[Path, typer.Argument(help="Run folder of finetune, or an adapter file.")]
 Method = Annotated[str, typer.Option(help="The run's method to take.")]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import fcntl
 import glob
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,3 +85,41 @@ def write_with(path: Path, writer: Callable[[Path], Any]) -> None:
     """Call `writer` with a temporary path, and make the file that it writes there `path`, atomically."""
     with replacing(path) as temporary:
         writer(temporary)
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write several files of a folder. None of them gets its name before all are complete on disk.
+
+    They are renamed one after the other, in the order given. Other files of the folder stay. Where the folder is new
+    and the writing fails, it is removed again.
+
+    Args:
+        folder: The folder; it is created where it is missing.
+        contents: The content of each file by the file's name.
+
+    Raises:
+        OSError: Of :func:`replacing`.
+    """
+    new = not folder.exists()
+    try:
+        with ExitStack() as files:
+            # the last one that is entered is renamed first
+            for name, content in reversed(list(contents.items())):
+                with files.enter_context(replacing(folder / name)).open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+    except BaseException as error:
+        if new:
+            with suppress(OSError):  # a file in it that was complete, or of another process
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise _named_first(error) from None
+        raise
+
+
+def _named_first(error: OSError) -> OSError:
+    """The error for the file that failed, without what the files around it have made of it."""
+    while isinstance(error.__cause__, OSError) and isinstance(error.__cause__.__cause__, OSError):
+        error = error.__cause__
+    return error

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.io.atomic import replacing, write_bytes, write_with
+from tcurlora_ext.io.atomic import replacing, write_bytes, write_together, write_with
 from tcurlora_ext.io.records import write_csv, write_json
 from tcurlora_ext.io.tensors import write_checkpoint
 
@@ -94,6 +94,22 @@ def test_a_folder_without_permission_names_the_file(tmp_path: Path) -> None:
         write_json(path, {})
     assert info.value.filename == str(path)
     assert path.read_text() == "earlier"
+
+
+def test_files_that_are_written_together_are_complete_before_one_is_renamed(tmp_path: Path) -> None:
+    write_together(tmp_path / "new", {"a": b"1", "b": b"2"})
+    (tmp_path / "new" / "mine").write_text("kept")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    assert before == {"a": b"1", "b": b"2", "mine": b"kept"}
+    for large, folder in ((large, folder) for large in "ab" for folder in ("new", "none")):
+        contents = {"a": b"3", "b": b"4"} | {large: bytes(80_000)}
+        message = "the file is not written, and an earlier one is as it was"
+        with full_disk(), pytest.raises(OSError, match=message) as info:
+            write_together(tmp_path / folder, contents)
+        assert info.value.filename == str(tmp_path / folder / large)
+        assert str(info.value).count(message) == 1
+        assert {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()} == before
+        assert not (tmp_path / "none").exists()
 
 
 def a_file_in_place_of_the_folder(root: Path) -> Path:

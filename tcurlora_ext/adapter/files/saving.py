@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     adapted = require_adapted(model)
     require_all_layers(adapted)
     warn_without_effect(adapted)
-    _warn_of_others(model, adapted)
+    warn_of_others(model, adapted)
     model = adapted.model
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
@@ -104,7 +104,7 @@ def _buffers_beside(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:
     return ((n, b) for n, b in buffers_beside(adapted.model) if n in changed or n.rpartition(".")[0] in owners)
 
 
-def _warn_of_others(model: nn.Module, adapted: Adapted) -> None:
+def warn_of_others(model: nn.Module, adapted: Adapted) -> None:
     """Warn of trained parameters of a module around the adapted model, which no file for that model can hold."""
     inside = {id(p) for p in adapted.model.parameters()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]

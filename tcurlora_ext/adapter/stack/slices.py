@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from tcurlora_ext.maths import folding, lora
+from tcurlora_ext.maths.contract import Factors
+
 if TYPE_CHECKING:
     from .stack import TCURStack
 
@@ -41,6 +44,23 @@ class LayerSlices(NamedTuple):
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense dW of these slices, scale included: (num_slices*out, in) in ``dtype`` (None: the core's)."""
         return self.stack.delta_weights(self.indices, dtype).flatten(0, 1)
+
+    def lora_rank(self) -> int:
+        """The rank of :meth:`lora_factors`."""
+        return lora.lora_rank(self._calls_in_float64())
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """A (q, in) and B (num_slices*out, q) with dW = B A, scale included: float64, on the stack's device."""
+        return lora.lora_factors(self._calls_in_float64())
+
+    @torch.no_grad()
+    def _calls_in_float64(self) -> list[Factors]:
+        stack, options = self.stack, self.stack.options
+        core = stack.core.detach().double()
+        if options.core_domain == "slice":
+            core = folding.fold_core(core, options.transform)
+        col, row = stack.col.detach().double(), stack.row.detach().double()
+        return options.along.calls(col, core, row, stack.slices, self.first_slice, self.num_slices, stack.scale)
 
 
 def stacked_in_order(weights: Iterable[tuple[int, Tensor]]) -> Tensor:

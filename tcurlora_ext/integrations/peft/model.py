@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
+from tcurlora_ext.adapter.files.lora import LoraSource
 from tcurlora_ext.adapter.model.inject import build_stack
 from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.model.targets import Target, placed, slice_names
@@ -26,6 +27,7 @@ from tcurlora_ext.maths.selection import Selection
 from .config import TcurLoraConfig
 from .indices import with_factors, without_factors
 from .layer import TcurLoraLinear
+from .lora import lora_source
 from .mixed import rows_for_adapters
 from .quantised import backend_of
 from .sharing import share_factors
@@ -241,6 +243,17 @@ class TcurLoraModel(BaseTuner):
             return
         with rows_for_adapters(self, adapter_names, kwargs.get("num_beams")):
             yield
+
+    def lora_source(self, adapter_name: str | None = None) -> LoraSource:
+        """What :func:`tcurlora_ext.to_lora` makes a LoRA adapter from.
+
+        Args:
+            adapter_name: Which adapter; None: the active one.
+
+        Raises:
+            ValueError: As :func:`tcurlora_ext.to_lora`.
+        """
+        return lora_source(self, adapter_name)
 
     # -- saving and loading -------------------------------------------------------------------------------------------
 

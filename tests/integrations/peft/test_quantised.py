@@ -95,6 +95,13 @@ def test_saved_and_loaded(make: Callable[[], nn.Sequential], x: Tensor, tmp_path
 
 
 @torch.no_grad()
+def test_as_a_lora_adapter(make: Callable[[], nn.Sequential], x: Tensor, tmp_path: Path) -> None:
+    model = adapt(make())
+    loaded = PeftModel.from_pretrained(make(), tcur.to_lora(model, tmp_path)).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["4 bit", "8 bit"])
 def test_merged_and_unmerged(kind: str, x: Tensor) -> None:
     model, before = adapt(by_bitsandbytes(kind)), by_bitsandbytes(kind).eval()(x)

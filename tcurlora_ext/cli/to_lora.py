@@ -1,0 +1,41 @@
+"""``tcurlora to-lora``: the adapter as a LoRA adapter in PEFT's file format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tcurlora_ext.cli import options
+
+
+def to_lora(
+    source: options.Source,
+    output: Annotated[Path, typer.Option(help="Folder to write: adapter_config.json and adapter_model.safetensors.")],
+    max_rank: Annotated[int, typer.Option(help="The largest LoRA rank that is written.")] = 512,
+    method: options.Method = "tcur",
+    seed: options.Seed = 0,
+    model: options.BaseModel = None,
+    kwargs: options.Kwargs = None,
+    weights: options.Weights = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a LoRA adapter in the folder.")] = False,
+) -> None:
+    """Write the adapter as an exact LoRA adapter in PEFT's file format, which engines that serve LoRA read."""
+    from tcurlora_ext.adapter.files.lora import CONFIG, WEIGHTS, to_lora
+    from tcurlora_ext.cli.adapted import open_adapted
+
+    if (output / CONFIG).exists() and not overwrite:
+        raise ValueError(f"{output}: the folder has an {CONFIG}; expected a new folder, or --overwrite")
+    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights)
+    if adapted.model is None:
+        raise ValueError(
+            f"{source}: an adapter file alone holds no base weights, expected --model and --weights beside it"
+        )
+    to_lora(adapted.model, output, max_rank)
+    config = json.loads((output / CONFIG).read_text())
+    size = (output / WEIGHTS).stat().st_size / 2**20
+    typer.echo(f"{adapted.title}: LoRA adapter of rank {config['r']}, {size:,.1f} MiB written to {output}")
+    if config["modules_to_save"]:
+        typer.echo(f"with the whole modules (modules_to_save) {', '.join(config['modules_to_save'])}")
