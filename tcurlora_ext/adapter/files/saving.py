@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter, whole
+from tcurlora_ext.adapter.distributed.first import write_in_first
 from tcurlora_ext.adapter.model.effect import warn_without_effect
 from tcurlora_ext.adapter.model.structure import (
     Adapted,
@@ -35,8 +36,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
 
     The file holds r*c*S core parameters per stack, the chosen indices, all other parameters that train (a decoder, a
     head; also when it was frozen again), running statistics that training has changed, and a fingerprint of the base
-    weights. It also holds C and R where they are trained, or where they are not the columns and rows of the present
-    base weights. A file at ``path`` is replaced only when the new one is complete.
+    weights. It also holds C and R where they are trained, or where they are not the columns and rows of the present base
+    weights. A file at ``path`` is replaced only when the new one is complete.
 
     For a model sharded over processes, every process calls this. They gather the base weights of one stack at a time,
     the first process writes the file, and all processes return when it is written.
@@ -53,6 +54,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     Raises:
         ValueError: The model is not adapted, or is a part of an adapted one; several of its parts were adapted apart;
             an adapted layer is not in it any more; or a value is NaN or infinite. No file is written.
+        OSError: The file cannot be written (no permission, no space). Of a sharded model every process raises it.
 
     Warns:
         UserWarning: A module around the adapted model has trained parameters, which are not saved; or adapted layers
@@ -89,11 +91,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     broken = not_finite(content)
     if broken:
         raise ValueError(f"{broken[0]} has NaN or infinite values, so that no model could load it; {path} is as it was")
-    sharded = sharded_parameter(model) is not None
-    if not sharded or distributed.get_rank() == 0:
+
+    def write() -> None:
         write_bytes(path, safetensors.torch.save(content, {HEADER: description(header, content)}))
-    if sharded:
-        distributed.barrier()
+
+    if sharded_parameter(model) is None:
+        write()
+    else:
+        write_in_first(path, write)
     return path
 
 
