@@ -58,7 +58,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
 
     Warns:
         UserWarning: A module around the adapted model has trained parameters, which are not saved; or adapted layers
-            were never called, or cores never trained, while others were.
+            were never called, or cores never trained, while others, or parameters beside them, were.
     """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path

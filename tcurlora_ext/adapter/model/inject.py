@@ -14,7 +14,7 @@ from tcurlora_ext.adapter.options import Rank
 from tcurlora_ext.adapter.stack import TCURStack
 
 from .calibration import stack_inputs
-from .effect import watch_first_call
+from .effect import sample, watch_first_call
 from .ranks import stack_ranks
 from .structure import CONTAINER, TCURStacks, adapted_layers, find_adapted, require_adapted, sums_of_buffers
 from .support import adapted_type, plain_type
@@ -144,7 +144,7 @@ def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
     for name, parameter in chosen:
         parameter.requires_grad_(True)
         if adapted is not None:
-            adapted.container.unfrozen.add(name.removeprefix(adapted.prefix))
+            adapted.container.unfrozen.setdefault(name.removeprefix(adapted.prefix), sample(parameter))
     return model
 
 
