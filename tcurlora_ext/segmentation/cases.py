@@ -110,7 +110,9 @@ def _refuse_shared(source: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
         for kind, file, partner, known in (("label", label, image, image_of), ("image", image, label, label_of)):
             other = known.setdefault(os.path.normpath(file), partner)
             if other is not partner:
-                raise ValueError(f"{source}: the {kind} {file} belongs to {other} and to {partner}, expected one of them")
+                raise ValueError(
+                    f"{source}: the {kind} {file} belongs to {other} and to {partner}, expected one of the two"
+                )
 
 
 def _warn(message: str) -> None:

@@ -107,8 +107,8 @@ def with_fraction(settings: Settings) -> Settings:
     """
     if settings.data is None and settings.val_fraction is not None:
         raise ValueError(
-            f"val-fraction: found {settings.val_fraction} without --data, expected both or neither: the embedded "
-            "subjects are made for training or for validation"
+            f"val-fraction: found {settings.val_fraction} without --data, expected none: the embedded subjects are "
+            "made for training or for validation"
         )
     return replace(settings, val_fraction=VAL_FRACTION if settings.val_fraction is None else settings.val_fraction)
 

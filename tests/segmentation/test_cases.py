@@ -137,7 +137,7 @@ def test_a_fraction_beside_splits_is_an_error(data: Path) -> None:
 def test_a_label_of_two_images_is_refused_in_the_training_list(data: Path) -> None:
     other = "labelsTr/../labelsTr/case_000.nii.gz"
     describe(data, [pair("case_000"), {"image": "imagesTr/case_001.nii.gz", "label": other}])
-    with pytest.raises(ValueError, match=r"json: the label .*case_000.* belongs to .*case_000\S* and to .*case_001\S*,"):
+    with pytest.raises(ValueError, match=r"json: the label .*case_000.* belongs to .*case_000.* and to .*case_001"):
         read_dataset(data)
 
 
@@ -148,9 +148,9 @@ def test_a_file_of_two_cases_is_refused_where_names_pair_them(kind: str, data: P
         without_splits(data)
     else:
         write(data, "splits.json", {"train": ["case_000", "case_001"], "val": ["000"]})
-    shutil.copy(data / f"{'images' if kind == 'label' else 'labels'}Tr/case_000.nii.gz", data / "000.nii.gz")
-    rename(data, "000.nii.gz", f"{'images' if kind == 'label' else 'labels'}Tr/000.nii.gz")
-    with pytest.raises(ValueError, match=rf"the {kind} \S*case_000\.nii\.gz belongs to .* and to .*, expected one of"):
+    folder = data / {"label": "imagesTr", "image": "labelsTr"}[kind]
+    shutil.copy(folder / "case_000.nii.gz", folder / "000.nii.gz")
+    with pytest.raises(ValueError, match=rf"the {kind} \S*case_000\.nii\.gz belongs to .* and to .*, expected one"):
         read_dataset(data)
 
 

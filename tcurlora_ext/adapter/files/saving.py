@@ -36,8 +36,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
 
     The file holds r*c*S core parameters per stack, the chosen indices, all other parameters that train (a decoder, a
     head; also when it was frozen again), running statistics that training has changed, and a fingerprint of the base
-    weights. It also holds C and R where they are trained, or where they are not the columns and rows of the present base
-    weights. A file at ``path`` is replaced only when the new one is complete.
+    weights. It also holds C and R where they are trained, or where they are not the columns and rows of the present
+    base weights. A file at ``path`` is replaced only when the new one is complete.
 
     For a model sharded over processes, every process calls this. They gather the base weights of one stack at a time,
     the first process writes the file, and all processes return when it is written.

@@ -78,9 +78,10 @@ def warn_zero(cores: Mapping[str, Tensor], changed_beside: Callable[[], str | No
     beside = changed_beside() if zero and len(zero) == len(cores) else None
     if beside is None and len(zero) in (0, len(cores)):
         return
+    other = "" if beside is None else f", while {beside} has changed"
     warnings.warn(
-        f"the cores of {', '.join(zero[:4])} ({len(zero)} of {len(cores)} stacks) are still zero"
-        f"{'' if beside is None else f', while {beside} has changed'}: they got no gradient or are not in the optimizer",
+        f"the cores of {', '.join(zero[:4])} ({len(zero)} of {len(cores)} stacks) are still zero{other}: they got no "
+        "gradient or are not in the optimizer",
         stacklevel=stacklevel,
     )
 
@@ -91,7 +92,7 @@ def was_run(layers: Mapping[str, Layer], called: bool) -> bool:
 
 
 def sample(parameter: Tensor) -> Tensor:
-    """64 to 127 values of a parameter (all of a smaller one), evenly spaced, (n,) on the CPU, to compare with later ones.
+    """64 to 127 values of a parameter, evenly spaced, or all of a smaller one: (n,) on the CPU, to compare with later.
 
     An optimizer such as AdamW moves every value. Values sampled on another device are the same, unlike sums, and cost
     nothing to keep. A parameter on the meta device has none.

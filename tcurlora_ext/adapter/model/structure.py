@@ -107,6 +107,16 @@ def require_adapted(model: nn.Module) -> Adapted:
     return adapted
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError, naming the first layer, where a model is adapted already: adapters would nest."""
+    adapted = next((name for name, _ in adapted_layers(model)), None)
+    if adapted is not None or hasattr(model, CONTAINER):
+        raise ValueError(
+            f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first, or "
+            "merge(model) and then remove(model) to keep that adapter in the weights"
+        )
+
+
 def stacks(model: nn.Module) -> dict[str, TCURStack]:
     """The stacks of an adapted model.
 
