@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,8 +46,7 @@ def warn_without_effect(
             warn_uncalled(layers, tuner.called, stacklevel=4)
             cores = _trained_cores(tuner, adapter, state)
             if sharded_parameter(tuner) is None and all(core.numel() for core in cores.values()):
-                ran = was_run(layers, tuner.called)
-                warn_zero(cores, lambda name=adapter, ran=ran: _changed(tuner, name) if ran else None, stacklevel=4)
+                warn_zero(cores, partial(_changed_beside, tuner, adapter, layers), stacklevel=4)
 
 
 def _layers(tuner: TcurLoraModel, adapters: Iterable[str]) -> dict[str, TcurLoraLinear]:
@@ -67,8 +67,10 @@ def _trained_cores(tuner: TcurLoraModel, adapter: str, state: Mapping[str, Tenso
     }
 
 
-def _changed(tuner: TcurLoraModel, adapter: str) -> str | None:
-    """A parameter of an adapter's ``modules_to_save`` whose values are not those of the base; None where all are."""
+def _changed_beside(tuner: TcurLoraModel, adapter: str, layers: Mapping[str, TcurLoraLinear]) -> str | None:
+    """A parameter of ``modules_to_save`` that differs from the base's, where the model has been called; or None."""
+    if not was_run(layers, tuner.called):
+        return None
     for name, module in tuner.model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             plain = dict(module.original_module.named_parameters())
