@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.adapter.model.ranks import stack_ranks
+from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
 from tcurlora_ext.io.table import text_table
 
@@ -205,9 +205,7 @@ def plan(
         raise ValueError(f"tokens is {tokens}, expected a positive whole number")
     if lora_rank < 1:
         raise ValueError(f"lora_rank is {lora_rank}, expected a positive whole number")
-    adapted = next((name for name, module in model.named_modules() if isinstance(module, TCURLayer)), None)
-    if adapted is not None:
-        raise ValueError(f"{adapted} of {type(model).__name__} is adapted already; call remove(model) first")
+    refuse_adapted(model)
     groups = group(find_targets(model, config), config)
     ranks = stack_ranks(groups, config)
     kept: dict[str, set[object]] = {"tcur": set(), "lora": set()}

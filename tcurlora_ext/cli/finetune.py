@@ -56,7 +56,7 @@ def finetune(
     spacing: options.Spacing = None,
     train_list: options.TrainList = "train",
     val_list: options.ValList = "val",
-    val_fraction: options.ValFraction = 0.2,
+    val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
     pretrain_steps: Annotated[
         int, typer.Option(help="Optimizer steps of pretraining on the embedded source domain.")

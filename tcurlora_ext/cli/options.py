@@ -130,7 +130,8 @@ Spacing = Annotated[
 TrainList = Annotated[str, typer.Option(help="The list in splits.json to train on.")]
 ValList = Annotated[str, typer.Option(help="The list in splits.json to validate on.")]
 ValFraction = Annotated[
-    float, typer.Option(help="Fraction of the cases held out at random where there is no splits.json.")
+    float | None,
+    typer.Option(help="Fraction of the cases held out at random where there is no splits.json. Default: 0.2."),
 ]
 Labels = Annotated[
     Words | None,

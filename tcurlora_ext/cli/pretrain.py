@@ -30,7 +30,7 @@ def pretrain(
     spacing: options.Spacing = None,
     train_list: options.TrainList = "train",
     val_list: options.ValList = "val",
-    val_fraction: options.ValFraction = 0.2,
+    val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 450,
     batch: options.Batch = 2,

@@ -7,9 +7,10 @@ Without it, image and label have the same name in their folders.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from tcurlora_ext.io.records import read_json
 
 SUFFIXES = (".nii.gz", ".nii")
+VAL_FRACTION = 0.2  # of the cases, where neither splits.json nor the user says which validate
 # Volumes that are not read. Files of other kinds (.json, .txt) may lie beside volumes and mean nothing.
 _OTHER_VOLUMES = (
     ".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".img.gz", ".nii.bz2", ".mgh", ".mgz", ".npy", ".npz", ".dcm",
@@ -48,7 +50,7 @@ class _Files:
 
 
 def choose_cases(
-    root: Path, description: dict[str, Any], *, train_list: str, val_list: str, val_fraction: float, seed: int
+    root: Path, description: dict[str, Any], *, train_list: str, val_list: str, val_fraction: float | None, seed: int
 ) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """The training and the validation cases of a data set, which have no case in common.
 
@@ -57,16 +59,23 @@ def choose_cases(
         description: The content of dataset.json; empty where there is none.
         train_list: The list of splits.json to train on.
         val_list: The list of splits.json to validate on.
-        val_fraction: Fraction of the cases that is drawn for validation where there is no splits.json.
+        val_fraction: Fraction of the cases that is drawn for validation where there is no splits.json; None:
+            ``VAL_FRACTION``.
         seed: Of that draw.
 
     Raises:
         FileNotFoundError: A file, folder or list is missing.
-        ValueError: A list has another form than expected, or a case is not unique.
+        ValueError: A list has another form than expected, a case is not unique, two cases have one file, or a fraction
+            is given where splits.json says which cases validate.
     """
     entries = description.get("training")
     files = _files_by_name(root) if entries is None else _paired_files(root, entries)
     if (root / "splits.json").is_file():
+        if val_fraction is not None:
+            raise ValueError(
+                f"val-fraction: found {val_fraction} beside {root / 'splits.json'}, whose lists say which cases "
+                "validate; expected one of the two"
+            )
         train, val = (_listed(root / "splits.json", name, files) for name in (train_list, val_list))
     else:
         for name, default in ((train_list, "train"), (val_list, "val")):
@@ -80,13 +89,30 @@ def choose_cases(
                 f"{root / 'dataset.json'}: the list 'validation' is not read, the cases of 'training' are split at "
                 "random; expected splits.json with train and val"
             )
-        train, val = _random_split(files, val_fraction, seed)
+        train, val = _random_split(files, VAL_FRACTION if val_fraction is None else val_fraction, seed)
         for message in _unused(files, (*train, *val)):
             _warn(message)
     both = sorted({case.name for case in train} & {case.name for case in val})
     if both:
         raise ValueError(f"{root}: found {', '.join(both[:5])} in both lists, expected training and validation apart")
+    _refuse_shared(root, ((case.image, case.label) for case in (*train, *val)))
     return train, val
+
+
+def _refuse_shared(source: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
+    """Raise ValueError, naming them, where two images pair with one label or two labels with one image.
+
+    Paths are compared as they are written: links to one file may stand for labels that are equal.
+    """
+    image_of: dict[str, Path] = {}
+    label_of: dict[str, Path] = {}
+    for image, label in pairs:
+        for kind, file, partner, known in (("label", label, image, image_of), ("image", image, label, label_of)):
+            other = known.setdefault(os.path.normpath(file), partner)
+            if other is not partner:
+                raise ValueError(
+                    f"{source}: the {kind} {file} belongs to {other} and to {partner}, expected one of the two"
+                )
 
 
 def _warn(message: str) -> None:
@@ -113,6 +139,7 @@ def _paired_files(root: Path, entries: Any) -> _Files:
         if name in files.images:
             raise ValueError(f"{path}: 'training' names {files.images[name]} and {image}, expected each name once")
         files.images[name], files.labels[name] = image, label
+    _refuse_shared(path, zip(files.images.values(), files.labels.values(), strict=True))
     return files
 
 

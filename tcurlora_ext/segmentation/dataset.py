@@ -74,8 +74,8 @@ class Volume:
 
 
 def read_dataset(
-    root: Path, *, train_list: str = "train", val_list: str = "val", val_fraction: float = 0.2, seed: int = 0,
-    labels: Sequence[str] | None = None,
+    root: Path, *, train_list: str = "train", val_list: str = "val", val_fraction: float | None = None,
+    seed: int = 0, labels: Sequence[str] | None = None,
 ) -> SegmentationDataset:  # fmt: skip
     """Find the cases of a data set and check every file of the two lists.
 
@@ -83,7 +83,8 @@ def read_dataset(
         root: The data set's folder.
         train_list: The list of splits.json to train on.
         val_list: The list of splits.json to validate on.
-        val_fraction: Fraction of the cases that is drawn for validation where there is no splits.json.
+        val_fraction: Fraction of the cases that is drawn for validation where there is no splits.json, and refused
+            beside one; None: 0.2 where it is needed.
         seed: Of that draw.
         labels: Class names, background first, in place of those of dataset.json. Without either, the classes are the
             values in the training labels.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from tcurlora_ext.io.records import write_json
 from tcurlora_ext.segmentation import evaluation, synthetic, training
+from tcurlora_ext.segmentation.cases import VAL_FRACTION
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, load_volumes, read_dataset
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
@@ -24,6 +25,8 @@ from tcurlora_ext.segmentation.runfolder import describe, open_folder, record
 from tcurlora_ext.segmentation.terminal import Display
 
 EMBEDDED_SUBJECTS = {"source": (24, 6), "target": (4, 8)}  # training and validation
+
+Settings = TypeVar("Settings", bound=Any)  # of finetune or of pretrain
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class PretrainSettings:
     spacing: tuple[float, float, float] | None = None
     train_list: str = "train"
     val_list: str = "val"
-    val_fraction: float = 0.2
+    val_fraction: float | None = None
     labels: tuple[str, ...] | None = None
     steps: int = 450
     batch: int = 2
@@ -96,6 +99,20 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name.replace('_', '-')}: found {value}, expected a number above 0")
 
 
+def with_fraction(settings: Settings) -> Settings:
+    """The settings as run.json records them: with the fraction for validation that None stands for.
+
+    Raises:
+        ValueError: A fraction is given for the embedded domains, whose subjects are divided already.
+    """
+    if settings.data is None and settings.val_fraction is not None:
+        raise ValueError(
+            f"val-fraction: found {settings.val_fraction} without --data, expected none: the embedded subjects are "
+            "made for training or for validation"
+        )
+    return replace(settings, val_fraction=VAL_FRACTION if settings.val_fraction is None else settings.val_fraction)
+
+
 def pretrain(
     settings: PretrainSettings, out: Path, *, resume: bool = False, display: Display | None = None
 ) -> dict[str, float]:  # fmt: skip
@@ -116,8 +133,9 @@ def pretrain(
     )
     spec, device = get_spec(settings.network), pick_device(settings.device)
     check_network(NetworkConfig(settings.network, 1, 2, settings.roi, settings.spacing, settings.sizes))
+    description = describe("pretrain", with_fraction(settings))
     data = _read(settings, settings.data) if settings.data is not None else None
-    open_folder(out, describe("pretrain", settings), resume)
+    open_folder(out, description, resume)
     if data is None:
         data = _read(settings, embedded(out / "data", "source", settings.subjects, settings.data_seed, display))
     record(out, "data", describe_data(data))

@@ -48,6 +48,7 @@ from tcurlora_ext.segmentation.pretraining import (
     embedded,
     pick_device,
     pretrain,
+    with_fraction,
 )
 from tcurlora_ext.segmentation.runfolder import check_folder, describe, open_folder, record
 from tcurlora_ext.segmentation.terminal import Display
@@ -83,7 +84,7 @@ class FinetuneSettings:
     spacing: tuple[float, float, float] | None = None
     train_list: str = "train"
     val_list: str = "val"
-    val_fraction: float = 0.2
+    val_fraction: float | None = None
     labels: tuple[str, ...] | None = None
     pretrain_steps: int = 450
     data_seed: int = 0
@@ -128,7 +129,7 @@ def finetune(
         require_package(package)
     methods = _check(settings)
     settings = replace(settings, lr={name: settings.lr.get(name, METHODS[name].lr) for name in METHODS})
-    description = describe("finetune", settings)
+    description = describe("finetune", with_fraction(settings))
     check_folder(out, description, resume)
     data = None if settings.data is None else _read(settings, settings.data)
     if settings.pretrained is not None and data is not None:

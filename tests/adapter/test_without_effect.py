@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,45 @@ def test_a_core_that_never_trained_beside_others_is_named(tmp_path: Path) -> Non
     for stack in tcur.stacks(net).values():
         stack.core.requires_grad_(bool(stack.core.any()))
     saved_silently(net, tmp_path)
+
+
+def test_cores_that_no_optimizer_has_are_named_beside_a_trained_head(x: Tensor, tmp_path: Path) -> None:
+    """Also after moves between dtypes, and where the trainer has cleared the gradients."""
+    net = tcur.unfreeze(tcur.inject(Net(), CONFIG), ["head"])
+    net(x)
+    saved_silently(net, tmp_path)
+    saved_silently(copy.deepcopy(net).to(torch.bfloat16), tmp_path)
+    before = tcur.load_adapter(Net(), tmp_path / "a.safetensors")
+    train(net, net.head.parameters(), x)
+    message = r"the cores of 8x8 \(1 of 1 stacks\) are still zero, while head\.weight has changed: they got no gradient"
+    for call in (tcur.merge, lambda m: tcur.save_adapter(m, tmp_path / "b.safetensors")):
+        with pytest.warns(UserWarning, match=message):
+            call(net)
+    before(x)
+    loaded = tcur.load_adapter(tcur.unfreeze(before, ["head"]), tmp_path / "b.safetensors")
+    loaded(x)
+    saved_silently(loaded, tmp_path)
+
+
+def test_a_head_that_trains_beside_its_cores_or_beside_frozen_ones_is_saved_without_a_word(
+    x: Tensor, tmp_path: Path
+) -> None:
+    frozen, both = (tcur.unfreeze(tcur.inject(Net(), CONFIG), ["head"]) for _ in range(2))
+    for stack in tcur.stacks(frozen).values():
+        stack.core.requires_grad_(False)
+    for net in (frozen, both):
+        train(net, [p for p in net.parameters() if p.requires_grad], x)
+        saved_silently(net, tmp_path)
+    head_set_by_hand = tcur.unfreeze(tcur.inject(Net(), CONFIG), ["head"])
+    nn.init.ones_(head_set_by_hand.get_parameter("head.weight"))
+    saved_silently(head_set_by_hand, tmp_path)
+
+
+def train(net: nn.Module, parameters: Iterable[nn.Parameter], x: Tensor) -> None:
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    net(x).square().sum().backward()
+    optimizer.step()
+    net.zero_grad()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,33 @@ def test_a_list_without_splits_is_an_error(lists: dict[str, str], data: Path) ->
         FileNotFoundError, match=r"splits\.json: no such file; expected it to hold the list '(few|held)"
     ):
         read_dataset(data, **lists)
+
+
+def test_a_fraction_beside_splits_is_an_error(data: Path) -> None:
+    with pytest.raises(ValueError, match=r"val-fraction: found 0\.2 beside .*splits\.json, whose lists say"):
+        read_dataset(data, val_fraction=0.2)
+    without_splits(data)
+    read_dataset(data, val_fraction=0.2)
+
+
+def test_a_label_of_two_images_is_refused_in_the_training_list(data: Path) -> None:
+    other = "labelsTr/../labelsTr/case_000.nii.gz"
+    describe(data, [pair("case_000"), {"image": "imagesTr/case_001.nii.gz", "label": other}])
+    with pytest.raises(ValueError, match=r"json: the label .*case_000.* belongs to .*case_000.* and to .*case_001"):
+        read_dataset(data)
+
+
+@pytest.mark.parametrize("kind", ["label", "image"])
+def test_a_file_of_two_cases_is_refused_where_names_pair_them(kind: str, data: Path) -> None:
+    """A name also finds the file whose name ends in it: "000" finds case_000, which belongs to case_000 already."""
+    if kind == "image":
+        without_splits(data)
+    else:
+        write(data, "splits.json", {"train": ["case_000", "case_001"], "val": ["000"]})
+    folder = data / {"label": "imagesTr", "image": "labelsTr"}[kind]
+    shutil.copy(folder / "case_000.nii.gz", folder / "000.nii.gz")
+    with pytest.raises(ValueError, match=rf"the {kind} \S*case_000\.nii\.gz belongs to .* and to .*, expected one"):
+        read_dataset(data)
 
 
 def all_named(root: Path, suffix: str) -> None:

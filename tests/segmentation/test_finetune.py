@@ -145,6 +145,8 @@ def test_data_without_pretrained_weights_says_what_to_run(pristine_data: Path, t
         ({"seeds": 0}, "seeds: found 0"),
         ({"lr": {"prompt": 1.0}}, "lr: found prompt"),
         ({"device": "nonsense"}, "device: found 'nonsense'"),
+        ({"val_fraction": 0.3}, "val-fraction: found 0.3 beside "),
+        ({"val_fraction": 0.3, "data": None, "pretrained": None}, "val-fraction: found 0.3 without --data"),
         ({"network": "unetr", "roi": (32, 32, 32)}, "weights do not fit the network unetr"),
     ],
 )

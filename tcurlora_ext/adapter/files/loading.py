@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.adapter.layer.quantised import refuse_quantised
+from tcurlora_ext.adapter.model.effect import sample
 from tcurlora_ext.adapter.model.inject import attach
 from tcurlora_ext.adapter.model.structure import (
     Adapted,
@@ -77,6 +78,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     assert loaded is not None
     loaded.container.from_file = True
     loaded.container.loaded = set(file.under("trained")) | set(file.under("state"))
+    for name in loaded.container.unfrozen.keys() & loaded.container.loaded:  # what the file set has not trained here
+        loaded.container.unfrozen[name] = sample(model.get_parameter(name))
     return whole
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter, whole
+from tcurlora_ext.adapter.distributed.first import write_in_first
 from tcurlora_ext.adapter.model.effect import warn_without_effect
 from tcurlora_ext.adapter.model.structure import (
     Adapted,
@@ -53,10 +54,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     Raises:
         ValueError: The model is not adapted, or is a part of an adapted one; several of its parts were adapted apart;
             an adapted layer is not in it any more; or a value is NaN or infinite. No file is written.
+        OSError: The file cannot be written (no permission, no space). Of a sharded model every process raises it.
 
     Warns:
         UserWarning: A module around the adapted model has trained parameters, which are not saved; or adapted layers
-            were never called, or cores never trained, while others were.
+            were never called, or cores never trained, while others, or parameters beside them, were.
     """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path
@@ -89,11 +91,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     broken = not_finite(content)
     if broken:
         raise ValueError(f"{broken[0]} has NaN or infinite values, so that no model could load it; {path} is as it was")
-    sharded = sharded_parameter(model) is not None
-    if not sharded or distributed.get_rank() == 0:
+
+    def write() -> None:
         write_bytes(path, safetensors.torch.save(content, {HEADER: description(header, content)}))
-    if sharded:
-        distributed.barrier()
+
+    if sharded_parameter(model) is None:
+        write()
+    else:
+        write_in_first(path, write)
     return path
 
 

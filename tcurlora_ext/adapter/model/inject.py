@@ -14,9 +14,17 @@ from tcurlora_ext.adapter.options import Rank
 from tcurlora_ext.adapter.stack import TCURStack
 
 from .calibration import stack_inputs
-from .effect import watch_first_call
+from .effect import sample, watch_first_call
 from .ranks import stack_ranks
-from .structure import CONTAINER, TCURStacks, adapted_layers, find_adapted, require_adapted, sums_of_buffers
+from .structure import (
+    CONTAINER,
+    TCURStacks,
+    adapted_layers,
+    find_adapted,
+    refuse_adapted,
+    require_adapted,
+    sums_of_buffers,
+)
 from .support import adapted_type, plain_type
 from .targets import Target, find_targets, group, placed, slice_names, stacked_weights
 
@@ -50,11 +58,7 @@ def inject(
     """
     config = config or TCURConfig()
     refuse_sharded(model, "call inject(model) before it is sharded")
-    adapted = next((name for name, module in model.named_modules() if isinstance(module, TCURLayer)), None)
-    if adapted is not None or hasattr(model, CONTAINER):
-        raise ValueError(
-            f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first"
-        )
+    refuse_adapted(model)
     groups = group(find_targets(model, config), config)
     ranks = stack_ranks(groups, config)
     stacks = {name: build_stack(name, members, config, ranks[name], calibration) for name, members in groups.items()}
@@ -144,7 +148,7 @@ def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
     for name, parameter in chosen:
         parameter.requires_grad_(True)
         if adapted is not None:
-            adapted.container.unfrozen.add(name.removeprefix(adapted.prefix))
+            adapted.container.unfrozen.setdefault(name.removeprefix(adapted.prefix), sample(parameter))
     return model
 
 

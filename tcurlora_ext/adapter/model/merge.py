@@ -34,11 +34,11 @@ def merge(model: nn.Module) -> nn.Module:
 
     Warns:
         UserWarning: Rounding changes a dW by more than a tenth of its norm, as happens to a small dW in bfloat16; or
-            adapted layers were never called, or cores never trained, while others were.
+            adapted layers were never called, or cores never trained, while others, or parameters beside them, were.
     """
     adapted = require_adapted(model)
-    warn_without_effect(adapted)
     refuse_sharded(model, "save the adapter, load it onto the base in one process and merge there")
+    warn_without_effect(adapted)
     merged: list[tuple[TCURLayer, Tensor]] = []
     worst = 0.0
     for name, layer in adapted_layers(model):

@@ -34,7 +34,8 @@ class TCURStacks(nn.ModuleDict):
         buffer_sums: Of the model's buffers when it was adapted, see :func:`sums_of_buffers`.
         loaded: The names of the parameters and buffers that :func:`load_adapter` has set beside the stacks.
         from_file: Whether :func:`load_adapter` has set the stacks.
-        unfrozen: The names of the parameters that :func:`unfreeze` made train.
+        unfrozen: The parameters that :func:`unfreeze` made train: name -> a sample of the values that they had then
+            (``model/effect.py``).
         first_call: The hook that looks at the model's first call (``model/effect.py``); None once that is over.
         called: Whether the model has been called.
     """
@@ -44,7 +45,7 @@ class TCURStacks(nn.ModuleDict):
         self.config, self.owner = config, owner
         self.buffer_sums: dict[str, tuple[float, ...]] = {}
         self.loaded: set[str] = set()
-        self.unfrozen: set[str] = set()
+        self.unfrozen: dict[str, Tensor] = {}
         self.from_file = False
         self.first_call: RemovableHandle | None = None
         self.called = False
@@ -104,6 +105,16 @@ def require_adapted(model: nn.Module) -> Adapted:
             )
         raise ValueError(f"{kind} is not adapted; call inject(model) first")
     return adapted
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError, naming the first layer, where a model is adapted already: adapters would nest."""
+    adapted = next((name for name, _ in adapted_layers(model)), None)
+    if adapted is not None or hasattr(model, CONTAINER):
+        raise ValueError(
+            f"{adapted or CONTAINER} of {type(model).__name__} is adapted already; call remove(model) first, or "
+            "merge(model) and then remove(model) to keep that adapter in the weights"
+        )
 
 
 def stacks(model: nn.Module) -> dict[str, TCURStack]:
@@ -188,7 +199,7 @@ def changed_buffers(adapted: Adapted, tolerance: float = 0.0) -> dict[str, Tenso
 
 def trained_beside(adapted: Adapted) -> dict[str, nn.Parameter]:
     """The parameters beside the cores that train, or did: a head that is frozen again was trained by the adapter."""
-    kept = adapted.container.unfrozen | adapted.container.loaded
+    kept = adapted.container.unfrozen.keys() | adapted.container.loaded
     return {
         name: parameter
         for name, parameter in adapted.model.named_parameters()

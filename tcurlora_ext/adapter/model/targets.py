@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -189,7 +190,16 @@ def _what_has(entry: str, model: nn.Module) -> str:
         if matches(name, [entry]):
             owner = class_of(model.get_submodule(name.rpartition(".")[0]))
             return f"but {name} is a parameter of a {owner}, not a linear layer; it cannot be adapted"
-    return f"which no module of {type(model).__name__} is called"
+    return is_no_name(entry, model)
+
+
+def is_no_name(entry: str, model: nn.Module) -> str:
+    """That no module has this name, and which names are near it; for messages about an entry of a list."""
+    parts = entry.count(".") + 1
+    ends = {".".join(name.split(".")[-parts:]) for name, _ in model.named_modules() if name}
+    near = difflib.get_close_matches(entry, sorted(ends))
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    return f"which no module of {type(model).__name__} is called{hint}"
 
 
 def _target(name: str, module: nn.Module, config: TCURConfig) -> Target:

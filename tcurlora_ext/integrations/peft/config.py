@@ -78,6 +78,9 @@ class TcurLoraConfig(PeftConfig):
         trainable_token_indices, layer_replication: As in PEFT's LoRA.
         ensure_weight_tying: As in PEFT's LoRA, for ``modules_to_save`` and ``trainable_token_indices``.
 
+    Attributes:
+        was_saved: Whether this is the configuration of a saved adapter.
+
     Raises:
         ValueError: A value is unknown or out of range; options exclude each other as in
             :class:`tcurlora_ext.TCURConfig`; ``layers_pattern`` is given without ``layers_to_transform``; or
@@ -116,6 +119,7 @@ class TcurLoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
+        self.was_saved = self.peft_version is not None  # PEFT sets it now, and saves it
         super().__post_init__()
         self.peft_type = peft_type()
         for name in ("target_modules", "exclude_modules"):

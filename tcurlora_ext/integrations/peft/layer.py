@@ -33,8 +33,10 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
     Attributes:
         tcurlora_core: Adapter -> its stack. It is not registered as a child: the tuner has registered every stack once.
         slices: Adapter -> the layer's slices in its stack.
+        uncalled: Whether the layer has never been called, calls within torch.compile not counted.
     """
 
+    uncalled = True
     adapter_layer_names = ("tcurlora_core",)
     other_param_names = ("slices",)
 
@@ -102,6 +104,8 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The number of names is not the number of rows, or adapters are merged.
         """
+        if self.uncalled and not torch.compiler.is_compiling():
+            self.uncalled = False
         if adapter_names is not None:
             self._check_rows(x, adapter_names)
         if self.disable_adapters:

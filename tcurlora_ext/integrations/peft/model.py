@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,11 +12,13 @@ import torch
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.files.lora import LoraSource
 from tcurlora_ext.adapter.model.inject import build_stack
+from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.model.targets import Target, placed, slice_names
 from tcurlora_ext.adapter.options import pair_of
@@ -25,13 +27,14 @@ from tcurlora_ext.adapter.stack.slices import LayerSlices
 from tcurlora_ext.maths.selection import Selection
 
 from .config import TcurLoraConfig
+from .effect import note_call, warn_without_effect
 from .indices import with_factors, without_factors
 from .layer import TcurLoraLinear
 from .lora import lora_source
 from .mixed import rows_for_adapters
 from .quantised import backend_of
 from .sharing import share_factors
-from .targets import base_of, default_names, find_groups, rank_pattern, stack_configs
+from .targets import base_of, check_modules_to_save, default_names, find_groups, rank_pattern, stack_configs
 from .weighted import weighted_sum
 
 RANDOM_CORE = 0.1  # standard deviation of the core with init_weights=False
@@ -43,6 +46,8 @@ class TcurLoraModel(BaseTuner):
     Attributes:
         tcurlora_core: Adapter -> name of a stack -> :class:`tcurlora_ext.TCURStack`. Stacks are registered here once;
             the layers use them by reference.
+        called: Whether the model has been called through a PeftModel with an adapter enabled.
+        loaded: The adapters whose values were loaded, or computed from those of others.
     """
 
     prefix = "tcurlora_"
@@ -51,6 +56,8 @@ class TcurLoraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's; default_names() stands in for it
 
     tcurlora_core: nn.ModuleDict
+    called: bool
+    loaded: set[str]
 
     def stacks(self, adapter_name: str) -> dict[str, TCURStack]:
         """An adapter's stacks by name.
@@ -64,6 +71,7 @@ class TcurLoraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: TcurLoraConfig, adapter_name: str) -> None:
         self.tcurlora_core = nn.ModuleDict()
+        self.called, self.loaded = False, set()
         self.layer_replication, self._replicated = config.layer_replication, False
 
     def inject_adapter(
@@ -102,6 +110,8 @@ class TcurLoraModel(BaseTuner):
         """Build the adapter's stacks before any layer is replaced: a stack needs all its layers at once."""
         adapter_name, on_meta = self._injected
         refuse_sharded(model, "add adapters before it is sharded")
+        refuse_adapted(model)
+        check_modules_to_save(model, peft_config)
         self._replicate_layers(peft_config, model)
         groups = find_groups(model, peft_config)
         configs = stack_configs(groups, peft_config)
@@ -133,6 +143,7 @@ class TcurLoraModel(BaseTuner):
         super()._check_merge_allowed()
         if self.layer_replication:
             raise ValueError("cannot merge: replicated layers share one weight, and each has a dW of its own")
+        warn_without_effect(self, self.tcurlora_core)
 
     def share_with_the_others(self, stacks: dict[str, TCURStack]) -> None:
         """Let an adapter's stacks use C and R of other adapters where they are equal.
@@ -181,6 +192,7 @@ class TcurLoraModel(BaseTuner):
             adapter_name: The adapter.
         """
         super().delete_adapter(adapter_name)
+        self.loaded.discard(adapter_name)
         del self.tcurlora_core[adapter_name]
 
     def add_weighted_adapter(
@@ -229,6 +241,7 @@ class TcurLoraModel(BaseTuner):
         }
         self.load_state_dict(state, strict=False, assign=True)
         self.share_with_the_others(self.stacks(adapter_name))
+        self.loaded.add(adapter_name)
 
     # For ensure_weight_tying: PEFT defines this method for LoRA only, but nothing in it is specific to LoRA.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
@@ -238,11 +251,10 @@ class TcurLoraModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
+        mixed = adapter_names is not None
+        with rows_for_adapters(self, adapter_names, kwargs.get("num_beams")) if mixed else nullcontext():
             yield
-            return
-        with rows_for_adapters(self, adapter_names, kwargs.get("num_beams")):
-            yield
+        note_call(self)
 
     def lora_source(self, adapter_name: str | None = None) -> LoraSource:
         """What :func:`tcurlora_ext.to_lora` makes a LoRA adapter from.
@@ -262,6 +274,7 @@ class TcurLoraModel(BaseTuner):
         cls, model: nn.Module, config: TcurLoraConfig, adapter_name: str, *rest: Any, **named: Any
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, *rest, **named)
+        warn_without_effect(cls._tuner_in(model), [adapter_name], state)
         if config.save_projection:
             return state
         return without_factors(model, cls._stacks_in(model, adapter_name), adapter_name, state)
@@ -271,13 +284,17 @@ class TcurLoraModel(BaseTuner):
         cls, model: nn.Module, config: TcurLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        cls._tuner_in(model).loaded.add(adapter_name)
         return with_factors(model, cls._stacks_in(model, adapter_name), adapter_name, state)
 
     @classmethod
     def _stacks_in(cls, model: nn.Module, adapter_name: str) -> dict[str, TCURStack]:
         """An adapter's stacks in a model that PEFT has wrapped."""
-        tuner = next(module for module in model.modules() if isinstance(module, cls))
-        return tuner.stacks(adapter_name)
+        return cls._tuner_in(model).stacks(adapter_name)
+
+    @classmethod
+    def _tuner_in(cls, model: nn.Module) -> Self:
+        return next(module for module in model.modules() if isinstance(module, cls))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

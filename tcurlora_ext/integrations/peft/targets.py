@@ -16,13 +16,16 @@ from torch import nn
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.support import is_conv1d, is_made_anew, is_read_by_attention, reason_against
-from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, bypassed, group, warn_unused
+from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, bypassed, group, is_no_name, warn_unused
 from tcurlora_ext.adapter.options import Rank
 
 from .config import TcurLoraConfig
 from .quantised import QuantisedTarget, backend_of
 
 T = TypeVar("T")
+
+# PEFT adds all of a task's usual names for a head to modules_to_save, of which a model has one.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -88,6 +91,22 @@ def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
         linear = [name for name, module in outer_modules(model) if is_supported(base_of(module), model)]
         warn_unused("target_modules", sorted(config.target_modules or ()), linear, model)
     return found
+
+
+def check_modules_to_save(model: nn.Module, config: TcurLoraConfig) -> None:
+    """Raise ValueError where an entry of ``modules_to_save`` names no module: it would silently not train.
+
+    In the configuration of a saved adapter it is a warning, so that an adapter that was saved with one still loads.
+    """
+    # As PEFT matches them: by the end of the name in a PeftModel, which need not begin at a dot.
+    names = [f"base_model.model.{name}" for name, _ in model.named_modules(remove_duplicate=False)]
+    added = _HEADS.get(config.task_type or "", ())
+    for entry in config.modules_to_save or ():
+        if entry not in added and not any(name.endswith(entry) for name in names):
+            message = f"modules_to_save has {entry!r}, {is_no_name(entry, model)}"
+            if not config.was_saved:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
 
 
 def _leave_out(model: nn.Module, config: TcurLoraConfig) -> None:

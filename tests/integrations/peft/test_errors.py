@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+import tcurlora_ext as tcur
 from tcurlora_ext.integrations.peft import TcurLoraConfig, TcurLoraLinear
 
 
@@ -178,3 +182,36 @@ def test_a_weight_made_by_a_hook_is_refused() -> None:
     nn.utils.spectral_norm(model.linear)
     with pytest.raises(TypeError, match="linear cannot be adapted: its weight is made anew in each call"):
         get_peft_model(model, TcurLoraConfig(r=2, target_modules=["linear"]))
+
+
+def test_a_model_that_inject_has_adapted_is_refused() -> None:
+    model = tcur.inject(Attending(), tcur.TCURConfig(rank=2, target_modules=["linear"]))
+    for target in ("linear", "head"):
+        model.head = nn.Linear(8, 2)
+        with pytest.raises(ValueError, match=r"linear of Attending is adapted already; call remove\(model\) first"):
+            get_peft_model(model, TcurLoraConfig(r=2, target_modules=[target]))
+    get_peft_model(tcur.remove(tcur.merge(model)), TcurLoraConfig(r=2, target_modules=["linear"]))
+
+
+@pytest.mark.parametrize(("entry", "near"), [("haed", "; near it: head$"), ("nothing", "$")])
+def test_modules_to_save_that_name_nothing_are_refused(entry: str, near: str, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+    config = TcurLoraConfig(r=2, target_modules=["linear"], modules_to_save=["head", entry])
+    message = f"modules_to_save has '{entry}', which no module of ModuleDict is called{near}"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config)
+    assert isinstance(model["linear"], nn.Linear)
+    # an adapter that was saved with such an entry still loads
+    config.modules_to_save = ["head"]
+    get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"modules_to_save": ["head", entry]}))
+    with pytest.warns(UserWarning, match=message):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
+def test_the_heads_that_peft_itself_names_for_a_task_are_no_error() -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    base = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=0))
+    model = get_peft_model(base, TcurLoraConfig(r=2, task_type="SEQ_CLS"))
+    assert model.peft_config["default"].modules_to_save == ["classifier", "score"]

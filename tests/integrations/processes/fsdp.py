@@ -166,6 +166,18 @@ def fsdp_adapter_of_trained_factors_is_saved_by_all(_: Entry, folder: Path) -> N
         assert_close(output(tcur.load_adapter(base(), path)), output(model), rtol=1e-5, atol=1e-6)
 
 
+@cases_of("inject")
+def fsdp_saving_fails_in_every_process_where_the_first_cannot_write(_: Entry, folder: Path) -> None:
+    """The others do not wait for it. Afterwards all are at the same place, and a save elsewhere works."""
+    model, blocked = sharded(adapted()), folder / "file"
+    blocked.touch()
+    first = distributed.get_rank() == 0
+    reason = "" if first else r"adapter\.safetensors: the first process could not write it \(\w+Error: .*"
+    with pytest.raises(OSError, match=reason + r"is not written, and an earlier one is as it was"):
+        tcur.save_adapter(model, blocked / "adapter.safetensors")
+    assert tcur.save_adapter(model, folder / "adapter.safetensors").exists()
+
+
 @case
 def fsdp_checkpoint_goes_on_where_it_stopped(entry: Entry, folder: Path) -> None:
     """torch.distributed.checkpoint: the trained parameters alone, each process its own part."""
