@@ -16,6 +16,11 @@ from .options import Rank, StackOptions, explains_lora_names, one_of, pair_of, p
 # The row blocks of the fused projections of MONAI and GPT-2.
 DEFAULT_SPLIT = {"qkv": 3, "c_attn": 3}
 STACK_BY = ("shape", "role", "none")
+# A fused projection as one slice needs one changed input and one base product; its parts as slices one of each a part.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "light": {"stack_by": "none", "transform": "identity", "split_fused": {}, "rank": 32},
+}
 
 
 @explains_lora_names
@@ -99,6 +104,22 @@ class TCURConfig(StackOptions):
         for name, parts in self.split_fused.items():
             if not isinstance(parts, int) or parts < 1:
                 raise ValueError(f"split_fused[{name!r}] is {parts!r}, expected a whole number of row blocks")
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> TCURConfig:
+        """A configuration by one word; docs/choosing.md compares them.
+
+        Args:
+            name: ``"paper"``: stacks of one shape, coupled by the DFT, at rank 8, as ``TCURConfig()``; ``"light"``:
+                every layer has a core of its own, a fused projection too, at rank 32. Its adapter rides on the base
+                product and costs next to no time.
+            **options: Options that differ from the preset's.
+
+        Raises:
+            ValueError: The name is unknown, or the configuration refuses an option.
+        """
+        one_of("preset", name, tuple(PRESETS))
+        return cls(**(PRESETS[name] | options))
 
     def stack_options(self, rank: Rank | None = None) -> StackOptions:
         """The options with which a stack of this adapter is built.

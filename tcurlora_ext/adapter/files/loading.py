@@ -69,6 +69,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         attach(model, groups, built, file.config)
     else:
         _take_over(adapted, built, file)
+    for name, layer in adapted_layers(model):
+        if f"{name}.weight" in file.under("trained"):
+            layer.stack.hold_columns()  # C is columns of the weight before it trained
     with torch.no_grad():
         for destination, value in others:
             destination.copy_(value)

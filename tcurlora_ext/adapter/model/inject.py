@@ -145,6 +145,10 @@ def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
             raise ValueError(f"unfreeze pattern {pattern!r} matches no parameter; names begin with {', '.join(roots)}")
         chosen += matching
     adapted = find_adapted(model)
+    trained = {id(parameter) for _, parameter in chosen}
+    for _, layer in adapted_layers(model):
+        if id(layer.weight) in trained:
+            layer.stack.hold_columns()  # C is columns of the weight before it trains
     for name, parameter in chosen:
         parameter.requires_grad_(True)
         if adapted is not None:

@@ -116,6 +116,9 @@ class StackState(nn.Module):
                 f"C is columns of the weights of {', '.join(self.names[:3]) or 'its layer'}, which are gone; keep the "
                 "model, or save the adapter with include_factors=True"
             )
+        taken = take_factors(weights, self.selection, self.options)
+        if torch.equal(taken.gain.to(self.gain), self.gain):
+            return taken.col  # to the bit as it was taken
         C = torch.cat([weight[:, :, self.columns] for weight in weights]).double() * self.gain.double()
         return folding.fold_columns(C, self.options.transform, self.blocks).to(weights[0].dtype).contiguous()
 
