@@ -11,7 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from .names import CURLORA, DENSE, PAPER_LORA, STACK, TRANSIENT, kernel_variants, operator_variants
+from .names import (
+    CURLORA,
+    DENSE,
+    OWN_CORE,
+    PAPER_LORA,
+    SMALL_LORA,
+    STACK,
+    TRANSIENT,
+    kernel_variants,
+    light_variants,
+    operator_variants,
+)
 
 MODES = ("training", "inference")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -150,7 +161,8 @@ def gpu() -> list[Case]:
         block,
         replace(target, mode="inference"),
     ]
-    return [replace(case, dtype="bfloat16", compiled=case in (target, encoder)) for case in cases]
+    cases = [replace(case, dtype="bfloat16", compiled=case in (target, encoder)) for case in cases]
+    return cases + [replace(case, dtype="bfloat16") for case in riding()[:6]]
 
 
 def growth() -> list[Case]:
@@ -168,7 +180,17 @@ def growth() -> list[Case]:
     return [replace(case, compiled=False, variants=growth_variants()) for case in cases]
 
 
-SETS = {"quick": quick, "full": full, "gpu": gpu, "growth": growth}
+def riding() -> list[Case]:
+    """Adapters with a core for each layer, beside the paper's stack and LoRA: layers, networks, and one new token."""
+    encoder, block = Case("unetr encoder", "encoder", 512), Case("llama-7b block", "llama block", 512)
+    cases = [*(of_layer(layer, 2048) for layer in UNETR), encoder, block]
+    cases.append(Case("llama-7b block", "llama block", 1, mode="inference"))
+    cases.append(replace(block, mode="inference"))
+    names = (SMALL_LORA, PAPER_LORA, *operator_variants(), *light_variants(), OWN_CORE)
+    return [replace(case, compiled=False, variants=names) for case in cases]
+
+
+SETS = {"quick": quick, "full": full, "gpu": gpu, "growth": growth, "riding": riding}
 
 
 def every() -> Iterator[Case]:

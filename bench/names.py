@@ -15,6 +15,15 @@ PAPER_RANK = 32  # of the LoRA that the paper compares with
 PAPER_LORA = f"peft lora r={PAPER_RANK}"
 DENSE, TRANSIENT, STACK = "tcur dense layer", "tcur transient", "tcur dense stack"
 CURLORA = "curlora dense"
+# Adapters with a core for each layer, of ranks that do not depend on the case's: they ride on the base product.
+LIGHT_RANKS = (8, 32)
+OWN_CORE = f"tcur own core r={LIGHT_RANKS[0]}"  # the same adapter in the ordinary form
+SMALL_LORA = f"peft lora r={LIGHT_RANKS[0]}"
+
+
+def light_variants() -> dict[str, int]:
+    """Variant -> the rank of its adapter, which rides on the base product."""
+    return {f"tcur light r={rank}": rank for rank in LIGHT_RANKS}
 
 
 def operator_variants() -> dict[str, str]:

@@ -24,7 +24,21 @@ from tcurlora_ext.operator.backends import missing
 
 from .cases import Case
 from .compared_layers import AdapterFirstLoRA, CURLoRA, DenseTCUR, LoRA, StackDelta, StackTCUR, TransientTCUR, randomise
-from .names import CURLORA, DENSE, FROZEN, LORA, PAPER_LORA, PAPER_RANK, STACK, TRANSIENT, operator_variants
+from .names import (
+    CURLORA,
+    DENSE,
+    FROZEN,
+    LIGHT_RANKS,
+    LORA,
+    OWN_CORE,
+    PAPER_LORA,
+    PAPER_RANK,
+    SMALL_LORA,
+    STACK,
+    TRANSIENT,
+    light_variants,
+    operator_variants,
+)
 from .networks import Network
 
 Adapt = Callable[[nn.Module, Network, Case], nn.Module]
@@ -42,6 +56,7 @@ class Variant:
         compiled: Whether it goes through torch.compile.
         whole: Whether it needs every slice of its stacks to be in the network.
         layers_alone: Whether it is measured only in the training of single layers and stacks.
+        by_name: Whether it is measured only in cases that name it.
     """
 
     name: str
@@ -51,10 +66,11 @@ class Variant:
     compiled: bool = False
     whole: bool = False
     layers_alone: bool = False
+    by_name: bool = False
 
     def fits(self, case: Case, network: Network) -> bool:
         """Whether the case asks for this variant and its network allows it."""
-        not_asked = case.variants and self.name not in (FROZEN, LORA, *case.variants)
+        not_asked = (case.variants or self.by_name) and self.name not in (FROZEN, LORA, *case.variants)
         compiled = self.compiled and not case.compiled
         partial_stack = self.whole and network.repeats > 1
         other = self.layers_alone and (case.mode != "training" or case.network not in ("layer", "stack"))
@@ -155,6 +171,9 @@ def variants(device: torch.device) -> list[Variant]:
         Variant(TRANSIENT, "tcur", partial(_dense, TransientTCUR), layers_alone=True),
         Variant(STACK, "tcur", _dense_stack, whole=True),
         Variant(CURLORA, "curlora", _curlora),
+        Variant(SMALL_LORA, SMALL_LORA, partial(_peft, LIGHT_RANKS[0]), by_name=True),
+        *(Variant(name, name, partial(_light, rank), by_name=True) for name, rank in light_variants().items()),
+        Variant(OWN_CORE, next(iter(light_variants())), _own_core, by_name=True),
     ]
     return [variant for variant in found if find_spec("peft") or not variant.name.startswith("peft")]
 
@@ -194,6 +213,24 @@ def _random_stack(members: Iterable[Target], repeats: int, config: tcur.TCURConf
         stack.core.normal_()
         stack.core.mul_(weight[0].float().norm() / stack.delta_weights(range(1)).norm())
     return stack
+
+
+def _light(rank: int, module: nn.Module, network: Network, case: Case) -> nn.Module:
+    """A core for each layer, with which dW is as large as W; the adapters ride on the base product."""
+    tcur.inject(module, tcur.TCURConfig.preset("light", rank=rank, target_modules=network.targets))
+    for _, layer in _tcur_layers(module):
+        with torch.no_grad():
+            layer.stack.core.normal_()
+            layer.stack.core.mul_(layer.weight.float().norm() / layer.delta_weight().norm())
+    return module
+
+
+def _own_core(module: nn.Module, network: Network, case: Case) -> nn.Module:
+    """As :func:`_light`, in the ordinary form."""
+    module = _light(LIGHT_RANKS[0], module, network, case)
+    for _, layer in _tcur_layers(module):
+        layer.stack.hold_columns()
+    return module
 
 
 def _tcur_layers(module: nn.Module) -> list[tuple[str, TCURLinear]]:

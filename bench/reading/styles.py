@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from itertools import cycle
 
-from ..names import CURLORA, DENSE, FROZEN, LORA, PAPER_LORA, STACK, TRANSIENT, operator_variants
+from ..names import (
+    CURLORA,
+    DENSE,
+    FROZEN,
+    LORA,
+    OWN_CORE,
+    PAPER_LORA,
+    SMALL_LORA,
+    STACK,
+    TRANSIENT,
+    light_variants,
+    operator_variants,
+)
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     "#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"
@@ -33,6 +45,9 @@ def styles() -> dict[str, Style]:
         TRANSIENT: (SKY, "o"),
         STACK: (GREEN, "o"),
         CURLORA: (PURPLE, "o"),
+        SMALL_LORA: (YELLOW, "^"),
+        **{variant: (GREEN, marker) for variant, marker in zip(light_variants(), cycle("sD"), strict=False)},
+        OWN_CORE: (SKY, "s"),
     }
 
 

@@ -24,6 +24,7 @@ import typer
 
 from tcurlora_ext.io.atomic import write_bytes
 
+from ..cases import SETS
 from ..entry import run_command
 from ..names import DENSE, FROZEN, LORA, PAPER_LORA, STACK, TRANSIENT, operator_variants
 from ..rows import PROVENANCE, Row, by_case, labels, number, read_failures, read_results, read_rows, tcur_backend, value
@@ -85,7 +86,7 @@ def _source(name: str, file: str, rows: list[Row]) -> str:
     shared = labels(rows)[1] if "case" in rows[0] else ""
     stem = Path(file).stem
     command = PROFILE if stem.startswith("profile") else MEASURE
-    option = f" --{stem}" if stem in ("growth", "full", "gpu") else ""
+    option = f" --{stem}" if stem in SETS and stem != "quick" else ""
     found = {name: ", ".join(dict.fromkeys(row.get(name, "") for row in rows)) for name in (*PROVENANCE, "rounds")}
     parts = [shared, found["device"], *(text.format(found[name]) for name, text in ORIGIN.items() if found[name])]
     return "; ".join([f"`{file}`, measured by `{command}{option}`", *filter(None, parts)]) + "."

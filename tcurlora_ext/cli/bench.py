@@ -25,6 +25,9 @@ def bench(
         bool, typer.Option("--growth", help="Cases that vary the tokens, the rank, the slices or the width.")
     ] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Cases for a GPU, in bfloat16: eight minutes.")] = False,
+    riding: Annotated[
+        bool, typer.Option("--riding", help="Adapters with a core for each layer, beside the paper's stacks and LoRA.")
+    ] = False,
     cases: Annotated[
         Words | None,
         typer.Option(parser=words, metavar="WORDS", help="Only cases whose name contains one of these, a,b,c."),
@@ -56,11 +59,12 @@ def bench(
     if compare is not None:
         _compare(*compare, everything)
         return
-    if full + growth + gpu > 1:
-        raise ValueError("--full, --growth and --gpu are three sets of cases, expected at most one of them")
+    asked = [name for name, given in {"full": full, "growth": growth, "gpu": gpu, "riding": riding}.items() if given]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(f'--{name}' for name in asked)} are sets of cases, expected one of them")
     if rounds < 2:
         raise ValueError(f"--rounds is {rounds}, expected at least 2")
-    name = "full" if full else "growth" if growth else "gpu" if gpu else "quick"
+    name = asked[0] if asked else "quick"
     wanted = _cases(name, cases)
     target = choose_device(device)
     chosen = _variants(variants, target)
@@ -120,7 +124,7 @@ def _measure(
         log=typer.echo,
         show=show,
     )
-    if cases is None and name != "growth":
+    if cases is None and name not in ("growth", "riding"):
         host = write_host(device, output, rounds)
         typer.echo("the host's time for a forward call, in microseconds")
         typer.echo(

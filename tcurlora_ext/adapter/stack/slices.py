@@ -37,6 +37,15 @@ class LayerSlices(NamedTuple):
         """:meth:`tcurlora_ext.TCURStack.adapt` for these slices."""
         return self.stack.adapt(x, weight, bias, self.first_slice, self.num_slices, training)
 
+    @property
+    def rides(self) -> bool:
+        """Whether one changed input has the whole delta: the stack rides, and the layer is one slice."""
+        return self.stack.rides and self.num_slices == 1
+
+    def changed_input(self, x: Tensor, training: bool) -> Tensor:
+        """:meth:`tcurlora_ext.TCURStack.changed_input` for a layer of one slice."""
+        return self.stack.changed_input(x, self.first_slice, training)
+
     def delta(self, x: Tensor, training: bool) -> Tensor:
         """:meth:`tcurlora_ext.TCURStack.delta` for these slices."""
         return self.stack.delta(x, self.first_slice, self.num_slices, training)

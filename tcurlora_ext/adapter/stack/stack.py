@@ -203,6 +203,22 @@ class TCURStack(StackState):
             return tcur_riding(x, weight, bias, adapter, self.options.backend)
         return nn.functional.linear(changed_input(x, seen, adapter), weight, bias)
 
+    def changed_input(self, x: Tensor, slice_index: int, training: bool = False) -> Tensor:
+        """The input x' with which the base alone computes what :meth:`adapt` computes, for a stack that ``rides``.
+
+        It is for a base that is called as a module, such as a quantised one.
+
+        Args:
+            x: (..., in).
+            slice_index: The slice.
+            training: Whether dropout applies to the adapter's input.
+
+        Returns:
+            (..., in) in the dtype of x, or in autocast's dtype where that is enabled.
+        """
+        seen = nn.functional.dropout(x, self.options.dropout) if training and self.options.dropout > 0 else None
+        return changed_input(x, seen, self.riding(slice_index, x.dtype), self.options.backend)
+
     def delta(self, x: Tensor, first_slice: int, num_slices: int, training: bool = False) -> Tensor:
         """The delta, the adapter's part of the result of :meth:`adapt`, alone.
 

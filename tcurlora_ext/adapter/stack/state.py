@@ -46,6 +46,9 @@ class StackState(nn.Module):
         self.names = list(names)
         self.holder = ""
         self.rides = False
+        self.keeps_columns = (
+            False  # whether col stays in the state also where the adapter rides, as PEFT's files have it
+        )
         self.layers = StackLayers()
         self.reloaded = ReloadedLayers()
         # Rules return views of a ranking of all features; a tensor in a state_dict has to own its memory.
@@ -122,23 +125,32 @@ class StackState(nn.Module):
         C = torch.cat([weight[:, :, self.columns] for weight in weights]).double() * self.gain.double()
         return folding.fold_columns(C, self.options.transform, self.blocks).to(weights[0].dtype).contiguous()
 
+    @torch.no_grad()
     def ride(self) -> None:
-        """Let go of C where it is columns of the layers' own weights and every slice has a core of its own.
+        """Ride where C is, bit for bit, columns of the layers' own weights; let go of C unless ``keeps_columns``.
 
-        It does nothing where the layers of a slice are not here, C trains, or C was stored with other weights.
+        It does nothing where slices share a core, the layers of a slice are not here, C trains, a feature was chosen
+        twice, or C was stored with other weights.
         """
-        if self.options.rides(self.slices) and not self.rides and len(set(self.columns.tolist())) == len(self.columns):
-            weights = self.layers.weights(self)
-            if weights is not None and self.is_of(weights):
+        held = self.held_col
+        if held is None or held.is_meta or not self.options.rides(self.slices):
+            return
+        weights = self.layers.weights(self)
+        if weights is None or weights[0].is_meta or len(set(self.columns.tolist())) < len(self.columns):
+            return
+        taken = take_factors(weights, self.selection, self.options)
+        self.rides = torch.equal(taken.col, held) and torch.equal(taken.row, self.row)
+        if self.rides:
+            self.gain = taken.gain.to(self.core)
+            if not self.keeps_columns:
                 del self._buffers["col"]
-                self.rides = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def hold_columns(self) -> None:
         """Hold C as it is now: the layers compute the ordinary form from here on, whatever becomes of their weights."""
-        if self.rides:
+        if self.held_col is None:
             self._buffers["col"] = self._gathered_col()
-            self.rides = False
+        self.rides = False
 
     def riding(self, slice_index: int, dtype: torch.dtype) -> Riding:
         """The adapter of one slice in the riding form.
@@ -148,7 +160,8 @@ class StackState(nn.Module):
             dtype: That of the layer's input, into which R is converted.
         """
         row = self.row if self.row.dtype == dtype else self.row.to(dtype)
-        return Riding(self.columns, self.core, row, self.gain, slice_index, self.scale)
+        gain = self.gain if self.gain.dtype == self.core.dtype else self.gain.to(self.core.dtype)
+        return Riding(self.columns, self.core, row, gain, slice_index, self.scale)
 
     # -- module machinery ---------------------------------------------------------------------------------------------
 
@@ -169,7 +182,7 @@ class StackState(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
-        if self.rides:
+        if self.held_col is None:
             destination[prefix + "gain"] = self.gain if keep_vars else self.gain.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -184,7 +197,7 @@ class StackState(nn.Module):
         if prefix + "gain" in state_dict and prefix + "col" not in state_dict:
             # Written by a stack that rode.
             self.gain.copy_(state_dict[prefix + "gain"])
-            if not self.rides and self.options.rides(self.slices) and self.layers.weights(self) is not None:
+            if self.held_col is not None and self.options.rides(self.slices) and self.layers.weights(self) is not None:
                 del self._buffers["col"]
                 self.rides = True
         elif prefix + "col" in state_dict:
@@ -207,8 +220,8 @@ class StackState(nn.Module):
             weights: (S, out, in), or such tensors of some slices each, in order.
         """
         taken = take_factors(weights, self.selection, self.options)
-        own = torch.equal(taken.gain.to(self.gain), self.gain) if self.rides else torch.equal(taken.col, self.col)
-        return own and torch.equal(taken.row, self.row)
+        own = self.held_col is None and torch.equal(taken.gain.to(self.gain), self.gain)
+        return (own or torch.equal(taken.col, self.col)) and torch.equal(taken.row, self.row)
 
     @torch.no_grad()
     def follow_base(self, weights: Tensor) -> None:
@@ -238,7 +251,7 @@ class StackState(nn.Module):
             _, c, r = self.core.shape
             chosen = select(weights, c, r, rule, self.options.seed)
         taken = take_factors(weights, chosen, self.options)
-        if not self.rides:
+        if self.held_col is not None:
             self.col.copy_(taken.col)
         self.row.copy_(taken.row)
         self.gain.copy_(taken.gain)

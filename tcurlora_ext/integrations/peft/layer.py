@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
 from tcurlora_ext.adapter.model.support import is_conv1d
+from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.slices import LayerSlices
 
-from .quantised import dequantised
+from .quantised import dequantised, rounds_its_input
 
 BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
 
@@ -78,6 +79,9 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         """
         self.slices[adapter_name] = slices
         self.tcurlora_core[adapter_name] = slices.stack
+        slices.stack.keeps_columns = True
+        slices.stack.layers[slices.first_slice] = self
+        slices.stack.ride()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -120,6 +124,10 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         if active and not args and not kwargs and self._can_fuse(x):
             base = self.get_base_layer()
             result = active.pop(0).adapt(x, self._as_matrix(base.weight), base.bias, self.training)
+        elif active and self._can_carry(active[0]):
+            slices = active.pop(0)
+            seen = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, slices.stack.row.dtype)
+            result = self.base_layer(slices.changed_input(seen, self.training).to(x.dtype), *args, **kwargs)
         else:
             result = self.base_layer(x, *args, **kwargs)
         for slices in active:
@@ -138,9 +146,20 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
             and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
 
+    def _can_carry(self, slices: LayerSlices) -> bool:
+        """Whether the base may be called with a changed input in place of adding the delta to its output.
+
+        Not where another tuner's layer is around the base: its adapters have to see x. Not where hooks would see
+        another x, the weight trains, or the base rounds its input to int8, which would round a small change away.
+        """
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        trains = any(parameter.requires_grad for parameter in base.parameters(recurse=False))
+        return slices.rides and not (isinstance(base, BaseTunerLayer) or hooked or trains or rounds_its_input(base))
+
     def _delta(self, slices: LayerSlices, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The delta of an adapter, in ``dtype``."""
-        return slices.delta(self._cast_input_dtype(x, slices.stack.col.dtype), self.training).to(dtype)
+        return slices.delta(self._cast_input_dtype(x, slices.stack.row.dtype), self.training).to(dtype)
 
     def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -186,6 +205,40 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         stored = self.get_base_weight() if self.unmerged_weight is None else self.unmerged_weight
         return self._as_matrix(whole(stored.detach())).unflatten(0, (self.slices[adapter_name].num_slices, -1))
 
+    def slices_in(self, stack: TCURStack) -> int:
+        """How many slices of a stack are this layer's.
+
+        Args:
+            stack: The stack of one of the layer's adapters.
+        """
+        adapter = self._adapter_of(stack)
+        return 0 if adapter is None else self.slices[adapter].num_slices
+
+    def base_slices(self, stack: TCURStack) -> Tensor:
+        """:meth:`weight_slices` of the adapter whose stack asks.
+
+        Args:
+            stack: The stack of one of the layer's adapters.
+        """
+        adapter = self._adapter_of(stack)
+        assert adapter is not None
+        return self.weight_slices(adapter)
+
+    def _adapter_of(self, stack: TCURStack) -> str | None:
+        return next((name for name, slices in self.slices.items() if slices.stack is stack), None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for slices in self.slices.values():
+            slices.stack.layers.setdefault(slices.first_slice, self)  # a copied or unpickled stack knows no layers
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        new, own = state_dict.get(f"{prefix}base_layer.weight"), getattr(self.base_layer, "weight", None)
+        if new is not None and own is not None and not (new.shape == own.shape and torch.equal(new.to(own), own)):
+            for slices in self.slices.values():
+                slices.stack.hold_columns()  # C stays that of the weights that it was taken from
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """An adapter's dW, in the layout and dtype of the base weight.
 
@@ -193,7 +246,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
             adapter_name: The adapter.
         """
         slices = self.slices[adapter_name]
-        return self._as_matrix(slices.delta_weight(slices.stack.core.dtype)).to(slices.stack.col.dtype)
+        return self._as_matrix(slices.delta_weight(slices.stack.core.dtype)).to(slices.stack.row.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -183,7 +183,7 @@ class TcurLoraModel(BaseTuner):
         """Cast cores to the base's dtype unless ``autocast_adapter_dtype``, for which they are float32 already."""
         if not autocast_adapter_dtype:
             for stack in self.stacks(adapter_name).values():
-                stack.core.data = stack.core.data.to(stack.col.dtype)
+                stack.core.data = stack.core.data.to(stack.row.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; the adapter's stacks are deleted too.

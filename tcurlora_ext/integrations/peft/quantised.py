@@ -45,6 +45,17 @@ def dequantised(base_layer: nn.Module, backend: QuantizationBackend) -> Tensor:
     return backend.get_base_weight(base_layer).detach()
 
 
+def rounds_its_input(base_layer: nn.Module) -> bool:
+    """Whether the layer rounds its input to int8: bitsandbytes' 8 bit layer, torchao with quantised activations.
+
+    A change of the input below 1/254 of the largest entry of a token would be rounded away, whatever its sum over the
+    features gives.
+    """
+    weight = getattr(base_layer, "weight", None)
+    by_torchao = any(getattr(weight, name, None) is not None for name in ("input_quant_func", "act_quant_kwargs"))
+    return by_torchao or type(base_layer).__name__ == "Linear8bitLt"
+
+
 def _unknown() -> Any:
     raise TypeError(
         "cannot merge: how to quantise the merged weight again is unknown, expected a model quantised by transformers"
