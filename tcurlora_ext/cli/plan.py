@@ -34,9 +34,17 @@ def plan(
         typer.Argument(help="unetr, swinunetr, vit, a transformers config.json or its folder, or module:callable."),
     ],
     kwargs: options.Kwargs = None,
+    preset: Annotated[
+        str, typer.Option(help="paper: coupled stacks; light: a core for each layer, which rides on the base product.")
+    ] = "paper",
     rank: Annotated[
-        Any, typer.Option(parser=options.rank, metavar="R", help="Tubal rank: r, or c,r for c columns and r rows.")
-    ] = "8",
+        Any,
+        typer.Option(
+            parser=options.rank,
+            metavar="R",
+            help="Tubal rank: r, or c,r for c columns and r rows. Default: the preset's, 8 or 32.",
+        ),
+    ] = None,
     rank_pattern: Annotated[
         list[Any] | None,
         typer.Option(
@@ -61,10 +69,14 @@ def plan(
         typer.Option(
             parser=options.named_split,
             metavar="NAME=N",
-            help="Fused modules of which the N equal parts are slices of their own. Default: qkv=3, c_attn=3.",
+            help="Fused modules of which the N equal parts are slices of their own. Default: the preset's, qkv=3 and "
+            "c_attn=3, or none.",
         ),
     ] = None,
-    stack_by: Annotated[str, typer.Option(help="Which modules share a stack: shape, role or none.")] = "shape",
+    stack_by: Annotated[
+        str | None,
+        typer.Option(help="Which modules share a stack: shape, role or none. Default: the preset's, shape or none."),
+    ] = None,
     stack_blocks: Annotated[
         int | None, typer.Option(help="Cut the stacks into runs of this many consecutive blocks.")
     ] = None,
@@ -72,7 +84,9 @@ def plan(
         int | None, typer.Option(help="How many frequencies the cores hold, the lowest ones. Default: all.")
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout probability on the adapter's input.")] = 0.0,
-    transform: Annotated[str, typer.Option(help="dft, dct or identity.")] = "dft",
+    transform: Annotated[
+        str | None, typer.Option(help="dft, dct or identity. Default: the preset's, dft or identity.")
+    ] = None,
     trainable: Annotated[str, typer.Option(help="What trains: core, or all for C, U and R.")] = "core",
     core_domain: Annotated[str, typer.Option(help="What the core's parameters are: fourier or slice.")] = "fourier",
     tokens: Annotated[
@@ -124,11 +138,14 @@ def plan(
     arguments = kwargs or {}
     if batch < 1:
         raise ValueError(f"batch: found {batch}, expected a positive whole number")
-    splits: dict[str, Any] = {"split_fused": dict(split)} if split else {}
-    config = TCURConfig(
-        rank=rank, target_modules=target_regex or target or None, exclude_modules=exclude or None,
-        rank_pattern=dict(rank_pattern or ()), stack_by=stack_by, stack_blocks=stack_blocks, frequencies=frequencies,
-        dropout=dropout, transform=transform, trainable=trainable, core_domain=core_domain, **splits,
+    chosen: dict[str, Any] = {
+        "rank": rank, "stack_by": stack_by, "transform": transform, "split_fused": dict(split) if split else None
+    }  # fmt: skip
+    config = TCURConfig.preset(
+        preset, target_modules=target_regex or target or None, exclude_modules=exclude or None,
+        rank_pattern=dict(rank_pattern or ()), stack_blocks=stack_blocks, frequencies=frequencies,
+        dropout=dropout, trainable=trainable, core_domain=core_domain,
+        **{name: value for name, value in chosen.items() if value is not None},
     )  # fmt: skip
     built = build_model(model, arguments)
     example = None if tokens is not None else preset_input(model, arguments, batch)
@@ -139,7 +156,7 @@ def plan(
         number = TOKENS if tokens is None else tokens
         found = count(built, config, number, lora_rank, dtype)
         rows = f"{number} tokens a layer"
-    shown_rank = f"{rank[0]},{rank[1]}" if isinstance(rank, tuple) else rank
+    shown_rank = ",".join(map(str, config.rank)) if isinstance(config.rank, tuple) else config.rank
     heading = f"{model}: {rows}, {found.dtype}, tCUR of rank {shown_rank} beside LoRA of rank {lora_rank}"
     content: dict[str, Any] = {"model": model, "tokens": rows, "dtype": found.dtype, "lora_rank": lora_rank,
                "config": config.to_json(), "rows": found.rows()}  # fmt: skip
