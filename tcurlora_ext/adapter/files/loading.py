@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
-from tcurlora_ext.adapter.layer.quantised import refuse_quantised
 from tcurlora_ext.adapter.model.effect import sample
 from tcurlora_ext.adapter.model.inject import attach
 from tcurlora_ext.adapter.model.structure import (
@@ -121,7 +120,6 @@ def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list
             raise ValueError(
                 f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have"
             ) from None
-        refuse_quantised(f"{path}: {name}", module)
         reason = "" if isinstance(module, TCURLayer) else reason_against(module)
         if reason:
             raise ValueError(f"{path}: {name} cannot be adapted: {reason}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter, whole
 from tcurlora_ext.adapter.distributed.first import write_in_first
+from tcurlora_ext.adapter.layer.carried import TCURCarried
 from tcurlora_ext.adapter.model.effect import warn_without_effect
 from tcurlora_ext.adapter.model.structure import (
     Adapted,
@@ -36,8 +37,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
 
     The file holds r*c*S core parameters per stack, the chosen indices, all other parameters that train (a decoder, a
     head; also when it was frozen again), running statistics that training has changed, and a fingerprint of the base
-    weights. It also holds C and R where they are trained, or where they are not the columns and rows of the present
-    base weights. A file at ``path`` is replaced only when the new one is complete.
+    weights. It also holds C and R where they are trained, where the base is quantised, or where they are not the
+    columns and rows of the present base weights. A file at ``path`` is replaced only when the new one is complete.
 
     For a model sharded over processes, every process calls this. They gather the base weights of one stack at a time,
     the first process writes the file, and all processes return when it is written.
@@ -72,7 +73,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     for name, stack in stacks(model).items():
         tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("core", "rows", "columns")}
         base = base_weights(model, stack)
-        if include_factors or stack.options.trainable == "all" or not stack.is_of(base):
+        # Another loading of the base need not quantise it to the same bits.
+        quantised = any(isinstance(layer, TCURCarried) for layer in stack.layers.values())
+        if include_factors or quantised or stack.options.trainable == "all" or not stack.is_of(base):
             tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("col", "row")}
         described[name] = {
             "names": stack.names,

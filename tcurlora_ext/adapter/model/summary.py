@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor, nn
 
@@ -117,7 +118,7 @@ def summary(model: nn.Module) -> Summary:
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and not isinstance(module, TCURLayer)
     }
-    covered = sum(layer.weight.numel() for layer in layers)
+    covered = sum(layer.num_slices * prod(layer.stack.shape) for layer in layers)  # a 4 bit weight packs two into one
     beside = [p for name, p in model.named_parameters() if CONTAINER not in name.split(".")]
     return Summary(
         tuple(described),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tcurlora_ext.adapter.layer.carried import TCURCarried, carried_type
 from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer, TCURLinear
-from tcurlora_ext.adapter.layer.quantised import is_quantised
+from tcurlora_ext.adapter.layer.quantised import can_dequantise, is_quantised
 
 EXPECTED = "expected nn.Linear or transformers' Conv1D"
 
@@ -20,8 +21,11 @@ def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
     """The class of the adapted layer for a module; None where the module cannot be adapted.
 
     Subclasses of ``nn.Linear`` are not adapted: a subclass may use its weight in another way, or its parent may not
-    call it (``nn.MultiheadAttention.out_proj``), and the adapter would silently have no effect.
+    call it (``nn.MultiheadAttention.out_proj``), and the adapter would silently have no effect. A quantised layer keeps
+    its own forward pass.
     """
+    if is_quantised(module):
+        return carried_type(type(module)) if can_dequantise(module) else None
     if type(module) is nn.Linear:
         return TCURLinear
     return TCURConv1D if is_conv1d(module) else None
@@ -29,6 +33,8 @@ def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
 
 def plain_type(layer: TCURLayer) -> type[nn.Module]:
     """The inverse of :func:`adapted_type`."""
+    if isinstance(layer, TCURCarried):
+        return layer.kind
     if isinstance(layer, TCURLinear):
         return nn.Linear
     from transformers.pytorch_utils import Conv1D
@@ -50,7 +56,7 @@ def reason_against(module: nn.Module) -> str:
         if is_read_by_attention(module):
             return "nn.MultiheadAttention reads its weight and never calls it"
         if is_quantised(module):
-            return f"it is quantised, a {class_of(module)}"
+            return f"it is quantised, a {class_of(module)} whose weight PEFT cannot read, or PEFT is not installed"
         return f"found a {class_of(module)}, {EXPECTED}"
     weight = module.weight
     assert isinstance(weight, Tensor)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tcurlora_ext.adapter.config import DEFAULT_SPLIT, TCURConfig
-from tcurlora_ext.adapter.layer.quantised import refuse_quantised
+from tcurlora_ext.adapter.layer.quantised import dequantised, is_quantised
 
 from .support import EXPECTED, adapted_type, class_of, has_matrix, reason_against, refuse
 
@@ -40,7 +40,9 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as slices (slices, out, in), detached, sharing memory."""
+        """The weight as slices (slices, out, in), detached, sharing memory; a quantised one is read anew each time."""
+        if is_quantised(self.module):
+            return dequantised(self.module).unflatten(0, (self.slices, -1))
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         matrix = weight if isinstance(self.module, nn.Linear) else weight.T
@@ -49,6 +51,9 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of one slice."""
+        if is_quantised(self.module):
+            assert isinstance(self.module, nn.Linear)
+            return self.module.out_features // self.slices, self.module.in_features
         _, out_features, in_features = self.weight.shape
         return out_features, in_features
 
@@ -113,8 +118,8 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
 
     Raises:
         ValueError: No module matches; a fused projection cannot be split as ``split_fused`` says; or a module cannot
-            be adapted: because it is quantised, its weight is made anew in each call, or its parent does not call it.
-            The message names it.
+            be adapted: because it is quantised in a way that PEFT cannot read, its weight is made anew in each call, or
+            its parent does not call it. The message names it.
 
     Warns:
         UserWarning: An entry of a list, or of ``split_fused``, names nothing that can be adapted; or modules that match
@@ -138,7 +143,8 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
         if name in matching:
             raise ValueError(f"{name}: {reason}")
     for name, module in matching.items():
-        refuse_quantised(name, module)
+        if is_quantised(module):
+            refuse(name, module)
     found = [_target(name, module, config) for name, module in matching.items() if adapted_type(module)]
     left_out = {name: module for name, module in matching.items() if not adapted_type(module)}
     if not found:

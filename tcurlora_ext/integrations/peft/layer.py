@@ -11,11 +11,10 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
+from tcurlora_ext.adapter.layer.quantised import dequantised, rounds_its_input
 from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.slices import LayerSlices
-
-from .quantised import dequantised, rounds_its_input
 
 BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
 
