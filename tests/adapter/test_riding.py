@@ -151,6 +151,20 @@ def test_states_load_with_and_without_columns(network: Any, x: Tensor, config: t
 
 
 @riding
+def test_a_state_without_c_needs_the_base_that_it_was_saved_over(network: Any, config: tcur.TCURConfig) -> None:
+    """What C is then taken from; weights of a shorter dtype are still the same base."""
+    other = copy.deepcopy(network).double()
+    for parameter in other.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    short = tcur.inject(copy.deepcopy(network).bfloat16(), config)
+    state = {key: value for key, value in stirred(network, config).state_dict().items() if "tcur_stacks" in key}
+    assert not [key for key in short.load_state_dict(state, strict=False).missing_keys if key.endswith(".col")]
+    with pytest.warns(UserWarning, match="was saved over other base weights"):
+        missing = tcur.inject(other, config).load_state_dict(state, strict=False).missing_keys
+    assert any(key.endswith(".col") for key in missing)
+
+
+@riding
 def test_a_weight_that_trains_leaves_c_as_it_was(
     network: Any, x: Tensor, tmp_path: Path, config: tcur.TCURConfig
 ) -> None:

@@ -141,7 +141,7 @@ class StackState(nn.Module):
         taken = take_factors(weights, self.selection, self.options)
         self.rides = torch.equal(taken.col, held) and torch.equal(taken.row, self.row)
         if self.rides:
-            self.gain = taken.gain.to(self.core)
+            self.gain = taken.gain.to(self.core.device, torch.promote_types(self.core.dtype, torch.float32))
             if not self.keeps_columns:
                 del self._buffers["col"]
 
@@ -194,8 +194,8 @@ class StackState(nn.Module):
             if weights is not None and reloaded.changed:
                 self.follow_base(torch.cat(weights))
             return
-        if prefix + "gain" in state_dict and prefix + "col" not in state_dict:
-            # Written by a stack that rode.
+        rode = prefix + "gain" in state_dict and prefix + "col" not in state_dict
+        if rode:
             self.gain.copy_(state_dict[prefix + "gain"])
             if self.held_col is not None and self.options.rides(self.slices) and self.layers.weights(self) is not None:
                 del self._buffers["col"]
@@ -203,6 +203,13 @@ class StackState(nn.Module):
         elif prefix + "col" in state_dict:
             self.hold_columns()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if rode and self.rides and not self._rows_are_of_the_base():
+            missing_keys.append(prefix + "col")
+            warnings.warn(
+                f"the state of {', '.join(self.names[:3])} was saved over other base weights, and leaves C to them; "
+                "load those too, or use save_adapter(..., include_factors=True)",
+                stacklevel=2,
+            )
         for name in ("gain", "scale"):  # in a state, but neither parameter nor persistent buffer
             if prefix + name in unexpected_keys:
                 unexpected_keys.remove(prefix + name)
@@ -211,6 +218,14 @@ class StackState(nn.Module):
         else:
             missing_keys.append(prefix + "scale")
         self.ride()
+
+    @torch.no_grad()
+    def _rows_are_of_the_base(self) -> bool:
+        """Whether R is, up to the rounding of a shorter dtype, the chosen rows of the layers' weights."""
+        weights = self.layers.weights(self)
+        assert weights is not None
+        row = take_factors(weights, self.selection, self.options).row.double()
+        return float((row - self.row).norm()) <= 0.02 * float(row.norm())
 
     @torch.no_grad()
     def is_of(self, weights: Tensor | Sequence[Tensor]) -> bool:

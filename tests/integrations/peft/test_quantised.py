@@ -121,8 +121,6 @@ def test_torchao_alone_does_not_say_how_to_quantise_again() -> None:
         model.merge_adapter()
 
 
-
-
 def test_an_adapter_of_the_base_before_it_was_quantised_is_refused(
     make: Callable[[], nn.Sequential], tmp_path: Path
 ) -> None:
