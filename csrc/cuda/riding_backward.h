@@ -21,8 +21,8 @@ template <typename scalar>
 struct HiddenGradient {
   using acc = acc_t<scalar>;
   static constexpr int steps = 2;
-  static constexpr int threads = 256;
-  static constexpr int blocks_per_processor = 4;
+  static constexpr int threads = 128;
+  static constexpr int blocks_per_processor = 8;
   static constexpr int most_tokens = 32;
 
   RidingSizes sizes;

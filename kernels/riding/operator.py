@@ -7,6 +7,7 @@ any floating dtype. Callers have checked the arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Call:
         require_dtype(data.dtype)
         columns, core, row, gain, slice_index, scale = adapter
         self.data, self.gradient_dtype = data, core.dtype
-        self.operands = {
+        self.operands: dict[str, Any] = {
             "row": rows_of(row), "columns": columns.contiguous(), "core": core.float().contiguous(),
             "gain": gain.float().contiguous(), "slice_index": slice_index, "scale": float(scale),
         }  # fmt: skip

@@ -136,7 +136,8 @@ def test_the_riding_form_is_eagers(
     """Also of rows that lie apart, and an adapter that is not contiguous; bounds as above."""
     f64 = torch.float64
     adapter = Riding(
-        torch.randperm(features)[:c].repeat_interleave(2)[::2], torch.randn(S, r, c, dtype=f64).to(core).transpose(1, 2),
+        torch.randperm(features)[:c].repeat_interleave(2)[::2],
+        torch.randn(S, r, c, dtype=f64).to(core).transpose(1, 2),
         torch.randn(S * r, features, dtype=f64).to(dtype) / features**0.5, (torch.rand(c, dtype=f64) + 0.5).to(core),
         S - 1, 0.3,
     )  # fmt: skip
