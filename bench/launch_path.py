@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 
 from tcurlora_ext.io.table import text_table
 from tcurlora_ext.kernels import operator
-from tcurlora_ext.kernels.operator import Device
+from tcurlora_ext.kernels.plans import Device, forget_plans
+from tcurlora_ext.kernels.riding import operator as riding
 from tcurlora_ext.maths.contract import Factors
 
 from .entry import run_command
@@ -85,13 +86,14 @@ DRIVER = NoDriver()  # one for the process: Triton's compiled kernels keep the d
 @contextmanager
 def without_gpu() -> Iterator[NoDriver]:
     """Let the Triton kernels be launched on CPU tensors, by a driver that does nothing, as for an H200."""
-    operator.forget_plans()
+    forget_plans()
     with (
         patch.object(triton.runtime.driver, "_active", DRIVER),
         patch.object(operator, "device_of", lambda device: HOPPER),
+        patch.object(riding, "device_of", lambda device: HOPPER),
     ):
         yield DRIVER
-    operator.forget_plans()
+    forget_plans()
 
 
 def operands(sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Factors]:

@@ -4,7 +4,9 @@
     configs                                           frozen tables of tile sizes, one per GPU and a fallback
     launch                                            one function per kernel: arguments, grid, configuration
     middle                                            the core for the kernels: float32, phases, tilings
+    plans, prepared                                   launches that are planned once per layout of their tensors
     operator                                          forward and backward as in operator/backends/eager.py
+    riding                                            the riding form's kernels, launches and operator
 
 Importing this package does not import Triton; importing ``tcurlora_ext.kernels.operator`` does.
 

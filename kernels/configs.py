@@ -35,7 +35,9 @@ class Config:
 # Pairs of the largest number of tokens for which the entry is used, None for any number, and the entry.
 Rules = tuple[tuple[int | None, Config], ...]
 
-KERNELS = ("project", "project_back", "expand", "expand_back", "fused", "fused_back", "core_gradient")
+KERNELS = (
+    "project", "project_back", "expand", "expand_back", "fused", "fused_back", "core_gradient", "ride", "ride_back",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ _FLOAT32 = _of(
         fused=Config(16, 32, 16, 64, 8, 3),
         fused_back=Config(16, 32, 16, 64, 8, 3),
         core_gradient=Config(32, 0, 0, 64, 8, 3),
+        ride=Config(16, 0, 32, 0, 8, 3),
+        ride_back=Config(16, 0, 16, 0, 8, 3),
     ),
 )
 
@@ -93,6 +97,8 @@ _SMALL = _always(
     fused=Config(64, 128, 32, 128, 8, 3),
     fused_back=Config(64, 128, 32, 128, 8, 3),
     core_gradient=Config(64, 0, 0, 64, 4, 3),
+    ride=Config(64, 0, 64, 0, 4, 3),
+    ride_back=Config(32, 0, 64, 0, 8, 3),
 )
 FALLBACK = Table({**_of(2, _SMALL), **_FLOAT32})
 
@@ -104,6 +110,8 @@ _ODD = _always(
     expand=Config(64, 64, 32, 0, 8, 2, programs=2, band=8),
     expand_back=Config(64, 64, 32, 0, 8, 2, programs=2, band=8),
     core_gradient=Config(32, 0, 0, 64, 8, 2),
+    ride=Config(64, 0, 32, 0, 8, 2),
+    ride_back=Config(32, 0, 32, 0, 8, 2),
 )
 _ODD_FLOAT32 = _always(
     project=Config(32, 0, 16, 64, 8, 2),
@@ -111,6 +119,8 @@ _ODD_FLOAT32 = _always(
     expand=Config(64, 64, 16, 0, 8, 2, programs=2, band=8),
     expand_back=Config(64, 64, 16, 0, 8, 2, programs=2, band=8),
     core_gradient=Config(32, 0, 0, 64, 8, 2),
+    ride=Config(16, 0, 16, 0, 16, 2),
+    ride_back=Config(16, 0, 16, 0, 8, 1),
 )
 UNALIGNED = Table({**_of(2, _ODD), **_of(4, _ODD_FLOAT32)}, fused_q=0)
 
@@ -132,6 +142,9 @@ _HOPPER = Table(
                     (1024, Config(64, 128, 64, 0, 4, 4, programs=2, band=8)),
                     (None, Config(128, 128, 64, 0, 8, 3, programs=2, band=8)),
                 ),
+                # 2,048 tokens are 128 programs, 8,192 too. Fewer than 64 rows are not for Hopper's own matrix unit.
+                "ride": ((4096, Config(16, 0, 256, 0, 4, 3)), (None, Config(64, 0, 128, 0, 4, 3))),
+                "ride_back": ((4096, Config(16, 0, 256, 0, 4, 3)), (None, Config(64, 0, 128, 0, 8, 3))),
                 **_always(
                     fused=Config(64, 128, 64, 128, 8, 3),
                     fused_back=Config(64, 128, 32, 128, 8, 4),

@@ -40,7 +40,7 @@ def phase_table(slices: int, transform: str, device: torch.device) -> Tensor:
         return table.to(device=device, dtype=torch.float32).contiguous()
 
 
-def _power_of_two(columns: int) -> int:
+def power_of_two(columns: int) -> int:
     return max(16, 1 << (columns - 1).bit_length())  # 16 is the smallest size that tl.dot accepts
 
 
@@ -104,4 +104,4 @@ class Middle:
         return self._tiling(self.groups, self.slices * self.c, self.slices * self.r)
 
     def _tiling(self, groups: int, columns_c: int, columns_r: int) -> Tiling:
-        return Tiling(groups, _power_of_two(columns_c), _power_of_two(columns_r), _power_of_two(self.halves * self.r))
+        return Tiling(groups, power_of_two(columns_c), power_of_two(columns_r), power_of_two(self.halves * self.r))

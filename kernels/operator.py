@@ -6,11 +6,10 @@ Tensors are float32, float16 or bfloat16, the core has any floating dtype. Calle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,55 +21,8 @@ from tcurlora_ext.trace import stage
 from . import launch
 from .configs import Config, Table, table_for
 from .middle import Middle
+from .plans import device_of, layout, on, planned, precision, require_dtype, rows_of
 from .prepared import Prepared
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Device:
-    """The properties of a GPU on which launches depend; ``descriptors``: it has a tensor copy engine."""
-
-    name: str
-    multiprocessors: int
-    descriptors: bool
-
-
-@lru_cache(maxsize=64)
-def device_of(device: torch.device) -> Device:
-    """The GPU of a tensor; for the CPU a small device that stands for Triton's interpreter."""
-    if device.type != "cuda":
-        return Device("Triton's interpreter", 3, True)
-    properties = torch.cuda.get_device_properties(device)
-    copies = properties.major >= 9 and torch.version.hip is None
-    return Device(properties.name, properties.multi_processor_count, copies)
-
-
-def precision() -> str:
-    """The precision of float32 products by PyTorch's setting for CUDA: "tf32" or "ieee" (full float32)."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; allow_tf32 raises once the new setting has been used
-        setting = matmul.fp32_precision
-        if setting == "none":
-            setting = getattr(torch.backends, "fp32_precision", "none")
-        return "tf32" if setting == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
-
-
-def _rows_of(tensor: Tensor) -> Tensor:
-    """Reshape (..., width) to (T, width), copying where a row is not contiguous."""
-    matrix = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """What a launch depends on: shape, strides, and whether the address is a multiple of 16 bytes."""
-    return tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
 class Call:
@@ -79,13 +31,13 @@ class Call:
     def __init__(self, data: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> None:
         self.data, self.weight, self.bias, self.factors = data, weight, bias, factors
         col, core, row, self.first_slice, self.n, self.scale, self.transform = factors
-        self.col, self.row = _rows_of(col), _rows_of(row)
+        self.col, self.row = rows_of(col), rows_of(row)
         self.core = core if core.dtype == torch.float32 and core.is_contiguous() else core.float().contiguous()
         self.tokens, self.dtype = data.shape[0], data.dtype
         self.precision = precision()
         self.key = (
-            self.dtype, data.device, _layout(data), _layout(weight), _layout(self.col), _layout(self.row),
-            _layout(self.core), None if bias is None else _layout(bias), self.n, self.transform, self.precision,
+            self.dtype, data.device, layout(data), layout(weight), layout(self.col), layout(self.row),
+            layout(self.core), None if bias is None else layout(bias), self.n, self.transform, self.precision,
         )  # fmt: skip
 
     def given(self, **tensors: Tensor | None) -> dict[str, Any]:
@@ -109,9 +61,7 @@ class Plan:
     """How the kernels of a call are launched: what depends on shapes, strides, dtypes and alignment alone."""
 
     def __init__(self, call: Call) -> None:
-        if call.dtype not in DTYPES:
-            names = ", ".join(str(dtype) for dtype in DTYPES)
-            raise ValueError(f"x is {call.dtype}, the Triton kernels compute in {names}; use backend='eager'")
+        require_dtype(call.dtype)
         operands = call.data, call.weight, call.col, call.row
         middle = Middle.of(call.factors.core, call.first_slice, call.n, call.scale, call.transform)
         self.middle = replace(middle, core=middle.core.to("meta"))  # a plan outlives its first call's tensors
@@ -263,38 +213,17 @@ class CoreGradientPlan(Plan):
         return gradient
 
 
-# Plans by the call's key. A model needs some for each different layer and number of tokens; a loop over ever new
-# numbers of tokens would fill the memory, so all are dropped at this number and made again, for some 100 us each.
-MOST_PLANS = 16384
-_PLANS: dict[tuple[Any, ...], Any] = {}
-P = TypeVar("P", bound=Plan)
-
-
-def forget_plans() -> None:
-    """Drop all plans, for a caller that changes what they were made from: the tables of tiles, or Triton's driver."""
-    _PLANS.clear()
-
-
-def _planned(key: tuple[Any, ...], make: Callable[[], P]) -> P:
-    found = _PLANS.get(key)
-    if found is None:
-        if len(_PLANS) >= MOST_PLANS:
-            _PLANS.clear()
-        found = _PLANS[key] = make()
-    return found
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
     """Returns y (..., n*out) and h (T, r*S)."""
-    x2 = _rows_of(x)
+    x2 = rows_of(x)
     call = Call(x2, weight, bias if bias is None or bias.is_contiguous() else bias.contiguous(), factors)
     # Autograd lets only a tensor that is no view be changed in place later (ReLU(inplace=True)): y has its final shape.
     y = x2.new_empty(*x.shape[:-1], weight.shape[0])
     h = x2.new_empty(x2.shape[0], factors.row.shape[0])
     if call.tokens:
         rows = y.view(-1, weight.shape[0])
-        with _on(x2):
-            _planned(("forward", call.key), lambda: ForwardPlan(call, h, rows)).run(call, h, rows)
+        with on(x2):
+            planned(("forward", call.key), lambda: ForwardPlan(call, h, rows)).run(call, h, rows)
     return y, h
 
 
@@ -311,8 +240,8 @@ def backward(
     # Separate tensors, because outputs of an operator must not share memory.
     dx, dweight, dbias, dcol, drow = (g.new_empty(0) for _ in range(5))
     dcore = core.new_empty(0)
-    g2 = _rows_of(g)
-    x2 = None if x is None else _rows_of(x)
+    g2 = rows_of(g)
+    x2 = None if x is None else rows_of(x)
     if needs_weight:
         dweight = g2.T @ required(x2, "x")
     if needs_bias:
@@ -324,8 +253,8 @@ def backward(
         dx = g2.new_empty(call.tokens, row.shape[1])
     if needs_core or needs_col:
         with nullcontext() if h is not None else stage("h = x row^T"):
-            h = required(x2, "x or h") @ row.T if h is None else _rows_of(h)
-    with _on(g2):
+            h = required(x2, "x or h") @ row.T if h is None else rows_of(h)
+    with on(g2):
         p, dh = _backward(call, dx if needs_x else None, needs_row)
         if needs_core:
             with stage("dcore = diag(p^T h)"):
@@ -346,7 +275,7 @@ def _backward(call: Call, dx: Tensor | None, needs_dh: bool) -> tuple[Tensor, Te
     dh = call.padded(call.tokens, call.row.shape[0])
     if call.tokens:
         key = ("backward", dx is None, needs_dh, call.key)
-        _planned(key, lambda: BackwardPlan(call, p, dh, dx, needs_dh)).run(call, p, dh, dx)
+        planned(key, lambda: BackwardPlan(call, p, dh, dx, needs_dh)).run(call, p, dh, dx)
     return p, dh
 
 
@@ -354,4 +283,4 @@ def _core_gradient(call: Call, p: Tensor, h: Tensor) -> Tensor:
     """The core's gradient (S, c, r), float32."""
     if not call.tokens:
         return torch.zeros_like(call.core)
-    return _planned(("core", _layout(h), call.key), lambda: CoreGradientPlan(call, p, h)).run(call, p, h)
+    return planned(("core", layout(h), call.key), lambda: CoreGradientPlan(call, p, h)).run(call, p, h)

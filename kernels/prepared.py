@@ -14,7 +14,7 @@ from .launch import Launch
 # Arguments that are tensors but belong to the plan: constant tables.
 KEPT = ("phases",)
 # Numbers that differ between layers of one layout. The kernels are not specialised to them.
-NUMBERS = ("first_slice", "scale")
+NUMBERS = ("first_slice", "slice_index", "scale")
 
 
 class Prepared:

@@ -22,9 +22,19 @@ cudaError_t launch_core_gradient(
       return launch(body, grid, stream);
     });
     if (error != cudaSuccess) return error;
+    return launch_sum_of_chunks(element, core, sizes.core(), chunks, sums, gradient, stream);
+  });
+}
+
+cudaError_t launch_sum_of_chunks(
+    Element element, Element core, int64_t size, int64_t chunks, const void* sums, void* gradient,
+    cudaStream_t stream) {
+  return with_element(element, [&](auto type) {
+    using acc = acc_t<typename decltype(type)::type>;
     return with_element(core, [&](auto core_type) {
       using result = typename decltype(core_type)::type;
-      const SumOfChunks<acc, result> body{sizes.core(), chunks, sums, static_cast<result*>(gradient)};
+      const SumOfChunks<acc, result> body{
+          size, chunks, static_cast<const acc*>(sums), static_cast<result*>(gradient)};
       return launch(body, body.grid(), stream);
     });
   });

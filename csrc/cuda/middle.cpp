@@ -5,27 +5,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "kernels.h"
+#include "tensors.h"
 
 namespace tcurlora::cuda {
 namespace {
-
-Element element_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return Element::float32;
-    case at::kDouble: return Element::float64;
-    case at::kHalf: return Element::float16;
-    case at::kBFloat16: return Element::bfloat16;
-    default:
-      TORCH_CHECK_VALUE(
-          false, name, " is ", tensor.scalar_type(), ", the CUDA kernels take float32, float64, float16 and bfloat16");
-  }
-}
-
-// The type that elements of this tensor are summed in.
-at::ScalarType accumulation_of(const Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 // The core in the dtype that the kernels read; it is not copied if it has that dtype already.
 Tensor core_for(const Tensor& tensor, const Stack& stack) {

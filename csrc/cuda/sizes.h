@@ -39,6 +39,18 @@ inline int64_t core_gradient_workspace(const Sizes& sizes) {
   return pieces_of(sizes.tokens, least_chunk(sizes)) * sizes.core();
 }
 
+// The riding form (csrc/riding/riding.h): one slice, and rows of x or of its gradient that are `step` elements apart.
+struct RidingSizes {
+  int64_t tokens;    // T
+  int64_t features;  // of x
+  int64_t step;
+  int c;
+  int r;
+  double scale;
+
+  Sizes one_slice() const { return {tokens, 1, c, r, 0, 1, Transform::dft, scale}; }
+};
+
 // A launch: blocks (x, y) of `width` items by `lanes` tokens. Each kernel defines what an item is (tiles.h).
 struct Grid {
   int64_t blocks_x;

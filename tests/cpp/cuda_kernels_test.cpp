@@ -1,8 +1,6 @@
 // The CUDA kernels' own code, run on the CPU and compared with the definition. Needs no GPU and no torch; with the CUDA
 // headers on the include path it covers float16 and bfloat16 too. `quick` as argument leaves most sizes out: for builds
 // that check every access, which are ten times as slow.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <string>
@@ -14,28 +12,19 @@
 #include "../../csrc/cuda/ranks.h"
 #include "definition.h"
 #include "expect.h"
-#include "host_launch.h"
+#include "reserved.h"
+#include "written.h"
 
 namespace {
 
 using namespace tcurlora;
 using namespace tcurlora::cuda;
 using host::Order;
+using host::written;
 
 template <class Known>
 std::string name_of() {
   return Known::rank > 0 ? "rank " + std::to_string(Known::rank) : "multiples of " + std::to_string(Known::unit);
-}
-
-// Runs a launch in both orders into poisoned arrays; the one returned was written in the usual order.
-template <typename scalar, typename Launch>
-Guarded<scalar> written(int64_t size, int shift, const std::string& what, const Launch& launch) {
-  Guarded<scalar> output(size, shift), reversed(size, shift);
-  launch(output.data(), Order::forwards);
-  launch(reversed.data(), Order::backwards);
-  expect(output.guards_untouched(), what + ": wrote outside its output");
-  expect(output.same_bits(reversed), what + ": depends on the order of threads or blocks");
-  return output;
 }
 
 template <typename scalar, typename result>
@@ -272,25 +261,6 @@ void check_all_chunks() {
   const Sizes sizes{8192, 64, 4, 4, 0, 1, Transform::dft, 1.0};
   expect(Sums::chunk_tokens(sizes) == 84 && Sums::grid(sizes).blocks_y == 98, "98 chunks of 84 tokens for S = 64, r = 4");
 }
-
-// Address space for `size` zeros; only pages that are written take memory.
-class Reserved {
- public:
-  explicit Reserved(int64_t size) : bytes_(size * sizeof(float)) {
-    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory_ != MAP_FAILED) madvise(memory_, bytes_, MADV_NOHUGEPAGE);
-  }
-  Reserved(const Reserved&) = delete;
-  ~Reserved() {
-    if (memory_ != MAP_FAILED) munmap(memory_, bytes_);
-  }
-  bool exists() const { return memory_ != MAP_FAILED; }
-  float* data() { return static_cast<float*>(memory_); }
-
- private:
-  size_t bytes_;
-  void* memory_;
-};
 
 // h and p of more than 2^31 numbers, zero but for the last token, which one row of each kernel's blocks meets.
 template <class Known>

@@ -1,4 +1,4 @@
-"""The kernels' own code, compiled for the CPU and run against the definition: tests/cpp/cuda_kernels_test.cpp."""
+"""The kernels' own code, compiled for the CPU and run against the definition: tests/cpp/*_kernels_test.cpp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = "cuda_kernels_test.cpp"
+PROGRAM, RIDING = "cuda_kernels_test.cpp", "riding_kernels_test.cpp"
 
 
 def checks(program: Path, *arguments: str) -> tuple[int, str]:
@@ -26,15 +26,21 @@ def test_every_kernel_computes_the_definition(build: Callable[..., Path]) -> Non
     assert checks(build(PROGRAM))[0] > 10_000
 
 
+def test_every_kernel_of_the_riding_form_computes_the_definition(build: Callable[..., Path]) -> None:
+    assert checks(build(RIDING))[0] > 700
+
+
 @pytest.mark.slow
 def test_half_types_too(build: Callable[..., Path], cuda_headers: list[str]) -> None:
-    number, said = checks(build(PROGRAM, *cuda_headers), "quick")
-    assert number > 3_000
-    assert "with half types" in said
+    for program, least in ((PROGRAM, 3_000), (RIDING, 600)):
+        number, said = checks(build(program, *cuda_headers), "quick")
+        assert number > least
+        assert "with half types" in said
 
 
 @pytest.mark.slow
 def test_no_access_outside_an_array_and_no_undefined_behaviour(
     build: Callable[..., Path], sanitizer: Callable[[str], list[str]]
 ) -> None:
-    assert checks(build(PROGRAM, *sanitizer("address,undefined")), "quick")[0] > 1_000
+    for program, least in ((PROGRAM, 1_000), (RIDING, 300)):
+        assert checks(build(program, *sanitizer("address,undefined")), "quick")[0] > least

@@ -1,4 +1,4 @@
-"""The kernels' steps as threads that run at once, under ThreadSanitizer: tests/cpp/cuda_races_test.cpp."""
+"""The kernels' steps as threads that run at once, under ThreadSanitizer: tests/cpp/*_races_test.cpp."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-PROGRAM = "cuda_races_test.cpp"
+PROGRAM, RIDING = "cuda_races_test.cpp", "riding_races_test.cpp"
 
 
 @pytest.fixture
@@ -42,3 +42,18 @@ def test_a_barrier_left_out_is_reported(
     assert "ThreadSanitizer: data race" in done.stderr, done.stdout[-2000:]
     assert "tcurlora::cuda::shared" in done.stderr
     assert f"::{step}(" in done.stderr
+
+
+def test_the_riding_form_too(build: Callable[..., Path], options: list[str]) -> None:
+    done = run(build(RIDING, *options))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "18 checks, 0 failed" in done.stdout
+
+
+def test_the_riding_forms_barriers_left_out_are_reported(build: Callable[..., Path], options: list[str]) -> None:
+    """Between the copy and the change of x'; after p is gathered; after the sums of a block's lanes."""
+    program = build(RIDING, *options, "-DTCURLORA_WITHOUT_BARRIER=0")
+    for kernel, body in enumerate(("ChangedInput", "HiddenGradient", "ChangeSums")):
+        done = run(program, str(kernel))
+        assert "ThreadSanitizer: data race" in done.stderr, done.stdout[-2000:]
+        assert f"::{body}<" in done.stderr

@@ -13,7 +13,9 @@ from torch.utils import cpp_extension
 ARCHITECTURES = ("80", "90", "100")
 # Kernels of each source: three element types with the ranks 1, 2, 4, 8, 16, multiples of 4 and of 2, and any, and
 # float64 with any; for the core's gradient also the sums of chunks, of two types into four.
-KERNELS = {"middle_forward": 3 * 8 + 1, "middle_backward": 3 * 8 + 1, "core_gradient": 3 * 8 + 1 + 2 * 4}
+RANKED = {"middle_forward": 3 * 8 + 1, "middle_backward": 3 * 8 + 1, "core_gradient": 3 * 8 + 1 + 2 * 4}
+# The riding form's: four element types, with rows in runs of 16 bytes and in single elements; dh, and the chunks' sums.
+KERNELS = {**RANKED, "riding_forward": 4 * 2, "riding_backward": 4 + 4}
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -87,7 +89,7 @@ def test_rank_8_in_bfloat16_reads_words_of_16_bytes(bodies: dict[str, dict[str, 
 
 
 @pytest.mark.parametrize("unit", [2, 4])
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("name", sorted(RANKED))
 def test_other_ranks_read_and_write_runs_of_their_multiple(
     bodies: dict[str, dict[str, str]], name: str, unit: int
 ) -> None:
@@ -99,6 +101,15 @@ def test_other_ranks_read_and_write_runs_of_their_multiple(
             assert {access.split(".")[0] for access in runs} == {f"v{unit}"}
         else:
             assert set(runs) == {"b32" if unit == 2 else "v2.b32"}
+
+
+def test_rows_are_copied_in_words_of_16_bytes(bodies: dict[str, dict[str, str]]) -> None:
+    """Four for each thread before it writes the first; the chosen entries are single elements."""
+    (body,) = [text for name, text in bodies["riding_forward"].items() if "I13__nv_bfloat16Li8E" in name]
+    accesses = {operation: re.findall(rf"\b{operation}\.global\.(\S+)", body) for operation in ("ld", "st")}
+    assert sum(access.startswith("v4") for access in accesses["ld"]) == 4
+    assert sum(access.startswith("v4") for access in accesses["st"]) == 4
+    assert len([access for access in accesses["st"] if not access.startswith("v4")]) == 1
 
 
 def included(source: Path) -> tuple[set[Path], set[str]]:
@@ -125,8 +136,9 @@ def test_no_kernel_reaches_a_header_of_torch(sources: Path, name: str) -> None:
     assert not [header for header in others if header.split("/")[0] in {"torch", "ATen", "c10", "caffe2", "pybind11"}]
 
 
+@pytest.mark.parametrize("name", ["middle", "riding"])
 def test_the_glue_fits_torch_and_the_kernels(
-    compiler: str, cuda_headers: list[str], sources: Path, tmp_path: Path
+    compiler: str, cuda_headers: list[str], sources: Path, tmp_path: Path, name: str
 ) -> None:
     torch_folders = cpp_extension.include_paths()
     macros = Path("c10", "cuda", "impl", "cuda_cmake_macros.h")
@@ -136,6 +148,6 @@ def test_the_glue_fits_torch_and_the_kernels(
     folders = [option for folder in (*torch_folders, tmp_path) for option in ("-isystem", str(folder))]
     # torch 2.6 to 2.14 ask for C++17 or C++20: the newer suits all.
     command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", *folders, *cuda_headers]
-    done = subprocess.run([*command, str(sources / "middle.cpp")], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, str(sources / f"{name}.cpp")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "warning" not in done.stderr, done.stderr[-4000:]

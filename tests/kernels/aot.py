@@ -14,15 +14,16 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from cases import DTYPES, Spec, specs
+from cases import DTYPES, RIDING, Spec, specs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tcurlora_ext.kernels import launch
 from tcurlora_ext.kernels.launch import Launch, TensorDescriptor
 from tcurlora_ext.kernels.middle import Middle
+from tcurlora_ext.kernels.riding import launch as riding
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -210,6 +211,8 @@ def transposed_dots(module: str) -> list[str]:
 
 def launches_of(spec: Spec) -> list[Launch]:
     """The launches of a case, as the operator makes them, on tensors without memory."""
+    if spec.kernel in RIDING:
+        return riding_launches_of(spec)
     dtype, n = DTYPES[spec.dtype], spec.n
     one_tile = spec.kernel in ("fused", "fused_back")
     slices = spec.whole if one_tile else spec.S
@@ -241,6 +244,32 @@ def launches_of(spec: Spec) -> list[Launch]:
     sums = launch.core_gradient_workspace(middle, spec.T, config)
     workspace = torch.empty(sums, dtype=torch.float32, device="meta")
     return list(launch.core_gradient_launches(m, h, middle, workspace, middle.core, config, spec.precision))
+
+
+def riding_launches_of(spec: Spec) -> list[Launch]:
+    """``ride``; or ``ride_back`` with and without dh stored, without x's gradient, and the sum of the chunks."""
+    dtype, config, how = DTYPES[spec.dtype], spec.config, spec.precision
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, h = new(spec.T, spec.in_), new(spec.T, spec.r)
+    core = new(spec.S, spec.c, spec.r, dtype=torch.float32)
+    operands: dict[str, Any] = {
+        "row": new(spec.r * spec.S, spec.in_), "columns": new(spec.c, dtype=torch.int64), "core": core,
+        "gain": new(spec.c, dtype=torch.float32), "slice_index": 1, "scale": 0.5,
+    }  # fmt: skip
+    if spec.kernel == "ride":
+        return [riding.ride_launch(x, **operands, changed=x, h=h, config=config, precision=how)]
+    sums = new(*riding.workspace_shape(core, spec.T, config), dtype=torch.float32)
+    given: dict[str, Any] = {**operands, "h": h, "workspace": sums, "config": config, "precision": how}
+    p = new(spec.T, spec.c)
+    return [
+        riding.ride_back_launch(x, **given, dh=None, needs_x=True),
+        riding.ride_back_launch(x, **given, dh=h, needs_x=True),
+        riding.ride_back_launch(p, **given, dh=None, needs_x=False),
+        riding.reduce_launch(sums, operands["gain"], 1, 0.5, core),
+    ]
 
 
 def main(part: int, parts: int, names: list[str]) -> None:

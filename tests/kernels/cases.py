@@ -54,13 +54,20 @@ class Spec:
 FORMS = ((80, False), (90, False), (90, True))
 
 
-def _table(table: str, dtype: str, forms: tuple[tuple[int, bool], ...] = FORMS, **sizes: object) -> Iterator[Spec]:
+RIDING = ("ride", "ride_back")  # these load through pointers only
+
+
+def _table(
+    table: str, dtype: str, forms: tuple[tuple[int, bool], ...] = FORMS, only: tuple[str, ...] = configs.KERNELS,
+    **sizes: object,
+) -> Iterator[Spec]:  # fmt: skip
     itemsize = DTYPES[dtype].itemsize
     for kernel, size in TABLES[table].rules:
-        if size != itemsize:
+        if size != itemsize or kernel not in only:
             continue
+        own = dict.fromkeys((capability, kernel not in RIDING and descriptors) for capability, descriptors in forms)
         for index in range(len(TABLES[table].configs(kernel, itemsize))):
-            for capability, descriptors in forms:
+            for capability, descriptors in own:
                 yield Spec(table, kernel, index, dtype, capability, descriptors, **sizes)  # type: ignore[arg-type]
 
 
@@ -81,4 +88,10 @@ def specs() -> list[Spec]:
         *_table("NVIDIA H200", "bfloat16", desc, c=5, r=3, whole=24),
         *_table("fallback", "bfloat16", ((80, False),), transform="dct"),
         *_table("fallback", "float32", desc, whole=6, precision="tf32"),
+        # The widest c and r of the riding form.
+        *_table("NVIDIA H200", "bfloat16", ((90, False),), RIDING, c=64, r=64),
+        *_table("fallback", "float16", pointers, RIDING, c=64, r=64),
+        *_table("fallback", "float32", pointers, RIDING, c=64, r=64),
+        *_table("unaligned", "bfloat16", pointers, RIDING, **odd | {"c": 63, "r": 61}),
+        *_table("unaligned", "float32", pointers, RIDING, **odd | {"c": 31, "r": 29}),
     ]

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tcurlora_ext.kernels import configs, launch, operator
+from tcurlora_ext.kernels import configs, launch, operator, plans
 from tcurlora_ext.kernels.prepared import Prepared
 from tcurlora_ext.operator.backends import eager
 
@@ -52,7 +52,7 @@ def _poisoned() -> Iterator[None]:
 
     No plan of another test is used, which may have been made for another table.
     """
-    operator.forget_plans()
+    plans.forget_plans()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
@@ -81,7 +81,7 @@ def names(launched: list[Prepared]) -> list[str]:
 def take(monkeypatch: pytest.MonkeyPatch, table: configs.Table, descriptors: bool = True) -> None:
     """Let the operator use this table for any alignment of rows, with or without tensor descriptors."""
     monkeypatch.setattr(operator, "table_for", lambda name, aligned: table if aligned else configs.UNALIGNED)
-    device = operator.Device("test", 3, descriptors)
+    device = plans.Device("test", 3, descriptors)
     monkeypatch.setattr(operator, "device_of", lambda _: device)
 
 
@@ -326,7 +326,7 @@ def test_no_tensor_of_the_size_of_a_weight_is_made(
 
 def test_layers_of_one_layout_share_a_plan_and_keep_their_own_numbers_and_tensors() -> None:
     """Slices, scales and tensors of two layers; then another core dtype, a bias, more tokens: a plan each."""
-    plans = []
+    made = []
     for first, scale, seed, options in (
         (0, 0.1, 1, {}), (2, 0.7, 2, {}), (1, 0.3, 3, {"bias": False}), (1, 0.3, 4, {"leading": (20,)}),
     ):  # fmt: skip
@@ -334,9 +334,9 @@ def test_layers_of_one_layout_share_a_plan_and_keep_their_own_numbers_and_tensor
             build(5, 40, 48, 4, 4, first, 2, **{"leading": (19,), "scale": scale, "seed": seed} | options),
             torch.float32,
         )
-        plans.append(len(operator._PLANS))
+        made.append(len(plans._PLANS))
     # Forward, backward and the core's gradient; without a bias only forward differs.
-    assert plans == [3, 3, 4, 7]
+    assert made == [3, 3, 4, 7]
 
 
 def test_tensors_at_an_odd_address_have_a_plan_of_their_own() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tcurlora_ext.maths.contract import Riding
 from tcurlora_ext.operator.functional import tcur_linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -85,6 +86,75 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(make_case: Callable[..., A
     before = torch.cuda.memory_allocated()
     training(case)
     assert torch.cuda.max_memory_allocated() - before < 2 * 2048 * 2048 / 2
+
+
+def riding(x: torch.Tensor, weight: torch.Tensor, adapter: Riding, backend: str) -> tuple[torch.Tensor, ...]:
+    y = torch.ops.tcurlora.riding(x, weight, None, *adapter, backend)
+    return (y, *torch.autograd.grad(y, (x, adapter.core), torch.ones_like(y)))
+
+
+@pytest.fixture
+def riding_case(backend: str) -> tuple[Any, ...]:
+    """The riding form of a layer as above, without a bias; tests/operator/test_riding.py runs on a GPU too."""
+    half = torch.float16
+    adapter = Riding(
+        torch.randperm(192)[:8], torch.randn(6, 8, 8).requires_grad_(), torch.randn(48, 192).to(half) / 14,
+        torch.rand(8) + 0.5, 1, 0.1,
+    )  # fmt: skip
+    case = torch.randn(130, 192, dtype=half).requires_grad_(), torch.randn(256, 192, dtype=half), adapter, backend
+    riding(*case)
+    return case
+
+
+def test_a_step_of_the_riding_form_is_captured_and_waits_for_nothing(riding_case: tuple[Any, ...]) -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        riding(*riding_case)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = riding(*riding_case)
+    x, _, adapter, _ = riding_case
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+        adapter.core.copy_(torch.randn_like(adapter.core))
+    graph.replay()
+    for found, right in zip(captured, riding(*riding_case), strict=True):
+        assert_close(found, right, rtol=0, atol=0)
+
+
+def test_the_riding_form_is_queued_on_the_current_stream(riding_case: tuple[Any, ...]) -> None:
+    expected = riding(*riding_case)
+    x, *rest = riding_case
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x).requires_grad_()
+        torch.cuda._sleep(50_000_000)  # about 30 ms: work on another stream would read the zeros
+        with torch.no_grad():
+            late.copy_(x)
+        found = riding(late, *rest)
+    torch.cuda.synchronize()
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+
+
+def test_offsets_of_the_riding_form_beyond_32_bits(backend: str) -> None:
+    """x of more than 2^31 elements: the last rows equal those of a short call."""
+    tokens, last, features = 600_000, 100, 4096
+    if torch.cuda.mem_get_info()[0] < 25e9:
+        pytest.skip("needs 25 GB of free memory")
+    adapter = Riding(torch.arange(0, 4096, 512), torch.randn(1, 8, 4), torch.randn(4, 4096) / 64, torch.ones(8), 0, 1.0)
+    adapter = adapter._replace(row=adapter.row.half())
+    x = torch.zeros(tokens, features, dtype=torch.float16)
+    x[-last:] = torch.randn(last, features)
+    with torch.no_grad():
+        changed = torch.ops.tcurlora.ride(x, *adapter, backend)
+        short = torch.ops.tcurlora.ride(x[-last:], *adapter, backend)
+    assert_close(changed[-last:], short, rtol=1e-2, atol=1e-2)
 
 
 def test_offsets_beyond_32_bits(make_case: Callable[..., Any]) -> None:

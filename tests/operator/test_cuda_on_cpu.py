@@ -1,4 +1,4 @@
-"""The native backend's part for a GPU, on the CPU: csrc/native.cpp, csrc/cuda/middle.cpp and the kernels' launches.
+"""The native backend's part for a GPU, on the CPU: csrc/native.cpp, csrc/cuda/*.cpp and the kernels' launches.
 
 They are compiled against a CUDA runtime for the CPU (tests/cpp/stubs) as torch.ops.tcurlora_on_cpu. The wide products
 are the CPU's.
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tcurlora_ext.maths.contract import Riding
 from tcurlora_ext.operator.backends import eager
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,65 @@ def test_forward_and_every_gradient_are_eagers(
         errors = [float((one[name].double() - expected).norm()) for one in (found, theirs)]
         slack = (1e-13 if dtype == torch.float64 else torch.finfo(found[name].dtype).eps) * float(expected.norm())
         assert errors[0] <= 2 * errors[1] + slack, f"{name}: {errors}"
+
+
+RIDING = ("x'", "dx", "dcore", "drow")
+
+
+def riding_by_cuda_path(operators: Any, x: Tensor, g: Tensor, adapter: Riding) -> tuple[Tensor, ...]:
+    """As csrc/riding/operators.cpp around the two functions."""
+    h = x @ adapter.own_row.T
+    changed = operators.changed_input(x, h, *adapter)
+    dh, dcore = operators.changed_input_back(g, h, *adapter, True)
+    drow = torch.zeros_like(adapter.row)
+    adapter._replace(row=drow).own_row.copy_(dh.T @ x)
+    return changed, torch.addmm(g, dh, adapter.own_row), dcore, drow
+
+
+def riding_by_eager(x: Tensor, g: Tensor, adapter: Riding) -> tuple[Tensor, ...]:
+    changed, h = eager.ride(x, adapter)
+    dx = g.clone()
+    return changed, dx, *eager.ride_back(dx, x, h, adapter, [True] * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("core", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("S", "c", "r", "features", "T"),
+    [(1, 8, 8, 64, 130), (3, 3, 5, 33, 70), (2, 40, 24, 48, 9), (1, 1, 1, 7, 1), (2, 4, 4, 16, 0)],
+)
+def test_the_riding_form_is_eagers(
+    operators: Any, S: int, c: int, r: int, features: int, T: int, core: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Also of rows that lie apart, and an adapter that is not contiguous; bounds as above."""
+    f64 = torch.float64
+    adapter = Riding(
+        torch.randperm(features)[:c].repeat_interleave(2)[::2],
+        torch.randn(S, r, c, dtype=f64).to(core).transpose(1, 2),
+        torch.randn(S * r, features, dtype=f64).to(dtype) / features**0.5, (torch.rand(c, dtype=f64) + 0.5).to(core),
+        S - 1, 0.3,
+    )  # fmt: skip
+    x, g = (torch.randn(T, features + 5, dtype=f64).to(dtype)[:, :features] for _ in range(2))
+    exact = adapter._replace(**{name: getattr(adapter, name).double() for name in ("core", "row", "gain")})
+    right = riding_by_eager(x.double(), g.double(), exact)
+    found, theirs = riding_by_cuda_path(operators, x, g, adapter), riding_by_eager(x, g, adapter)
+    for name, one, other, expected in zip(RIDING, found, theirs, right, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, expected.shape)
+        errors = [float((result.double() - expected).norm()) for result in (one, other)]
+        slack = (1e-13 if one.dtype == f64 else torch.finfo(one.dtype).eps) * float(expected.norm())
+        assert errors[0] <= 2 * errors[1] + slack, f"{name}: {errors}"
+    columns, core_alone = torch.arange(c), g.index_select(1, adapter.columns)
+    h = x @ adapter.own_row.T
+    for needs_h in (True, False):  # p alone, as where x needs no gradient
+        dh, dcore = operators.changed_input_back(core_alone, h, columns, *adapter[1:], needs_h)
+        assert torch.equal(dcore, found[2])
+        assert dh.numel() == (T * r if needs_h else 0)
+
+
+def test_the_riding_form_refuses_more_columns_than_fit(operators: Any) -> None:
+    adapter = Riding(torch.arange(12289), torch.ones(1, 12289, 1), torch.ones(1, 12289), torch.ones(12289), 0, 1.0)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        operators.changed_input_back(torch.ones(1, 12289), None, *adapter, True)
 
 
 class Products(TorchDispatchMode):

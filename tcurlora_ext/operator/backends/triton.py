@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tcurlora_ext.maths.contract import Factors, Gradients
+from tcurlora_ext.maths.contract import Factors, Gradients, Riding
 from tcurlora_ext.operator.checks import check
 
 from . import eager
@@ -43,12 +44,31 @@ def backward(*arguments: Any) -> Gradients:
     return _kernels().backward(*arguments)
 
 
+def _riding_kernels(adapter: Riding) -> Any:
+    """The kernels of the riding form, or eager's functions for c or r that are wider than their tiles."""
+    from tcurlora_ext.kernels.riding import operator
+
+    return operator if operator.takes(adapter) else eager
+
+
+def ride(x: Tensor, adapter: Riding) -> tuple[Tensor, Tensor]:
+    """See eager.ride."""
+    return _riding_kernels(adapter).ride(x, adapter)
+
+
+def ride_back(
+    g: Tensor, x: Tensor | None, h: Tensor | None, adapter: Riding, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """See eager.ride_back."""
+    return _riding_kernels(adapter).ride_back(g, x, h, adapter, needs)
+
+
 TRITON = Backend(
     name="triton",
     description=lambda: "Triton kernels",
     missing=missing,
     forward=forward,
     backward=backward,
-    ride=eager.ride,
-    ride_back=eager.ride_back,
+    ride=ride,
+    ride_back=ride_back,
 )
