@@ -46,7 +46,7 @@ class GroupedMiddle:
     def _grouped(self, tensor: Tensor, dim: int) -> Tensor:
         """The S blocks along ``dim`` as groups*w blocks: neighbours fill the free halves of groups with a single block.
 
-        What they are multiplied by is zero, and what is computed in their place is dropped by :meth:`_blocks`.
+        What they are multiplied by is zero, and what is computed in their place is dropped by :meth:`by_block`.
         """
         if self.width == 1:
             return tensor
@@ -55,7 +55,7 @@ class GroupedMiddle:
             parts.append(tensor.narrow(dim, self.slices - 1, 1))
         return torch.cat(parts, dim)
 
-    def _blocks(self, tensor: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    def by_block(self, tensor: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """(groups, T, ..., w*size) -> (T, ..., S*size) in ``dtype``: a view, whose rows are contiguous."""
         joined = tensor.movedim(0, -2).to(dtype, memory_format=torch.contiguous_format)
         return joined.flatten(-2).narrow(-1, self._first * size, self.slices * size)
@@ -70,11 +70,11 @@ class GroupedMiddle:
     def forward(self, h: Tensor) -> Tensor:
         """m = scale * h B^T: (T, r*S) -> (T, n, c*S), in the dtype of h."""
         m = torch.bmm(self.by_group(h), self.B.mT)
-        return self._blocks(m.unflatten(-1, (self.n, self.width * self.c)), self.c, h.dtype)
+        return self.by_block(m.unflatten(-1, (self.n, self.width * self.c)), self.c, h.dtype)
 
     def backward(self, p: Tensor, dtype: torch.dtype) -> Tensor:
         """dh = scale * p B, from p :meth:`by_group`: (groups, T, n*w*c) -> (T, r*S), in ``dtype``."""
-        return self._blocks(torch.bmm(p, self.B), self.r, dtype)
+        return self.by_block(torch.bmm(p, self.B), self.r, dtype)
 
     def core_gradient(self, p: Tensor, h: Tensor) -> Tensor:
         """The core's gradient (S, c, r) in the dtype of B, from p :meth:`by_group` and h (T, r*S)."""
