@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tcurlora_ext.adapter.model.structure import module_of
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.stack import layer_parts
 from tcurlora_ext.maths.contract import Factors
@@ -65,7 +66,7 @@ class AdapterBatch:
     ) -> Tensor:
         """As :meth:`tcurlora_ext.TCURStack.adapt`, for the batch's adapters."""
         self.used = True
-        name = stack.names[first] if stack.names else self.stacks[stack]
+        name = module_of(stack.names[first], ())
         if training and stack.options.dropout > 0:
             raise ValueError(
                 f"{name}: dropout is {stack.options.dropout}, which is not computed for a batch of several adapters; "

@@ -48,7 +48,7 @@ def cores_of(
         _require_same_names(name, found, stacks_)
         for stack_name, stack in found.items():
             here = stacks_[stack_name]
-            _require_same(name, stack_name, {**_layout(stack), **_indices(stack)}, {**_layout(here), **_indices(here)})
+            _require_same(name, stack_name, _layout(stack), _layout(here))
         source = {stack_name: stack.core.detach() for stack_name, stack in found.items()}
     _require_same_names(name, source, stacks_)
     for stack_name, core in source.items():
@@ -106,7 +106,7 @@ class Checks:
                 "scale": there["scale"],
                 **indices,
             }
-            _require_same(str(path), name, found, {**_layout(stack), **_indices(stack)})
+            _require_same(str(path), name, found, _layout(stack))
             factors = {kind: tensors[f"{kind}.{name}"] for kind in ("col", "row") if f"{kind}.{name}" in tensors}
             for kind, factor in factors.items():
                 here = getattr(stack, kind).detach().cpu()
@@ -188,13 +188,14 @@ class Checks:
 
 
 def _layout(stack: TCURStack) -> dict[str, Any]:
-    """What the cores of a stack mean, beside its rows and columns."""
+    """What the cores of a stack mean, in the order in which differences are reported."""
     return {
         "layers": stack.names,
         "rank": stack.rank,
         "blocks": stack.blocks,
         "transform": stack.options.transform,
         "core domain": stack.options.core_domain,
+        **_indices(stack),
         "scale": stack.scale,
     }
 

@@ -70,12 +70,13 @@ class Owners:
         """
         rows, samples = (leading or (1,))[0], self.shape[0]
         tokens = torch.Size(leading).numel()
-        if len(self.shape) == 1 and samples and rows % samples == 0:
-            return self.of_ids, tokens // samples
+        whole = rows % samples == 0 if samples else rows == 0
+        if len(self.shape) == 1 and whole:
+            return self.of_ids, tokens // max(samples, 1)
         if leading == self.shape or leading == (len(self.of_ids),):
             return self.of_ids, 1
-        if len(leading) == len(self.shape) > 1 and leading[1:] == self.shape[1:] and samples and rows % samples == 0:
-            repeated = self.of_ids.view(self.shape).repeat_interleave(rows // samples, 0)
+        if len(leading) == len(self.shape) > 1 and leading[1:] == self.shape[1:] and whole:
+            repeated = self.of_ids.view(self.shape).repeat_interleave(rows // max(samples, 1), 0)
             return repeated.flatten(), 1
         if len(self.shape) == 1:
             raise ValueError(

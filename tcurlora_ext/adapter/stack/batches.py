@@ -77,26 +77,32 @@ def _backward_number() -> int:
 @contextmanager
 def entered(batch: Batch) -> Iterator[None]:
     """Let the batch compute the layers of its stacks inside the block; of two around each other, the inner one."""
-    token = _entered.set((*_entered.get(), (batch, _backward_number())))
+    number = _backward_number()
+    token = _entered.set((*_entered.get(), (batch, number)))
     try:
-        with _marks(batch):
+        with _marks(batch, number):
             yield
     finally:
         _entered.reset(token)
 
 
-def _marks(batch: Batch) -> saved_tensors_hooks:
+def _marks(batch: Batch, entered_in: int) -> saved_tensors_hooks:
     """Hooks that mark saved tensors, around those that are there already, of which PyTorch calls the innermost only."""
     there: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
     there = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
-    def pack(tensor: Tensor) -> Any:
+    def pack(tensor: Tensor) -> tuple[bool, Any]:
+        # A backward pass within the block may compute layers of another batch again: those tensors get no mark.
+        own = _backward_number() == entered_in
         batch.marked = True
-        return tensor if there is None else there[0](tensor)
+        # Detached: a saved output that is returned as it is would keep its graph alive.
+        return own, tensor.detach() if there is None else there[0](tensor)
 
-    def unpack(packed: Any) -> Tensor:
-        tensor = packed if there is None else there[1](packed)
-        _meet(batch)
+    def unpack(packed: tuple[bool, Any]) -> Tensor:
+        own, saved = packed
+        tensor = saved if there is None else there[1](saved)
+        if own:
+            _meet(batch)
         return tensor
 
     return saved_tensors_hooks(pack, unpack)

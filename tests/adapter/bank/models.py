@@ -1,12 +1,10 @@
-"""Small models with banks, and what one adapter alone computes."""
+"""Small adapted models with banks, and what one adapter alone computes."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +28,8 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
+    """Samples and tokens do not mix, so that each can be compared alone."""
+
     def __init__(self, width: int = 8, depth: int = 2) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Block(width) for _ in range(depth)])
@@ -50,17 +50,24 @@ FORMS: dict[str, dict[str, Any]] = {
     "riding": {"transform": "identity"},
     "riding, one slice": {"stack_by": "none", "split_fused": {}},
 }
+BOTH = ("coupled", "riding")
 
 
-def make(dtype: torch.dtype = torch.float64, **options: Any) -> Net:
+def make(form: str = "coupled", dtype: torch.dtype = torch.float64, **options: Any) -> Net:
+    """The adapted network, always with the same weights."""
     torch.manual_seed(0)
-    config = tcur.TCURConfig(**{"rank": (3, 2), "target_modules": r"blocks\..*", "split_fused": {"qkv": 3}} | options)
-    return tcur.inject(Net().to(dtype), config)
+    config = {"rank": (3, 2), "target_modules": r"blocks\..*", "split_fused": {"qkv": 3}} | FORMS[form] | options
+    net = tcur.inject(Net().to(dtype), tcur.TCURConfig(**config))
+    assert isinstance(net, Net)
+    return net
 
 
 def cores_for(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    torch.manual_seed(100 + seed)
-    return {name: 0.3 * torch.randn_like(stack.core) for name, stack in tcur.stacks(model).items()}
+    generator = torch.Generator().manual_seed(100 + seed)
+    return {
+        name: 0.3 * torch.randn(stack.core.shape, generator=generator, dtype=stack.core.dtype)
+        for name, stack in tcur.stacks(model).items()
+    }
 
 
 def with_cores(model: nn.Module, cores: dict[str, Tensor] | None) -> nn.Module:
@@ -80,34 +87,11 @@ def filled(model: nn.Module, number: int = 3, **options: Any) -> tcur.AdapterBan
     return bank
 
 
-@pytest.fixture(params=FORMS.values(), ids=FORMS)
-def model(request: pytest.FixtureRequest) -> Net:
-    return make(**request.param)
+def alone(model: nn.Module, seed: int, x: Tensor) -> Tensor:
+    """What one adapter alone computes, -1 for the base."""
+    return with_cores(model, None if seed < 0 else cores_for(model, seed))(x)
 
 
-@pytest.fixture(params=["coupled", "riding"])
-def both(request: pytest.FixtureRequest) -> Net:
-    """One model of each of the two forms."""
-    return make(**FORMS[request.param])
-
-
-@pytest.fixture(scope="session")
-def tools() -> Any:
-    class Tools:
-        make, cores_for, with_cores, filled = map(staticmethod, (make, cores_for, with_cores, filled))
-        forms = FORMS
-
-        @staticmethod
-        def row_by_row(model: nn.Module, x: Tensor, adapters: list[int]) -> Tensor:
-            """Each sample with its adapter alone, -1 for the base."""
-            return torch.cat(
-                [
-                    with_cores(model, None if at < 0 else cores_for(model, at))(x[i : i + 1])
-                    for i, at in enumerate(adapters)
-                ]
-            )
-
-    return Tools
-
-
-Make = Callable[..., Any]
+def one_by_one(model: nn.Module, adapters: list[int], x: Tensor) -> Tensor:
+    """Each sample with its adapter alone."""
+    return torch.cat([alone(model, at, x[i : i + 1]) for i, at in enumerate(adapters)])
