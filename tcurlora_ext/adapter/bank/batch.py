@@ -12,8 +12,7 @@ from tcurlora_ext.adapter.model.structure import module_of
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.stack import layer_parts
 from tcurlora_ext.maths.contract import Factors
-from tcurlora_ext.operator.bank import forms
-from tcurlora_ext.operator.bank.plan import TokenPlan
+from tcurlora_ext.operator.bank import TokenPlan, ordinary, riding
 
 from .ids import Owners
 from .store import Slot, Store
@@ -74,6 +73,8 @@ class AdapterBatch:
             )
         if x.shape[-1:] != weight.shape[1:]:
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected {weight.shape[1]} features")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: its weight trains, but the adapters of a bank share a frozen base")
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -93,14 +94,12 @@ class AdapterBatch:
         cores = self._cores_of(stack)
         if stack.rides:
             return _concatenated(
-                forms.riding(x, *part, stack.riding(at, weight.dtype), cores[:, at], plan)
+                riding(x, *part, stack.riding(at, weight.dtype), cores[:, at], plan)
                 for part, at in zip(layer_parts(weight, bias, len(layers)), layers, strict=True)
             )
         calls = _calls(stack, cores, layers, weight.dtype)
         parts = layer_parts(weight, bias, len(calls))
-        return _concatenated(
-            forms.ordinary(x, *part, call, len(cores), plan) for part, call in zip(parts, calls, strict=True)
-        )
+        return _concatenated(ordinary(x, *part, *call, plan) for part, call in zip(parts, calls, strict=True))
 
     def _plan(self, leading: tuple[int, ...], device: torch.device, name: str) -> TokenPlan:
         key = leading, device
@@ -138,19 +137,20 @@ class OwnCores:
         self.used = True
 
 
-def _calls(stack: TCURStack, cores: Tensor, layers: range, dtype: torch.dtype) -> list[Factors]:
-    """What the operator takes for these slices, with the cores of all adapters one below the other, (S, D*c, r)."""
+def _calls(stack: TCURStack, cores: Tensor, layers: range, dtype: torch.dtype) -> list[tuple[Factors, Tensor]]:
+    """What the operator takes for these slices, and the cores of all adapters in each call: (blocks, D, c, r)."""
     along, slices = stack.options.along, stack.slices
     col, row = stack.col.to(dtype), stack.row.to(dtype)
     arguments = slices, layers.start, len(layers), stack.scale
     if along.own_cores(slices):
         calls = along.calls(col, stack.core.detach(), row, *arguments)
-        return [call._replace(core=cores[:, at].reshape(1, -1, cores.shape[-1]))
-                for call, at in zip(calls, layers, strict=True)]  # fmt: skip
+        return [(call, cores[None, :, at]) for call, at in zip(calls, layers, strict=True)]
     by_block = cores.transpose(0, 1)
     if stack.options.core_domain == "slice":
         by_block = along.fold(by_block)
-    return along.calls(col, by_block.flatten(1, 2), row, *arguments)
+    # To the transform they are one core, of D*c columns.
+    calls = along.calls(col, by_block.flatten(1, 2), row, *arguments)
+    return [(call, call.core.unflatten(1, (len(cores), -1))) for call in calls]
 
 
 def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
