@@ -31,13 +31,8 @@ class AdapterBank:
 
     All of them share the rows and columns of the model's stacks, and so C and R; each has cores of its own, some
     hundreds or thousands of parameters. A batch computes all products as wide as a layer once, for all its adapters,
-    and multiplies each token by the core of its own adapter in between.
-
-        bank = AdapterBank(model)
-        bank.load("a.safetensors"); bank.load("b.safetensors")
-        with bank.use(["a", "b", "a"]):
-            y = model(x)                                     # x has three samples
-        y = model(x, adapter_ids=["a", "b", "a"])            # the same
+    and multiplies each token by the core of its own adapter in between. ``model(x, adapter_ids=["a", "b", "a"])``
+    computes three samples; ``with bank.use(["a", "b", "a"]):`` does so for all calls of the model in its block.
 
     Without ids the model uses its own adapter, as before. Methods may be called from several threads, also while
     batches run in others: a batch works on the cores that the bank had when it began.
@@ -204,7 +199,7 @@ class AdapterBank:
         self.add_all(cores)
         return list(cores)
 
-    # -- batches ------------------------------------------------------------------------------------------------------
+    # -- use ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def use(self, ids: Ids | None) -> Iterator[None]:
@@ -246,8 +241,7 @@ class AdapterBank:
                 stack.batched = True
         if ids is None:
             return OwnCores(self._names)
-        find = self._held.finder()
-        owners = Owners(ids, find)
+        owners = Owners(ids, self._held.find)
         store, slots, trained = self._held.acquire(owners.adapters)
         return AdapterBatch(self._names, owners, store, slots, trained)
 
@@ -292,10 +286,7 @@ class AdapterBank:
 
         Args:
             names: The adapters; None: all.
-            mode: False: they do not train any more, and their parameters are no longer the bank's.
-
-        Returns:
-            The parameters of all of them, one per adapter and stack; empty with ``mode=False``.
+            mode: False: they do not train any more; their parameters are no longer the bank's, and none is returned.
 
         Raises:
             ValueError: There is no such adapter, or the device has no room for all of them.

@@ -92,21 +92,16 @@ class Holding:
             raise ValueError(f"adapter {name!r} is not in the bank; it has {len(self._adapters)} ({known})")
         return self._adapters[name]
 
-    def finder(self) -> Callable[[str | int], Adapter]:
-        """A function from a name or handle to the adapter, which raises ValueError for unknown ones."""
+    def find(self, asked: Iterable[str | int]) -> list[Adapter]:
+        """The adapters of names or handles. Raises ValueError for unknown ones."""
+        with self._changed:
+            return [self._get(one) if isinstance(one, str) else self._get_by_handle(one) for one in asked]
 
-        def find(asked: str | int) -> Adapter:
-            with self._changed:
-                if isinstance(asked, str):
-                    return self._get(asked)
-                found = self._by_handle.get(asked)
-                if found is None:
-                    raise ValueError(
-                        f"adapter {asked!r} is not in the bank: expected -1 for the base or a handle of add"
-                    )
-                return found
-
-        return find
+    def _get_by_handle(self, handle: int) -> Adapter:
+        found = self._by_handle.get(handle)
+        if found is None:
+            raise ValueError(f"adapter {handle!r} is not in the bank: expected -1, the base, or a handle of add")
+        return found
 
     # -- what changes --------------------------------------------------------------------------------------------------
 
@@ -210,16 +205,21 @@ class Holding:
         if gone is not None:
             raise ValueError(f"adapter {gone.name!r} is not in the bank any more")
         self._clock += 1
-        acquired: list[Slot] = []
-        # Those that are on the device first: no other one takes their slots then.
-        for adapter in sorted(adapters, key=lambda adapter: adapter.slot is None):
+        for adapter in adapters:
             adapter.used = self._clock
-            slot = adapter.slot or self._bring(adapter)
-            if slot is None:
-                self._store.release(acquired)
-                return None
-            self._store.acquire([slot])
-            acquired.append(slot)
+        # Those that are on the device first: no other one takes their slots then.
+        slots = [adapter.slot for adapter in adapters if adapter.slot is not None]
+        self._store.acquire(slots)
+        if len(slots) == len(adapters):
+            return slots
+        for adapter in adapters:
+            if adapter.slot is None:
+                slot = self._bring(adapter)
+                if slot is None:
+                    self._store.release(slots)
+                    return None
+                self._store.acquire([slot])
+                slots.append(slot)
         return [adapter.slot for adapter in adapters if adapter.slot is not None]
 
     def _bring(self, adapter: Adapter) -> Slot | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ Ids = Sequence[str | int] | Tensor
 E = TypeVar("E", bound=Hashable)
 
 
-class Owners:
+class Owners(Generic[E]):
     """Which of a batch's adapters has each sample or token.
 
     Args:
         ids: Names or handles, -1 for the base: one per sample, a sequence or a tensor (N,); or one per token, a tensor
             (N, ...) in the shape of x without its last dimension.
-        find: From a name or handle to the adapter.
+        find: From names or handles to their adapters.
 
     Attributes:
         adapters: The different adapters, in the order in which they come first; a tensor's in ascending order.
@@ -30,7 +30,7 @@ class Owners:
         TypeError: ``ids`` is one name, or a tensor of another kind than whole numbers.
     """
 
-    def __init__(self, ids: Ids, find: Callable[[str | int], E]) -> None:
+    def __init__(self, ids: Ids, find: Callable[[Iterable[str | int]], list[E]]) -> None:
         self.adapters: list[E] = []
         if isinstance(ids, Tensor):
             if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -45,13 +45,13 @@ class Owners:
         self.shape = (len(listed),)
         self.of_ids = self._indices(listed, find)
 
-    def _indices(self, values: Sequence[str | int], find: Callable[[str | int], E]) -> Tensor:
-        known: dict[str | int, int] = {BASE: BASE}
+    def _indices(self, values: Sequence[str | int], find: Callable[[Iterable[str | int]], list[E]]) -> Tensor:
+        asked = [value for value in dict.fromkeys(values) if value != BASE]
+        # Two ids may mean one adapter: its name and its handle.
         indices: dict[E, int] = {}
-        for value in values:
-            if value not in known:
-                # Two ids may mean one adapter: its name and its handle.
-                known[value] = indices.setdefault(find(value), len(indices))
+        known: dict[str | int, int] = {BASE: BASE}
+        for value, found in zip(asked, find(asked), strict=True):
+            known[value] = indices.setdefault(found, len(indices))
         self.adapters = list(indices)
         return torch.tensor([known[value] for value in values], dtype=torch.int64)
 

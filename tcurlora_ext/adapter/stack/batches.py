@@ -31,15 +31,17 @@ class Batch(Protocol):
     """What computes the layers of some stacks while it is entered.
 
     Attributes:
-        stacks: The stacks.
         marked: Whether autograd has saved a tensor under this batch, and so keeps it.
     """
 
-    stacks: Collection[Any]
     marked: bool
 
+    @property
+    def stacks(self) -> Collection[Any]:
+        """The stacks, one object for all batches of a bank."""
+
     def adapt(
-        self, stack: Any, x: Tensor, weight: Tensor, bias: Tensor | None, first: int, number: int, training: bool
+        self, stack: Any, x: Tensor, weight: Tensor, bias: Tensor | None, first: int, number: int, training: bool, /
     ) -> Tensor | None:
         """As :meth:`tcurlora_ext.TCURStack.adapt`; None where the stack is to use its own core."""
 
@@ -117,7 +119,7 @@ def _meet(batch: Batch) -> None:
     passes = _backwards.passes
     if not passes or passes[-1].number != number:
         passes.append(_Backward(number))
-        Variable._execution_engine.queue_callback(passes[-1].end)  # type: ignore[attr-defined]
+        Variable._execution_engine.queue_callback(passes[-1].end)
     met = passes[-1].met
     met.pop(id(batch.stacks), None)
     met[id(batch.stacks)] = batch
