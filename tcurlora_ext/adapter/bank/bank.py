@@ -128,10 +128,7 @@ class AdapterBank:
         """Remove an adapter. Batches that run keep its cores.
 
         Args:
-            name: The adapter.
-
-        Raises:
-            ValueError: There is no such adapter.
+            name: The adapter; ValueError where there is none of this name.
         """
         self._held.remove(name)
 
@@ -262,8 +259,9 @@ class AdapterBank:
         Returns:
             Two context managers, for the forward pass and for what is computed again, where the batch is the same.
         """
-        batch = batch_of(next(iter(self._stacks.values())))
-        return nullcontext(), entered(OwnCores(self._names) if batch is None else batch)
+        batch = batch_of(next(iter(self._stacks.values()))) or OwnCores(self._names)
+        batch.marked = True  # it is needed after its block
+        return nullcontext(), entered(batch)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ class AdapterBatch:
     def __init__(
         self,
         stacks: Mapping[TCURStack, str],
-        owners: Owners,
+        owners: Owners[Any],
         store: Store,
         slots: list[Slot],
         trained: Mapping[int, Mapping[str, nn.Parameter]],

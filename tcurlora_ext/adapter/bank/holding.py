@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -15,31 +14,11 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.options import positive
 from tcurlora_ext.adapter.stack import TCURStack
 
-from .store import Cores, Slot, Store
+from .store import Adapter, Cores, Slot, Store
 
 # How long a batch waits for room on the device that batches of other threads take, in seconds, and how often it looks.
 PATIENCE, INTERVAL = 10.0, 0.02
 T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class Adapter:
-    """One adapter.
-
-    Attributes:
-        name, handle: What it is called by.
-        slot: Where its cores are on the device; None where they are in the pool alone.
-        home: Where they are in the pool; None without one.
-        parameters: Its cores as parameters, while it trains.
-        used: When a batch last used it, a count.
-    """
-
-    name: str
-    handle: int
-    slot: Slot | None = None
-    home: Slot | None = None
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    used: int = 0
 
 
 class Holding:
@@ -150,7 +129,11 @@ class Holding:
         """Give an adapter other cores, in another slot."""
         with self._changed:
             self._drain()
-            self._put(self._get(name), cores)
+            adapter = self._get(name)
+            self._put(adapter, cores)
+            if self._by_handle.get(adapter.handle) is not adapter:  # removed while this waited for room
+                self._retire(adapter)
+                raise ValueError(f"adapter {name!r} is not in the bank any more")
 
     def remove(self, name: str) -> None:
         """Remove an adapter."""

@@ -53,7 +53,7 @@ class Owners(Generic[E]):
         for value, found in zip(asked, find(asked), strict=True):
             known[value] = indices.setdefault(found, len(indices))
         self.adapters = list(indices)
-        return torch.tensor([known[value] for value in values], dtype=torch.int64)
+        return torch.tensor([known[value] for value in values], dtype=torch.int64, device="cpu")
 
     def of_tokens(self, leading: tuple[int, ...], name: str) -> tuple[Tensor, int]:
         """The owners of the tokens of a layer's input.

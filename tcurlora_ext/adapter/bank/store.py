@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tcurlora_ext.adapter.stack import TCURStack
 
@@ -31,6 +31,26 @@ class Slot:
     offset: int
     users: int = 0
     retired: bool = False
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One adapter.
+
+    Attributes:
+        name, handle: What it is called by.
+        slot: Where its cores are on the device; None where they are in the pool alone.
+        home: Where they are in the pool; None without one.
+        parameters: Its cores as parameters, while it trains.
+        used: When a batch last used it, a count.
+    """
+
+    name: str
+    handle: int
+    slot: Slot | None = None
+    home: Slot | None = None
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    used: int = 0
 
 
 class Store:
@@ -119,7 +139,7 @@ class Store:
             positions, offsets = found.setdefault(slot.segment, ([], []))
             positions.append(position)
             offsets.append(slot.offset)
-        return [(at, torch.tensor(p), torch.tensor(o)) for at, (p, o) in found.items()]
+        return [(at, torch.tensor(p, device="cpu"), torch.tensor(o, device="cpu")) for at, (p, o) in found.items()]
 
     @torch.no_grad()
     def gather(self, name: str, number: int, places: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:

@@ -54,14 +54,16 @@ class TokenPlan:
         self.blocks = int(per_adapter.sum())
         order = torch.argsort(owners[kept], stable=True)
         rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        rank[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts).repeat_interleave(
+            counts
+        )
         first = (per_adapter.cumsum(0) - per_adapter) * self.size
-        within = torch.arange(run)
+        within = torch.arange(run, device=owners.device)
         starts = first[owners[kept]] + rank * run
         self._positions = (starts[:, None] + within).flatten().to(device)
         if has_base:
             self._kept = (kept[:, None] * run + within).flatten().to(device)
-        return torch.arange(adapters).repeat_interleave(per_adapter)
+        return torch.arange(adapters, device=owners.device).repeat_interleave(per_adapter)
 
     def spread(self, tokens: Tensor) -> Tensor:
         """Put tokens into their blocks: (G, T, k) -> (G*blocks, size, k)."""
@@ -96,6 +98,13 @@ class TokenPlan:
         total = parts.new_zeros(len(parts), adapters, *parts.shape[2:])
         if parts.device.type == "cpu":  # one block after the other
             return total.index_add_(1, self.owner, parts)
-        # Elsewhere index_add_ adds by atomics, in any order; index_put_ sorts the indices first.
-        total.transpose(0, 1).index_put_((self.owner,), parts.transpose(0, 1), accumulate=True)
-        return total
+        return add_sorted(total, self.owner, parts)
+
+
+def add_sorted(total: Tensor, owner: Tensor, parts: Tensor) -> Tensor:
+    """Add parts (G, blocks, ...) to ``total[:, owner]`` in place, always in the same order.
+
+    On a GPU ``index_add_`` adds by atomics, in any order; ``index_put_`` sorts the indices first.
+    """
+    total.transpose(0, 1).index_put_((owner,), parts.transpose(0, 1), accumulate=True)
+    return total

@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
+from tcurlora_ext.operator.bank.plan import add_sorted
 
 from .models import cores_for, filled, make, one_by_one
 
@@ -223,3 +224,20 @@ def test_a_copy_of_the_model_has_no_bank() -> None:
     x = inputs(1)
     with pytest.warns(UserWarning, match="no adapted layer"), bank.use(["0"]):
         assert_close(other(x), one_by_one(model, [-1], x), **EXACT)
+
+
+def test_a_weight_that_trains_is_refused() -> None:
+    model = make()
+    bank = filled(model)
+    assert len(bank) == 3
+    model.blocks[1].out.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"blocks\.1\.out: its weight trains"):
+        model(inputs(1), adapter_ids=["0"])
+    with torch.no_grad():
+        model(inputs(1), adapter_ids=["0"])
+
+
+def test_what_a_gpu_sums_by_sorting_is_the_same_sum() -> None:
+    owner, parts = torch.tensor([2, 0, 2, 1, 0, 2]), torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    expected = torch.zeros(3, 4, 4, 5, dtype=torch.float64).index_add_(1, owner, parts)
+    assert_close(add_sorted(torch.zeros_like(expected), owner, parts), expected, **EXACT)
