@@ -83,7 +83,7 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory that hold the cores: on the device, and with a pool on the CPU too."""
+        """How many bytes of memory hold the cores, on the device and, with a pool, on the CPU."""
         return self._held.nbytes
 
     def add(self, name: str, source: Source = None) -> int:
