@@ -1,5 +1,6 @@
 """tCURLoRA: adapt frozen networks by training a tiny core U between columns and rows of their own weights."""
 
+from .adapter.bank import AdapterBank
 from .adapter.config import TCURConfig
 from .adapter.distributed.sharding import shard
 from .adapter.files.loading import load_adapter
@@ -20,6 +21,7 @@ from .operator.backends import backends
 __version__ = "0.2.0"  # pyproject.toml reads it from here; a literal, so that no build has to import this file
 
 __all__ = [
+    "AdapterBank",
     "TCURConfig",
     "TCURLinear",
     "TCURStack",

@@ -46,10 +46,10 @@ class AdapterFile:
 
 def description(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """A file's description as JSON, with the digest of all of the file as its last entry."""
-    return json.dumps({**header, "digest": _digest(header, tensors)})
+    return json.dumps({**header, "digest": digest(header, tensors)})
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the description and of name, dtype, shape and bytes of the tensors, as hexadecimal digits."""
     found = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(tensors):
@@ -85,7 +85,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
         raise ValueError(f"{path}: the adapter's description is damaged: {error!r}") from None
     if version != FORMAT:
         raise ValueError(f"{path}: found adapter format {version!r}, expected {FORMAT}")
-    if stated is not None and stated != _digest(header, tensors):
+    if stated is not None and stated != digest(header, tensors):
         raise ValueError(f"{path}: the file is damaged: its content has another digest than the one that it states")
     return file_
 

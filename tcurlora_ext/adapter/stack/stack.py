@@ -16,6 +16,7 @@ from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import changed_input, tcur_delta, tcur_linear, tcur_riding
 
+from .batches import adapted_by_batch
 from .factors import require_finite, require_stack
 from .state import StackState
 
@@ -178,6 +179,10 @@ class TCURStack(StackState):
         """
         if self.rides and weight.requires_grad:
             self.hold_columns()
+        if self.banked:
+            y = adapted_by_batch(self, x, weight, bias, first_slice, num_slices, training)
+            if y is not None:
+                return y
         if self.rides:
             return self._riding(x, weight, bias, first_slice, num_slices, training)
         if training and self.options.dropout > 0:
@@ -185,7 +190,7 @@ class TCURStack(StackState):
         calls = self._calls(first_slice, num_slices, weight.dtype)
         if len(calls) == 1:
             return self._linear(x, weight, bias, calls[0])
-        parts = _parts(weight, bias, len(calls))
+        parts = layer_parts(weight, bias, len(calls))
         return torch.cat([self._linear(x, *part, call) for part, call in zip(parts, calls, strict=True)], -1)
 
     def _riding(
@@ -193,7 +198,7 @@ class TCURStack(StackState):
     ) -> Tensor:
         """:meth:`adapt` in the riding form: one changed input, and one base product, for each slice."""
         seen = nn.functional.dropout(x, self.options.dropout) if training and self.options.dropout > 0 else None
-        parts = enumerate(_parts(weight, bias, num_slices), first_slice)
+        parts = enumerate(layer_parts(weight, bias, num_slices), first_slice)
         results = [self._riding_slice(x, seen, *part, at) for at, part in parts]
         return results[0] if num_slices == 1 else torch.cat(results, -1)
 
@@ -275,8 +280,14 @@ class TCURStack(StackState):
         return f"slices={self.slices}, out={out_features}, in={in_features}, c={c}, r={r}, scale={self.scale:.4g}"
 
 
-def _parts(weight: Tensor, bias: Tensor | None, number: int) -> list[tuple[Tensor, Tensor | None]]:
-    """The weight and bias of every slice of a layer: several where it is a fused projection."""
+def layer_parts(weight: Tensor, bias: Tensor | None, number: int) -> list[tuple[Tensor, Tensor | None]]:
+    """The weight and bias of every slice of a layer: several where it is a fused projection.
+
+    Args:
+        weight: (number*out, in).
+        bias: (number*out,) or None.
+        number: How many slices there are.
+    """
     if number == 1:
         return [(weight, bias)]
     biases = [None] * number if bias is None else bias.chunk(number)

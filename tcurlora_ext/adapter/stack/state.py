@@ -37,6 +37,8 @@ class StackState(nn.Module):
     columns: Tensor
     row_scores: list[float]
     column_scores: list[float]
+    banked = False  # whether a bank of adapters was made for this stack: a batch of its adapters may be running
+    batched = False  # whether such a batch has run in grad mode: a backward pass may compute its layers again
 
     def __init__(self, weights: Tensor, selection: Selection, options: StackOptions, names: Sequence[str] = ()) -> None:
         super().__init__()

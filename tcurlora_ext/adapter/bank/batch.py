@@ -1,0 +1,163 @@
+"""A batch of several adapters while it runs: the cores as they were when it began, and the layers with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.model.structure import module_of
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.stack.stack import layer_parts
+from tcurlora_ext.maths.contract import Factors
+from tcurlora_ext.operator.bank import TokenPlan, ordinary, riding
+
+from .ids import Owners
+from .store import Slot, Store
+
+
+class Gathered(torch.autograd.Function):
+    """Cores (D, S, c, r) that were gathered already, of which some are trained: their gradients go to the parameters.
+
+    Nothing is saved, so that several backward passes may go through one such node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gathered: list[Tensor], positions: Sequence[int], *parameters: Tensor) -> Tensor:
+        ctx.positions = positions
+        return gathered[0]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(g[position] for position in ctx.positions)
+
+
+class AdapterBatch:
+    """The adapters of one batch (:class:`tcurlora_ext.adapter.stack.batches.Batch`).
+
+    Args:
+        stacks: The model's stacks -> their names; one object for all batches of a bank.
+        owners: Which adapter has each sample or token.
+        store: Where the cores are.
+        slots: The slot of each of the batch's D adapters, kept from being written while the batch lives.
+        trained: Position among the D adapters -> the parameters of an adapter that trains, by stack.
+    """
+
+    def __init__(
+        self,
+        stacks: Mapping[TCURStack, str],
+        owners: Owners[Any],
+        store: Store,
+        slots: list[Slot],
+        trained: Mapping[int, Mapping[str, nn.Parameter]],
+    ) -> None:
+        self.stacks, self.slots = stacks, slots
+        self.marked = self.used = False
+        self._owners, self._store, self._trained = owners, store, trained
+        self._places = store.places(slots)
+        self._cores: dict[tuple[TCURStack, bool], tuple[list[int], Tensor]] = {}
+        self._plans: dict[tuple[tuple[int, ...], torch.device], TokenPlan] = {}
+
+    def adapt(
+        self, stack: TCURStack, x: Tensor, weight: Tensor, bias: Tensor | None, first: int, number: int, training: bool
+    ) -> Tensor:
+        """As :meth:`tcurlora_ext.TCURStack.adapt`, for the batch's adapters."""
+        self.used = True
+        name = module_of(stack.names[first], ())
+        if training and stack.options.dropout > 0:
+            raise ValueError(
+                f"{name}: dropout is {stack.options.dropout}, which is not computed for a batch of several adapters; "
+                "adapt the model with dropout=0, or call model.eval()"
+            )
+        if x.shape[-1:] != weight.shape[1:]:
+            raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected {weight.shape[1]} features")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: its weight trains, but the adapters of a bank share a frozen base")
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            with torch.amp.autocast(device, enabled=False):
+                return self._compute(
+                    stack, name, _lowered(x, dtype), _lowered(weight, dtype), bias if bias is None else
+                    _lowered(bias, dtype), range(first, first + number),
+                )  # fmt: skip
+        return self._compute(stack, name, x, weight, bias, range(first, first + number))
+
+    def _compute(
+        self, stack: TCURStack, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, layers: range
+    ) -> Tensor:
+        plan = self._plan(tuple(x.shape[:-1]), x.device, name)
+        if not self.slots or x.numel() == 0:
+            return nn.functional.linear(x, weight, bias)
+        cores = self._cores_of(stack)
+        if stack.rides:
+            return _concatenated(
+                riding(x, *part, stack.riding(at, weight.dtype), cores[:, at], plan)
+                for part, at in zip(layer_parts(weight, bias, len(layers)), layers, strict=True)
+            )
+        calls = _calls(stack, cores, layers, weight.dtype)
+        parts = layer_parts(weight, bias, len(calls))
+        return _concatenated(ordinary(x, *part, *call, plan) for part, call in zip(parts, calls, strict=True))
+
+    def _plan(self, leading: tuple[int, ...], device: torch.device, name: str) -> TokenPlan:
+        key = leading, device
+        plan = self._plans.get(key)
+        if plan is None:
+            owners, run = self._owners.of_tokens(leading, name)
+            plan = self._plans[key] = TokenPlan(owners, run, len(self.slots), device)
+        return plan
+
+    def _cores_of(self, stack: TCURStack) -> Tensor:
+        """The cores of the batch's adapters, (D, S, c, r), gathered once, and again after parameters have changed."""
+        name = self.stacks[stack]
+        trained = {at: parameters[name] for at, parameters in self._trained.items()}
+        versions = [parameter._version for parameter in trained.values()]
+        key = stack, bool(trained) and torch.is_grad_enabled()
+        known = self._cores.get(key)
+        if known is not None and known[0] == versions:
+            return known[1]
+        cores = self._store.gather(name, len(self.slots), self._places)
+        if key[1]:
+            cores = Gathered.apply([cores], list(trained), *trained.values())
+        self._cores[key] = versions, cores
+        return cores
+
+
+class OwnCores:
+    """A batch for which the model's own adapter computes: ``bank.use(None)``."""
+
+    def __init__(self, stacks: Mapping[TCURStack, str]) -> None:
+        self.stacks = stacks
+        self.marked = self.used = False
+
+    def adapt(self, *_: Any) -> None:
+        """None: the stack uses its own core."""
+        self.used = True
+
+
+def _calls(stack: TCURStack, cores: Tensor, layers: range, dtype: torch.dtype) -> list[tuple[Factors, Tensor]]:
+    """What the operator takes for these slices, and the cores of all adapters in each call: (blocks, D, c, r)."""
+    along, slices = stack.options.along, stack.slices
+    col, row = stack.col.to(dtype), stack.row.to(dtype)
+    arguments = slices, layers.start, len(layers), stack.scale
+    if along.own_cores(slices):
+        calls = along.calls(col, stack.core.detach(), row, *arguments)
+        return [(call, cores[None, :, at]) for call, at in zip(calls, layers, strict=True)]
+    by_block = cores.transpose(0, 1)
+    if stack.options.core_domain == "slice":
+        by_block = along.fold(by_block)
+    # To the transform they are one core, of D*c columns.
+    calls = along.calls(col, by_block.flatten(1, 2), row, *arguments)
+    return [(call, call.core.unflatten(1, (len(cores), -1))) for call in calls]
+
+
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in autocast's dtype, as nn.Linear casts it: unless it is float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _concatenated(parts: Any) -> Tensor:
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found, -1)

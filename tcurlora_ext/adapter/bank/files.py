@@ -1,0 +1,226 @@
+"""Files of a bank: adapter files that are checked against its model, and one file of many adapters.
+
+The file of many is a safetensors file. Tensors: ``cores.<stack>`` (N, S, c, r), ``rows.<stack>``, ``columns.<stack>``;
+``col.<stack>`` and ``row.<stack>`` where they are not those of the base. Header: ``tcurlora_bank`` -> format version,
+the N names, transform and core domain, for every stack its slices, scale, and the dtype and fingerprint of its base
+weights; and the digest, SHA-256 of all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.files.fingerprint import fingerprint, mismatch
+from tcurlora_ext.adapter.files.format import description, digest, read_adapter
+from tcurlora_ext.adapter.model.structure import base_weights, stacks
+from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.io.atomic import write_bytes
+from tcurlora_ext.io.tensors import not_finite, read_tensors
+
+from .store import Cores
+
+FORMAT = 1
+HEADER = "tcurlora_bank"
+ADAPTER_FILE = "adapter.safetensors"  # as save_adapter names the file in a folder
+
+
+def cores_of(
+    name: str, source: Mapping[str, Tensor] | nn.Module | None, stacks_: Mapping[str, TCURStack]
+) -> Cores | None:
+    """The cores of a source, checked; None for zeros.
+
+    Raises:
+        ValueError: They do not fit the stacks, or are not finite.
+    """
+    if source is None:
+        return None
+    if isinstance(source, nn.Module):
+        found = stacks(source)
+        _require_same_names(name, found, stacks_)
+        for stack_name, stack in found.items():
+            here = stacks_[stack_name]
+            _require_same(name, stack_name, _layout(stack), _layout(here))
+        source = {stack_name: stack.core.detach() for stack_name, stack in found.items()}
+    _require_same_names(name, source, stacks_)
+    for stack_name, core in source.items():
+        expected = tuple(stacks_[stack_name].core.shape)
+        if tuple(core.shape) != expected or not core.is_floating_point():
+            raise ValueError(
+                f"adapter {name!r}: the core of stack {stack_name} is {core.dtype} {tuple(core.shape)}, expected "
+                f"floating numbers {expected}"
+            )
+    broken = not_finite(source)
+    if broken:
+        raise ValueError(f"adapter {name!r}: the core of stack {broken[0]} has NaN or infinite values")
+    return source
+
+
+class Checks:
+    """Reads and writes files for one model, whose fingerprints are taken when the first file needs them.
+
+    Args:
+        model: The adapted model.
+        stacks_: Its stacks by name.
+    """
+
+    def __init__(self, model: nn.Module, stacks_: Mapping[str, TCURStack]) -> None:
+        self._model, self._stacks = model, stacks_
+        self._bases: dict[str, tuple[Tensor, torch.dtype, bool]] = {}
+
+    def read(self, path: str | os.PathLike[str]) -> tuple[Cores, str]:
+        """The cores of an adapter file, and the name that its file or folder gives it."""
+        file = read_adapter(path)
+        beside = sorted([*file.under("trained"), *file.under("state")])
+        if beside:
+            raise ValueError(
+                f"{file.path} has {', '.join(beside[:4])} ({len(beside)} in all) beside the cores: the samples of a "
+                "batch would share them, a bank takes adapters of cores alone"
+            )
+        options = {"transform": file.config.transform, "core domain": file.config.core_domain}
+        self._require(file.path, file.stacks, file.tensors, options)
+        named_by_folder = file.path.name == ADAPTER_FILE and file.path.parent.name
+        return file.under("core"), file.path.parent.name if named_by_folder else file.path.stem
+
+    def _require(
+        self, path: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Mapping[str, str]
+    ) -> None:
+        """Raise ValueError, naming the stack, unless the file's stacks are those of the model."""
+        _require_same_names(str(path), described, self._stacks)
+        for name, stack in self._stacks.items():
+            there = described[name]
+            indices = {kind: tensors[f"{kind}.{name}"] for kind in ("rows", "columns")}
+            found = {
+                "layers": there["names"],
+                "rank": (len(indices["columns"]), len(indices["rows"])),
+                "blocks": tensors.get(f"core.{name}", tensors.get(f"cores.{name}", torch.empty(0))).shape[-3],
+                **options,
+                "scale": there["scale"],
+                **indices,
+            }
+            _require_same(str(path), name, found, _layout(stack))
+            factors = {kind: tensors[f"{kind}.{name}"] for kind in ("col", "row") if f"{kind}.{name}" in tensors}
+            for kind, factor in factors.items():
+                here = getattr(stack, kind).detach().cpu()
+                if not torch.equal(factor.to(here.dtype), here):
+                    raise ValueError(f"{path}: stack {name} has other factors ({kind}) than the bank's model")
+            if not factors:
+                self._require_base(path, name, there)
+
+    def _require_base(self, path: Path, name: str, described: Mapping[str, Any]) -> None:
+        found, dtype, factors_of_base = self._base(name)
+        if not factors_of_base:
+            raise ValueError(
+                f"{path}: stack {name} of the bank's model has factors that are not those of its base weights, as the "
+                "file's are"
+            )
+        saved = torch.tensor(described["fingerprint"], dtype=torch.float64)
+        other = mismatch(saved, found, described["base_dtype"], dtype)
+        if other:
+            raise ValueError(
+                f"{path}: trained on other base weights: {len(other)} of {len(saved)} slices of stack {name} differ, "
+                f"first {described['names'][other[0]]}"
+            )
+
+    def _base(self, name: str) -> tuple[Tensor, torch.dtype, bool]:
+        """The fingerprint and dtype of a stack's base weights, and whether its factors are theirs."""
+        if name not in self._bases:
+            stack = self._stacks[name]
+            weights = base_weights(self._model, stack)
+            self._bases[name] = fingerprint(weights), weights.dtype, stack.is_of(weights)
+        return self._bases[name]
+
+    def write(self, path: Path, adapters: Mapping[str, Cores]) -> Path:
+        """Write a file of many adapters."""
+        tensors: dict[str, Tensor] = {}
+        described = {}
+        for name, stack in self._stacks.items():
+            cores = [adapter[name].cpu() for adapter in adapters.values()]
+            tensors[f"cores.{name}"] = torch.stack(cores) if cores else torch.empty(0, *stack.core.shape)
+            tensors |= {f"{kind}.{name}": index.cpu().clone() for kind, index in _indices(stack).items()}
+            prints, dtype, factors_of_base = self._base(name)
+            if not factors_of_base:
+                tensors |= {kind: getattr(stack, kind[:3]).cpu().clone() for kind in (f"col.{name}", f"row.{name}")}
+            described[name] = {
+                "names": stack.names, "scale": stack.scale, "base_dtype": str(dtype).removeprefix("torch."),
+                "fingerprint": prints.tolist(),
+            }  # fmt: skip
+        broken = not_finite(tensors)
+        if broken:
+            raise ValueError(f"{broken[0]} has NaN or infinite values; {path} is as it was")
+        options = next(iter(self._stacks.values())).options
+        header = {
+            "format": FORMAT, "names": list(adapters), "stacks": described,
+            "options": {"transform": options.transform, "core domain": options.core_domain},
+        }  # fmt: skip
+        write_bytes(path, safetensors.torch.save(tensors, {HEADER: description(header, tensors)}))
+        return path
+
+    def read_all(self, path: Path) -> dict[str, Cores]:
+        """The adapters of a file of :meth:`write`: name -> stack -> core."""
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file of a bank")
+        metadata, tensors = read_tensors(path, "a file that AdapterBank.save wrote")
+        if HEADER not in metadata:
+            raise ValueError(f"{path}: found a safetensors file without a {HEADER!r} header, expected one of a bank")
+        try:
+            header = dict(json.loads(metadata[HEADER]))
+            stated = header.pop("digest")
+            version, names, described, options = (header[key] for key in ("format", "names", "stacks", "options"))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the description of the bank is damaged: {error!r}") from None
+        if version != FORMAT:
+            raise ValueError(f"{path}: found format {version!r} of a bank, expected {FORMAT}")
+        if stated != digest(header, tensors):
+            raise ValueError(f"{path}: the file is damaged: its content has another digest than the one that it states")
+        self._require(path, described, tensors, options)
+        return {
+            adapter: {name: tensors[f"cores.{name}"][at] for name in self._stacks} for at, adapter in enumerate(names)
+        }
+
+
+def _layout(stack: TCURStack) -> dict[str, Any]:
+    """What the cores of a stack mean, in the order in which differences are reported."""
+    return {
+        "layers": stack.names,
+        "rank": stack.rank,
+        "blocks": stack.blocks,
+        "transform": stack.options.transform,
+        "core domain": stack.options.core_domain,
+        **_indices(stack),
+        "scale": stack.scale,
+    }
+
+
+def _indices(stack: TCURStack) -> dict[str, Tensor]:
+    return {"rows": stack.rows, "columns": stack.columns}
+
+
+def _require_same_names(who: str, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    if found.keys() != expected.keys():
+        raise ValueError(
+            f"{who}: its stacks are {', '.join(found) or 'none'}, those of the bank's model {', '.join(expected)}"
+        )
+
+
+def _require_same(who: str, stack: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first entry in which a stack differs from that of the bank."""
+    for entry, here in expected.items():
+        there = found[entry]
+        if isinstance(here, Tensor):
+            same = torch.equal(there.cpu(), here.cpu())
+            there, here = there.tolist(), here.tolist()
+        elif isinstance(here, float):
+            same = math.isclose(there, here, rel_tol=1e-12)
+        else:
+            same = there == here
+        if not same:
+            raise ValueError(f"{who}: stack {stack} has {entry} {there!r:.80}, that of the bank's model {here!r:.80}")

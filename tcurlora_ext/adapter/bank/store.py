@@ -1,0 +1,156 @@
+"""Where the cores of a bank lie: slots in segments, tensors that never move, for all stacks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tcurlora_ext.adapter.stack import TCURStack
+
+# A new segment has a GROWTH-th of the slots that there are, which bounds the memory without adapters to 3 %; at first
+# SMALLEST slots.
+SMALLEST, GROWTH = 32, 32
+
+Cores = Mapping[str, Tensor]
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place for the cores of one adapter.
+
+    Attributes:
+        segment, offset: Where it is.
+        users: How many running batches read it.
+        retired: Whether its adapter is gone or has other cores: it is free when no batch reads it any more.
+    """
+
+    segment: int
+    offset: int
+    users: int = 0
+    retired: bool = False
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One adapter.
+
+    Attributes:
+        name, handle: What it is called by.
+        slot: Where its cores are on the device; None where they are in the pool alone.
+        home: Where they are in the pool; None without one.
+        parameters: Its cores as parameters, while it trains.
+        used: When a batch last used it, a count.
+    """
+
+    name: str
+    handle: int
+    slot: Slot | None = None
+    home: Slot | None = None
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    used: int = 0
+
+
+class Store:
+    """Segments of slots on one device: of each stack a tensor (slots, S, c, r) per segment.
+
+    The caller holds the bank's lock, except for :meth:`views` and :meth:`gather`: slots that a batch uses are not
+    written, and segments are only ever added.
+
+    Args:
+        stacks: The stacks by name.
+        device: Where the segments are; None: with each stack's core.
+        limit: The largest number of slots; None: any.
+    """
+
+    def __init__(self, stacks: Mapping[str, TCURStack], device: torch.device | None, limit: int | None) -> None:
+        self._like = {name: stack.core.detach() for name, stack in stacks.items()}
+        self._device, self._limit = device, limit
+        self._segments: list[dict[str, Tensor]] = []
+        self._free: list[Slot] = []
+        self.slots = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all segments, in bytes."""
+        return sum(tensor.nbytes for segment in self._segments for tensor in segment.values())
+
+    def take(self) -> Slot | None:
+        """A free slot, of a new segment where there is none; None where the limit is reached."""
+        if not self._free and not self._grow():
+            return None
+        return self._free.pop()
+
+    def _grow(self) -> bool:
+        more = max(SMALLEST, self.slots // GROWTH)
+        if self._limit is not None:
+            more = min(more, self._limit - self.slots)
+        if more <= 0:
+            return False
+        segment = {
+            name: torch.zeros(more, *core.shape, dtype=core.dtype, device=self._device or core.device)
+            for name, core in self._like.items()
+        }
+        self._free += [Slot(len(self._segments), offset) for offset in reversed(range(more))]
+        self._segments.append(segment)
+        self.slots += more
+        return True
+
+    def retire(self, slot: Slot) -> None:
+        """Let go of a slot: it is free once no batch uses it."""
+        slot.retired = True
+        self._free_unused(slot)
+
+    def acquire(self, slots: Sequence[Slot]) -> None:
+        """Keep slots from being written until :meth:`release`."""
+        for slot in slots:
+            slot.users += 1
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        """The end of :meth:`acquire`."""
+        for slot in slots:
+            slot.users -= 1
+            self._free_unused(slot)
+
+    def _free_unused(self, slot: Slot) -> None:
+        if slot.retired and slot.users == 0:
+            slot.retired = False
+            self._free.append(slot)
+
+    @torch.no_grad()
+    def write(self, slot: Slot, cores: Cores | None) -> None:
+        """Copy cores into a slot; None: zeros."""
+        for name, place in self.views(slot).items():
+            if cores is None:
+                place.zero_()
+            else:
+                place.copy_(cores[name])
+
+    def views(self, slot: Slot) -> dict[str, Tensor]:
+        """The cores in a slot by stack, (S, c, r) each, in the segments' memory."""
+        return {name: tensor[slot.offset] for name, tensor in self._segments[slot.segment].items()}
+
+    def places(self, slots: Sequence[Slot]) -> list[tuple[int, Tensor, Tensor]]:
+        """Slots by segment: (segment, positions among the slots, offsets in the segment), for :meth:`gather`."""
+        found: dict[int, tuple[list[int], list[int]]] = {}
+        for position, slot in enumerate(slots):
+            positions, offsets = found.setdefault(slot.segment, ([], []))
+            positions.append(position)
+            offsets.append(slot.offset)
+        return [(at, torch.tensor(p, device="cpu"), torch.tensor(o, device="cpu")) for at, (p, o) in found.items()]
+
+    @torch.no_grad()
+    def gather(self, name: str, number: int, places: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+        """The cores of one stack in some slots: a new tensor (number, S, c, r)."""
+        if len(places) == 1:
+            at, _, offsets = places[0]
+            segment = self._segments[at][name]
+            return segment.index_select(0, offsets.to(segment.device))
+        like = self._segments[places[0][0]][name]
+        cores = like.new_empty(number, *like.shape[1:])
+        for at, positions, offsets in places:
+            rows = self._segments[at][name].index_select(0, offsets.to(like.device))
+            cores.index_copy_(0, positions.to(like.device), rows)
+        return cores
