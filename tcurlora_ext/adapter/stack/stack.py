@@ -37,9 +37,6 @@ class TCURStack(StackState):
         slices: S, the number of weights.
         core: The parameter (S, c, r), or (fewer, c, r) with ``frequencies``. It is real, at least float32, zero at
             the start, and in the options' ``core_domain``.
-        col: C folded, (out, c*S): a frozen buffer in the weights' dtype, or with ``trainable="all"`` a parameter of at
-            least float32; see :mod:`tcurlora_ext.maths.folding`. A stack that ``rides`` gathers it from its layers'
-            weights each time.
         row: R folded, (r*S, in), a buffer or parameter.
         rides: Whether C is columns of the layers' own weights, so that their adapters ride on the base product.
         rows: The chosen output features, (r,) int64, best first.

@@ -27,7 +27,7 @@ class StackState(nn.Module):
     """The core and the factors of a stack: the base class of :class:`tcurlora_ext.TCURStack`, which documents them.
 
     Where every slice has a core of its own, C is ``W[:, columns] diag(gain)`` of the layers' frozen weights. Their
-    adapters then ride on the base product (:mod:`tcurlora_ext.operator.riding`), and C is not held: ``col`` gathers it.
+    adapters then ride on the base product (:func:`tcurlora_ext.functional.tcur_riding`), and C is not held: ``col`` gathers it.
     """
 
     core: nn.Parameter
@@ -109,7 +109,14 @@ class StackState(nn.Module):
 
     @property
     def col(self) -> Tensor:
-        """C folded, (out, c*S). Raises ValueError where the stack rides on layers that are gone."""
+        """The column factor in its folded form, of shape (out, c*S): see :mod:`tcurlora_ext.maths.folding`.
+
+        It is a frozen buffer in the weights' dtype, or with ``trainable="all"`` a parameter of at least float32. A
+        stack that ``rides`` gathers it from its layers' weights.
+
+        Raises:
+            ValueError: The stack rides on layers that are gone.
+        """
         held = self.held_col
         return self._gathered_col() if held is None else held
 

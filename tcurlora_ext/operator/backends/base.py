@@ -21,7 +21,8 @@ class Backend:
         forward: (x, weight, bias, factors) -> y (..., n*out) and h (T, r*S).
         backward: (g, x, h, weight, factors, needs) -> gradients of x, weight, bias, col, core and row; an empty tensor
             for every gradient that ``needs`` does not ask for.
-        ride: (x, riding) -> the changed input x' (T, in) and h (T, r), for a :class:`Riding` and x (T, in).
+        ride: (x, riding) -> the changed input x' (T, in) and h (T, r), for x (T, in) and a
+            :class:`tcurlora_ext.maths.contract.Riding`.
         ride_back: (g, x, h, riding, needs) -> gradients of core and row; g, the gradient of x' (T, in), becomes that of
             x where ``needs``, for x, core and row, asks for it.
         in_python: True: the registered operators call these functions. False: csrc/ implements the backend, and these
