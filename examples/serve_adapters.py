@@ -7,9 +7,9 @@
     curl -X POST localhost:8000/generate -H 'content-type: application/json' \
          -d '{"adapter": "random-0", "prompt": "once upon", "new_tokens": 16}'
 
-GET / is a page with throughput and latency. GET /adapters lists the adapters, POST /adapters adds one ({"name", "file"} or
-{"name", "seed"} for random cores), PUT /adapters/NAME replaces one, DELETE /adapters/NAME removes one; GET /stats. There
-is no authentication: it listens on this machine alone unless --host says otherwise.
+GET / is a page with throughput and latency, GET /stats the same as JSON. GET /adapters lists the adapters, POST
+/adapters adds one ({"name", "file"}, or {"name", "seed"} for random cores), PUT /adapters/NAME replaces one and DELETE
+/adapters/NAME removes one. There is no authentication: it listens on this machine alone unless --host says otherwise.
 Needs transformers, fastapi and uvicorn; for --load-test httpx.
 """
 
@@ -111,7 +111,9 @@ def make_app(
         tokens = tokenizer(body.prompt, add_special_tokens=False)["input_ids"] if text else body.prompt
         wrong = [token for token in tokens if not 0 <= token < model.config.vocab_size]
         if wrong:
-            raise ValueError(f"prompt has the token {wrong[0]}, expected tokens from 0 to {model.config.vocab_size - 1}")
+            raise ValueError(
+                f"prompt has the token {wrong[0]}, expected tokens from 0 to {model.config.vocab_size - 1}"
+            )
         if len(tokens) + body.new_tokens > options.max_tokens:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and new_tokens is {body.new_tokens}, together "
@@ -194,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make the model and serve it, or test it under load."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model on the hub or in a folder")
-    parser.add_argument("--adapters", type=Path, help="a folder with files of tcur.save_adapter; all of them are loaded")
+    parser.add_argument(
+        "--adapters", type=Path, help="a folder with files of tcur.save_adapter; all of them are loaded"
+    )
     parser.add_argument("--random", type=int, default=0, help="add so many random adapters, random-0, random-1, ...")
     parser.add_argument("--rank", type=int, default=8, help="rank of all adapters, that of the files")
     parser.add_argument("--hidden", type=int, default=128)

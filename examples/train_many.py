@@ -4,9 +4,9 @@
     python examples/train_many.py --tasks 256 --steps 100 --alone 4
 
 A small network is first trained on a mixture of curves and then frozen. Each task is another curve, and its adapter one
-core of a tcur.AdapterBank. A step of all tasks together takes a batch with samples of every task and one step of Adam; the
-loss is the sum of the tasks' mean squared errors, and Adam computes each parameter alone, so that every adapter
-trains exactly as it would by itself. The script checks this on the final losses, in float64.
+core of a tcur.AdapterBank. A step of all tasks together takes a batch with samples of every task and one step of Adam;
+the loss is the sum of the tasks' mean squared errors, and Adam computes each parameter alone, so that every adapter
+trains as it would by itself, up to rounding. The script checks this on the final losses, in float64.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     core = bank.cores("task 0")
     trained, size = sum(c.numel() for c in core.values()), sum(c.nbytes for c in core.values())
     print(f"each adapter: {trained:,} trained parameters, {size:,} bytes in float64")
-    # 300 steps carry rounding of 1e-16 on, through a loss that falls by a thousandth.
+    # Adam carries rounding of 1e-16 on from step to step.
     torch.testing.assert_close(together[:number], alone, rtol=1e-6, atol=1e-12)
     difference = ((together[:number] - alone).abs() / alone).max()
     print(f"final losses of {number} tasks are equal to {difference:.0e} of each: True")

@@ -61,7 +61,7 @@ class Running:
         self.cache: list[tuple[Tensor, Tensor]] = []
 
     def step(self, joining: list[Request]) -> list[Request]:
-        """One token for every running request, the first for those that join. Returns the requests that are finished."""
+        """One token for every running request, the first for those that join. Returns what is finished."""
         if self.requests:
             last = torch.tensor([[request.tokens[-1]] for request in self.requests])
             mask = nn.functional.pad(self.mask, (0, 1), value=1)

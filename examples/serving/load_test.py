@@ -26,7 +26,8 @@ import tcurlora_ext as tcur
 from .shelf import Shelf, random_cores
 
 CHANGING = [f"changing-{number}" for number in range(4)]
-CHECKED = 32  # answers per row of the table
+CHECKED = 16  # answers per row and round
+ROUNDS = 3  # every row is measured so often, in turns: what else the machine does then slows all rows alike
 Answer = tuple[list[int], dict[str, Any]]  # a prompt and what the server answered
 
 
@@ -40,7 +41,7 @@ class Seen:
         gone: Requests for an adapter that was removed before they came: 404, as it should be.
         errors: What should not have been answered.
         changes: Adapters added, replaced or removed.
-        tokens: Written tokens per second.
+        rates: Written tokens per second, for each round.
     """
 
     answers: list[Answer] = field(default_factory=list)
@@ -48,7 +49,7 @@ class Seen:
     gone: int = 0
     errors: list[str] = field(default_factory=list)
     changes: int = 0
-    tokens: float = 0.0
+    rates: list[float] = field(default_factory=list)
 
 
 @asynccontextmanager
@@ -112,23 +113,22 @@ async def changes(client: httpx.AsyncClient, end: float, seeds: dict[str, int], 
 
 
 async def measured(
-    app: Any, names: list[str | None], seeds: dict[str, int], seconds: float, options: argparse.Namespace, vocabulary: int
-) -> Seen:
+    app: Any, names: list[str | None], seconds: float, clients: int, vocabulary: int, seeds: dict[str, int], seen: Seen
+) -> None:
     """Let clients ask for the named adapters; where the changing ones are among them, change these meanwhile."""
-    seen = Seen()
+    before = len(seen.answers)
     async with served(app) as client:
         for seed, name in enumerate(name for name in names if name is not None):
             response = await client.post("/adapters", json={"name": name, "seed": seed})
             seeds[response.raise_for_status().json()["version"]] = seed
         start = time.monotonic()
         end = start + seconds
-        tasks = [asks(client, number, names, vocabulary, end, seen) for number in range(options.clients)]
+        tasks = [asks(client, number, names, vocabulary, end, seen) for number in range(clients)]
         if CHANGING[0] in names:
             tasks.append(changes(client, end, seeds, seen))
         await asyncio.gather(*tasks)
-        written = sum(len(answer["tokens"]) for _, answer in seen.answers)
-        seen.tokens = written / (time.monotonic() - start)
-    return seen
+        written = sum(len(answer["tokens"]) for _, answer in seen.answers[before:])
+        seen.rates.append(written / (time.monotonic() - start))
 
 
 @torch.no_grad()
@@ -164,26 +164,29 @@ def run(
         f"{options.many} adapters": [*steady],
         "the same, changing": [*steady, *CHANGING],
     }
+    seen = {label: Seen() for label in rows}
+    checked = same = 0
+    for _ in range(ROUNDS):
+        for label, names in rows.items():
+            model, row = copy.deepcopy(base), seen[label]
+            shelf = None if names == [None] else Shelf(adapted(model, options.rank), None)
+            app = make_app(model, tokenizer, shelf, options)
+            seeds: dict[str, int] = {}  # of each version of an adapter
+            first, seconds = len(row.answers), options.load_test / len(rows) / ROUNDS
+            asyncio.run(measured(app, names, seconds, options.clients, base.config.vocab_size, seeds, row))
+            sample = sorted(row.answers[first:], key=lambda answer: answer[1]["adapter"] not in CHANGING)[:CHECKED]
+            checked, same = checked + len(sample), same + equal(alone, sample, seeds)
     table = Table("", "requests", "tokens/s", "p50, ms", "p95, ms", "changes", "errors")
-    checked = same = gone = 0
-    errors: list[str] = []
-    for label, names in rows.items():
-        model = copy.deepcopy(base)
-        seeds: dict[str, int] = {}
-        shelf = None if names == [None] else Shelf(adapted(model, options.rank), None)
-        app = make_app(model, tokenizer, shelf, options)
-        seen = asyncio.run(measured(app, names, seeds, options.load_test / len(rows), options, base.config.vocab_size))
-        latencies = torch.tensor(seen.latencies or [float("nan")]) * 1000
-        table.add_row(
-            label, str(len(seen.answers)), f"{seen.tokens:.0f}", *(f"{latencies.quantile(q):.0f}" for q in (0.5, 0.95)),
-            str(seen.changes), str(len(seen.errors)),
-        )  # fmt: skip
-        random.Random(0).shuffle(seen.answers)
-        sample = sorted(seen.answers, key=lambda answer: answer[1]["adapter"] not in CHANGING)[:CHECKED]
-        checked, same = checked + len(sample), same + equal(alone, sample, seeds)
-        gone, errors = gone + seen.gone, errors + seen.errors
+    for label, row in seen.items():
+        latencies = torch.tensor(row.latencies or [float("nan")]) * 1000
+        half, most = (f"{latencies.quantile(share):.0f}" for share in (0.5, 0.95))
+        rate = f"{sorted(row.rates)[ROUNDS // 2]:.0f}"
+        table.add_row(label, str(len(row.answers)), rate, half, most, str(row.changes), str(len(row.errors)))
     Console().print(table)
     print(f"{same} of {checked} answers that were checked are what their adapter alone writes")
-    print(f"{gone} requests came after their adapter had been removed, and were told so")
+    print(
+        f"{sum(row.gone for row in seen.values())} requests came after their adapter had been removed, and were told so"
+    )
+    errors = [error for row in seen.values() for error in row.errors]
     if errors:
         print(f"the first error: {errors[0]}")

@@ -29,8 +29,8 @@ class Shelf:
     """Names of adapters, each with its present version in a bank.
 
     A bank's batch has the cores of the moment when it began, and each decoding step is a batch of its own. So that no
-    request changes its adapter between two steps, whose cache would then not fit, a replaced or removed version stays in
-    the bank until the last request that uses it has ended.
+    request changes its adapter between two steps, where its cache would not fit the new one, a replaced or removed
+    version stays in the bank until the last request that uses it has ended.
 
     Args:
         model: An adapted model.
@@ -54,7 +54,9 @@ class Shelf:
     def _version(self, name: str) -> str:
         if name not in self._versions:
             near = difflib.get_close_matches(name, self._versions) or sorted(self._versions)[:3]
-            raise Unknown(f"no adapter {name!r}; there are {len(self._versions)} (near it: {', '.join(near) or 'none'})")
+            raise Unknown(
+                f"no adapter {name!r}; there are {len(self._versions)} (near it: {', '.join(near) or 'none'})"
+            )
         return self._versions[name]
 
     def take(self, name: str) -> str:
