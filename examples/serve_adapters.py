@@ -107,8 +107,11 @@ def make_app(
         return shelf
 
     def tokens_of(body: Generate) -> list[int]:
-        text = isinstance(body.prompt, str)
-        tokens = tokenizer(body.prompt, add_special_tokens=False)["input_ids"] if text else body.prompt
+        tokens: list[int]
+        if isinstance(body.prompt, str):
+            tokens = tokenizer(body.prompt, add_special_tokens=False)["input_ids"]
+        else:
+            tokens = body.prompt
         wrong = [token for token in tokens if not 0 <= token < model.config.vocab_size]
         if wrong:
             raise ValueError(
@@ -119,7 +122,7 @@ def make_app(
                 f"the prompt has {len(tokens)} tokens and new_tokens is {body.new_tokens}, together "
                 f"{len(tokens) + body.new_tokens}: expected at most {options.max_tokens}"
             )
-        return list(tokens)
+        return tokens
 
     @app.post("/generate")
     async def generate(body: Generate) -> dict[str, Any]:
