@@ -27,7 +27,8 @@ class StackState(nn.Module):
     """The core and the factors of a stack: the base class of :class:`tcurlora_ext.TCURStack`, which documents them.
 
     Where every slice has a core of its own, C is ``W[:, columns] diag(gain)`` of the layers' frozen weights. Their
-    adapters then ride on the base product (:func:`tcurlora_ext.functional.tcur_riding`), and C is not held: ``col`` gathers it.
+    adapters then ride on the base product (:func:`tcurlora_ext.functional.tcur_riding`), and C is not held: ``col``
+    gathers it.
     """
 
     core: nn.Parameter
