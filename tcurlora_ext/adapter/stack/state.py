@@ -110,10 +110,10 @@ class StackState(nn.Module):
 
     @property
     def col(self) -> Tensor:
-        """The column factor in its folded form, of shape (out, c*S): see :mod:`tcurlora_ext.maths.folding`.
+        """C in its folded form, of shape (out, c*S).
 
-        It is a frozen buffer in the weights' dtype, or with ``trainable="all"`` a parameter of at least float32. A
-        stack that ``rides`` gathers it from its layers' weights.
+        It is a frozen buffer in the weights' dtype, or with ``trainable="all"`` a parameter of at least float32; see
+        :mod:`tcurlora_ext.maths.folding`. A stack that ``rides`` gathers it from its layers' weights.
 
         Raises:
             ValueError: The stack rides on layers that are gone.
