@@ -55,6 +55,7 @@ class Case:
         sweep: The growth curve that it is a point of ("tokens", "rank", "slices", "width"); "" for none.
         compiled: Whether the variants that go through torch.compile are measured: each compiles for half a minute.
         variants: Names of the variants that are measured beside the frozen network and LoRA; empty: all.
+        light: Whether "all" includes adapters with a core for each layer, and what they are compared with.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Case:
     sweep: str = ""
     compiled: bool = True
     variants: tuple[str, ...] = ()
+    light: bool = False
 
     @property
     def id(self) -> str:
@@ -161,8 +163,7 @@ def gpu() -> list[Case]:
         block,
         replace(target, mode="inference"),
     ]
-    cases = [replace(case, dtype="bfloat16", compiled=case in (target, encoder)) for case in cases]
-    return cases + [replace(case, dtype="bfloat16") for case in riding()[:6]]
+    return [replace(case, dtype="bfloat16", compiled=case in (target, encoder), light=True) for case in cases]
 
 
 def growth() -> list[Case]:

@@ -56,7 +56,7 @@ class Variant:
         compiled: Whether it goes through torch.compile.
         whole: Whether it needs every slice of its stacks to be in the network.
         layers_alone: Whether it is measured only in the training of single layers and stacks.
-        by_name: Whether it is measured only in cases that name it.
+        by_name: Whether it is measured only in cases that name it, or are ``light``.
     """
 
     name: str
@@ -70,11 +70,12 @@ class Variant:
 
     def fits(self, case: Case, network: Network) -> bool:
         """Whether the case asks for this variant and its network allows it."""
-        not_asked = (case.variants or self.by_name) and self.name not in (FROZEN, LORA, *case.variants)
+        not_asked = case.variants and self.name not in (FROZEN, LORA, *case.variants)
+        left_out = self.by_name and not (case.variants or case.light)
         compiled = self.compiled and not case.compiled
         partial_stack = self.whole and network.repeats > 1
         other = self.layers_alone and (case.mode != "training" or case.network not in ("layer", "stack"))
-        return not (not_asked or compiled or partial_stack or other)
+        return not (not_asked or left_out or compiled or partial_stack or other)
 
 
 @dataclass

@@ -132,11 +132,12 @@ if sys.argv[1] == "before":
 known = "torch.utils.flop_counter" in sys.modules
 import tcurlora_ext as tcur
 assert ("torch.utils.flop_counter" in sys.modules) == known, "importing this package imports the counter"
-layer = tcur.TCURLinear(8, 8, rank=2)
+layers = {"forward": tcur.TCURLinear(8, 8, rank=2, slices=2), "riding_forward": tcur.TCURLinear(8, 8, rank=2)}
 from torch.utils.flop_counter import FlopCounterMode
-with FlopCounterMode(display=False) as counter:
-    layer(torch.randn(3, 8))
-assert torch.ops.tcurlora.forward in counter.get_flop_counts()["TCURLinear"]
+for name, layer in layers.items():
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(3, 8))
+    assert getattr(torch.ops.tcurlora, name) in counter.get_flop_counts()["TCURLinear"]
 """
 
 
