@@ -33,7 +33,7 @@ class StackState(nn.Module):
 
     core: nn.Parameter
     row: Tensor
-    gain: Tensor
+    gain: Tensor | None
     rows: Tensor
     columns: Tensor
     row_scores: list[float]
@@ -63,7 +63,9 @@ class StackState(nn.Module):
         wide = torch.promote_types(weights.dtype, torch.float32)
         shape = (self.blocks, len(selection.columns), len(selection.rows))
         self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
-        self.register_buffer("gain", taken.gain.to(wide), persistent=False)
+        # Only where the adapter may ride: it is in no state of PEFT's, and would stay on meta where that is loaded.
+        gain = taken.gain.to(wide) if options.rides(self.slices) else None
+        self.register_buffer("gain", gain, persistent=False)
         # ``col`` is a property of this class, and register_buffer refuses the name of one.
         for name, folded in (("col", taken.col), ("row", taken.row)):
             if options.trainable == "all":
@@ -121,6 +123,10 @@ class StackState(nn.Module):
         held = self.held_col
         return self._gathered_col() if held is None else held
 
+    def _gain(self) -> Tensor:
+        assert self.gain is not None  # a stack that may ride has it
+        return self.gain
+
     @torch.no_grad()
     def _gathered_col(self) -> Tensor:
         weights = self.layers.weights(self)
@@ -130,9 +136,10 @@ class StackState(nn.Module):
                 "model, or save the adapter with include_factors=True"
             )
         taken = take_factors(weights, self.selection, self.options)
-        if torch.equal(taken.gain.to(self.gain), self.gain):
+        gain = self._gain()
+        if torch.equal(taken.gain.to(gain), gain):
             return taken.col  # to the bit as it was taken
-        C = torch.cat([weight[:, :, self.columns] for weight in weights]).double() * self.gain.double()
+        C = torch.cat([weight[:, :, self.columns] for weight in weights]).double() * gain.double()
         return folding.fold_columns(C, self.options.transform, self.blocks).to(weights[0].dtype).contiguous()
 
     @torch.no_grad()
@@ -149,11 +156,10 @@ class StackState(nn.Module):
         if weights is None or weights[0].is_meta or len(set(self.columns.tolist())) < len(self.columns):
             return
         taken = take_factors(weights, self.selection, self.options)
+        self.gain = taken.gain.to(self.core.device, torch.promote_types(self.core.dtype, torch.float32))
         self.rides = torch.equal(taken.col, held) and torch.equal(taken.row, self.row)
-        if self.rides:
-            self.gain = taken.gain.to(self.core.device, torch.promote_types(self.core.dtype, torch.float32))
-            if not self.keeps_columns:
-                del self._buffers["col"]
+        if self.rides and not self.keeps_columns:
+            del self._buffers["col"]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def hold_columns(self) -> None:
@@ -170,7 +176,8 @@ class StackState(nn.Module):
             dtype: That of the layer's input, into which R is converted.
         """
         row = self.row if self.row.dtype == dtype else self.row.to(dtype)
-        gain = self.gain if self.gain.dtype == self.core.dtype else self.gain.to(self.core.dtype)
+        gain = self._gain()
+        gain = gain if gain.dtype == self.core.dtype else gain.to(self.core.dtype)
         return Riding(self.columns, self.core, row, gain, slice_index, self.scale)
 
     # -- module machinery ---------------------------------------------------------------------------------------------
@@ -193,7 +200,7 @@ class StackState(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
         if self.held_col is None:
-            destination[prefix + "gain"] = self.gain if keep_vars else self.gain.detach()
+            destination[prefix + "gain"] = self._gain()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, unexpected_keys, _ = rest
@@ -204,9 +211,9 @@ class StackState(nn.Module):
             if weights is not None and reloaded.changed:
                 self.follow_base(torch.cat(weights))
             return
-        rode = prefix + "gain" in state_dict and prefix + "col" not in state_dict
+        rode = self.gain is not None and prefix + "gain" in state_dict and prefix + "col" not in state_dict
         if rode:
-            self.gain.copy_(state_dict[prefix + "gain"])
+            self._gain().copy_(state_dict[prefix + "gain"])
             if self.held_col is not None and self.options.rides(self.slices) and self.layers.weights(self) is not None:
                 del self._buffers["col"]
                 self.rides = True
@@ -245,7 +252,7 @@ class StackState(nn.Module):
             weights: (S, out, in), or such tensors of some slices each, in order.
         """
         taken = take_factors(weights, self.selection, self.options)
-        own = self.held_col is None and torch.equal(taken.gain.to(self.gain), self.gain)
+        own = self.held_col is None and torch.equal(taken.gain.to(self._gain()), self._gain())
         return (own or torch.equal(taken.col, self.col)) and torch.equal(taken.row, self.row)
 
     @torch.no_grad()
@@ -279,7 +286,8 @@ class StackState(nn.Module):
         if self.held_col is not None:
             self.col.copy_(taken.col)
         self.row.copy_(taken.row)
-        self.gain.copy_(taken.gain)
+        if self.gain is not None:
+            self.gain.copy_(taken.gain)
         self.rows.copy_(chosen.rows)
         self.columns.copy_(chosen.columns)
         self._keep_scores(chosen)
