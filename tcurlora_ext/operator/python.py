@@ -27,7 +27,8 @@ def define(library: torch.library.Library) -> None:
     library.impl("forward", _forward, "CompositeExplicitAutograd")
     library.impl("backward", _backward, "CompositeExplicitAutograd")
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        library.impl("linear", _autocast(device), key)
+        # x, weight, bias, col and row; the core keeps its dtype.
+        library.impl("linear", autocast(torch.ops.tcurlora.linear, device, (0, 1, 2, 3, 5)), key)
         library.impl("forward", without_autocast(torch.ops.tcurlora.forward, device), key)
         library.impl("backward", without_autocast(torch.ops.tcurlora.backward, device), key)
     torch.library.register_autograd("tcurlora::forward", _gradients, setup_context=_save, lib=library)
@@ -86,24 +87,21 @@ def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
     raise RuntimeError("tcurlora::backward has no derivative: a second derivative is not implemented")
 
 
-def _autocast(device_type: str) -> Any:
-    """Cast as nn.Linear does: floating tensors other than float64 to the autocast dtype. The core keeps its dtype."""
+def autocast(operator: Any, device_type: str, cast: tuple[int, ...]) -> Any:
+    """Cast as nn.Linear does: the floating arguments at ``cast``, other than float64, to the autocast dtype."""
 
-    def linear(
-        x: Tensor, weight: Tensor, bias: Tensor | None, col: Tensor, core: Tensor, row: Tensor, *rest: Any
-    ) -> Tensor:
+    def call(*arguments: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
 
-        def cast(tensor: Tensor) -> Tensor:
-            lower = tensor.is_floating_point() and tensor.dtype != torch.float64
-            return tensor.to(dtype) if lower else tensor
+        def lowered(tensor: Tensor | None) -> Tensor | None:
+            lower = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+            return tensor.to(dtype) if lower and tensor is not None else tensor
 
         with torch.amp.autocast(device_type, enabled=False):
-            return torch.ops.tcurlora.linear(
-                cast(x), cast(weight), bias if bias is None else cast(bias), cast(col), core, cast(row), *rest
-            )
+            result: Tensor = operator(*(lowered(a) if i in cast else a for i, a in enumerate(arguments)))
+            return result
 
-    return linear
+    return call
 
 
 def without_autocast(operator: Any, device_type: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tcurlora_ext.maths.contract import Riding
 from tcurlora_ext.operator.backends import BACKENDS, Backend
 from tcurlora_ext.operator.backends.choice import Sizes, choose
-from tcurlora_ext.operator.python import no_second_derivative, without_autocast
+from tcurlora_ext.operator.python import autocast, no_second_derivative, without_autocast
 
 from . import products
 from .arguments import SCHEMAS, split, split_backward
@@ -30,7 +30,7 @@ def define(library: torch.library.Library) -> None:
     library.impl("ride", lambda *given: torch.ops.tcurlora.ride_forward(*given)[0], "CompositeImplicitAutograd")
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         for name, cast in (("riding", (0, 1, 2, 5)), ("ride", (0, 3))):
-            library.impl(name, _autocast(getattr(torch.ops.tcurlora, name), device, cast), key)
+            library.impl(name, autocast(getattr(torch.ops.tcurlora, name), device, cast), key)
             for pass_ in ("forward", "backward"):
                 operator = getattr(torch.ops.tcurlora, f"{name}_{pass_}")
                 library.impl(f"{name}_{pass_}", without_autocast(operator, device), key)
@@ -111,20 +111,3 @@ def _ride_gradients(ctx: Any, g: Tensor | None, _h: Tensor | None) -> tuple[Tens
         return (None,) * 8
     dx, dcore, drow = _gradients(ctx, g)
     return dx, None, dcore, drow, None, None, None, None
-
-
-def _autocast(operator: Any, device_type: str, cast: tuple[int, ...]) -> Any:
-    """Cast as nn.Linear does: x, weight, bias and row, at ``cast``, to the autocast dtype, unless they are float64."""
-
-    def call(*arguments: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-
-        def lowered(tensor: Tensor | None) -> Tensor | None:
-            lower = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-            return tensor.to(dtype) if lower and tensor is not None else tensor
-
-        with torch.amp.autocast(device_type, enabled=False):
-            result: Tensor = operator(*(lowered(a) if i in cast else a for i, a in enumerate(arguments)))
-            return result
-
-    return call
