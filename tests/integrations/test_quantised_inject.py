@@ -135,3 +135,10 @@ def test_what_peft_cannot_read_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
 def test_a_single_layer_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"linear is quantised: a Linear4bit .*tcur\.inject"):
         tcur.TCURLinear.from_linear(by_four_bits()[0], rank=2)
+
+
+@kinds
+def test_a_bank_refuses_it_by_name(make: Callable[[], nn.Sequential]) -> None:
+    """Its forward pass would give every sample the model's own adapter."""
+    with pytest.raises(ValueError, match="stack 64x64 has quantised layers"):
+        tcur.AdapterBank(adapted(make))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
+from tcurlora_ext.adapter.layer.carried import TCURCarried
 from tcurlora_ext.adapter.model.structure import require_adapted, stacks
 from tcurlora_ext.adapter.stack.batches import batch_of, entered
 
@@ -45,7 +46,8 @@ class AdapterBank:
             None: all are held on the device.
 
     Raises:
-        ValueError: The model is not adapted, is sharded over processes, or trains C and R (``trainable="all"``);
+        ValueError: The model is not adapted, is sharded over processes, has quantised layers, or trains C and R
+            (``trainable="all"``);
             ``capacity`` is not a positive number, or ``pool`` is another name or comes without a capacity.
     """
 
@@ -60,6 +62,8 @@ class AdapterBank:
                     f"stack {name} trains C and R (trainable={stack.options.trainable!r}): adapters of a bank share "
                     "them and have cores alone"
                 )
+            if any(isinstance(layer, TCURCarried) for layer in stack.layers.values()):
+                raise ValueError(f"stack {name} has quantised layers, whose own forward pass knows one adapter alone")
         self._names = {stack: name for name, stack in self._stacks.items()}
         self._held = Holding(self._stacks, capacity, pool)
         self._same = SameModel(self._model, self._stacks)
