@@ -7,6 +7,8 @@ from .adapter.files.loading import load_adapter
 from .adapter.files.lora import to_lora
 from .adapter.files.saving import save_adapter
 from .adapter.layer.linear import TCURLinear
+from .adapter.learning.change import factors_of_change
+from .adapter.learning.warmup import learn_factors
 from .adapter.model.calibration import calibrate
 from .adapter.model.export import plain_copy
 from .adapter.model.inject import inject, remove, unfreeze
@@ -14,6 +16,7 @@ from .adapter.model.merge import merge, unmerge
 from .adapter.model.structure import stacks
 from .adapter.model.summary import summary
 from .adapter.stack import TCURStack
+from .adapter.subspace import Subspace
 from .maths import reference, tproduct
 from .operator import functional
 from .operator.backends import backends
@@ -22,13 +25,16 @@ __version__ = "0.2.0"  # pyproject.toml reads it from here; a literal, so that n
 
 __all__ = [
     "AdapterBank",
+    "Subspace",
     "TCURConfig",
     "TCURLinear",
     "TCURStack",
     "backends",
     "calibrate",
+    "factors_of_change",
     "functional",
     "inject",
+    "learn_factors",
     "load_adapter",
     "merge",
     "plain_copy",

@@ -20,6 +20,7 @@ STACK_BY = ("shape", "role", "none")
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "light": {"stack_by": "none", "transform": "identity", "split_fused": {}, "rank": 32},
+    "learned": {"stack_by": "none", "transform": "identity", "factors": "learned"},
 }
 
 
@@ -59,13 +60,18 @@ class TCURConfig(StackOptions):
         rank_stabilised: Make the first optimizer step equally long at every rank: the default scale rule then divides
             by the length of a step along a gradient's signs, not along random signs.
         frequencies: K: the core has only the K lowest frequencies of the DFT, min(2K - 1, S) blocks in place of S.
+        factors: ``"weights"`` (the paper): C and R are columns and rows of the weights; ``"learned"``: both are
+            directions learned by :func:`learn_factors`; ``"learned_rows"``: R is learned, and C is columns of the
+            weights, so that the adapter can ride on the base product.
+        orthonormal: Make columns and rows taken from the weights orthonormal at every frequency of the transform, which
+            changes no span. Learned ones are in any case.
 
     Raises:
         TypeError: An option has an unknown name; for LoRA's names (``lora_alpha``) the message says what it is here.
         ValueError: A value is unknown or out of range, a regex does not compile, or options exclude each other:
             ``budget`` and ``rank_pattern``; ``stack_blocks`` and a ``stack_by`` other than ``"shape"`` or ``"role"``;
             ``frequencies`` and a ``transform`` other than ``"dft"`` or a ``core_domain`` other than ``"fourier"``;
-            ``rank_stabilised`` and a number for ``scale``.
+            ``rank_stabilised`` or ``orthonormal`` and a number for ``scale``.
     """
 
     target_modules: Sequence[str] | str | None = None
@@ -112,7 +118,8 @@ class TCURConfig(StackOptions):
         Args:
             name: ``"paper"``: stacks of one shape, coupled by the DFT, at rank 8, as ``TCURConfig()``; ``"light"``:
                 every layer has a core of its own, a fused projection too, at rank 32. Its adapter rides on the base
-                product and costs next to no time.
+                product and costs next to no time; ``"learned"``: every layer, and each part of a fused projection, has
+                a core of its own over learned factors, at rank 8.
             **options: Options that differ from the preset's.
 
         Raises:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 Rank = int | tuple[int, int]
 TRAINABLE = ("core", "all")
 CORE_DOMAINS = ("fourier", "slice")
+WEIGHTS, LEARNED, LEARNED_ROWS = FACTORS = ("weights", "learned", "learned_rows")
 GIVEN = "given"  # in place of a rule's name: the caller chose rows and columns
 
 
@@ -41,11 +42,15 @@ class StackOptions:
         dropout: Share of the adapter's input that is set to zero in training.
         rank_stabilised: Make the first optimizer step equally long at every rank; needs ``scale=None``.
         frequencies: K: the core has only the K lowest frequencies; None: all.
+        factors: ``"weights"``: C and R are columns and rows of the weights; ``"learned"``: both are those of a
+            :class:`tcurlora_ext.Subspace`; ``"learned_rows"``: R is, and C is columns of the weights.
+        orthonormal: Make the columns and rows taken from the weights orthonormal at every frequency of the transform.
+            Learned ones are in any case.
 
     Raises:
         ValueError: A value is unknown or out of range, or two options exclude each other: ``frequencies`` and a
-            ``transform`` other than ``"dft"`` or a ``core_domain`` other than ``"fourier"``; ``rank_stabilised`` and a
-            number for ``scale``.
+            ``transform`` other than ``"dft"`` or a ``core_domain`` other than ``"fourier"``; ``rank_stabilised`` or
+            ``orthonormal`` and a number for ``scale``.
     """
 
     rank: Rank = 8
@@ -61,12 +66,15 @@ class StackOptions:
     dropout: float = 0.0
     rank_stabilised: bool = False
     frequencies: int | None = None
+    factors: str = WEIGHTS
+    orthonormal: bool = False
 
     def __post_init__(self) -> None:
         pair_of(self.rank)
         one_of("trainable", self.trainable, TRAINABLE)
         one_of("transform", self.transform, tuple(TRANSFORMS))
         one_of("core_domain", self.core_domain, CORE_DOMAINS)
+        one_of("factors", self.factors, FACTORS)
         one_of("backend", self.backend, ("auto", *BACKENDS))
         for name in ("scale", "alpha"):
             value = getattr(self, name)
@@ -83,6 +91,8 @@ class StackOptions:
                 )
         if self.rank_stabilised and self.scale is not None:
             raise ValueError(f"rank_stabilised changes the default scale rule, found scale {self.scale!r}, not None")
+        if self.orthonormal and self.scale is not None:
+            raise ValueError(f"orthonormal makes unit-norm factors, found scale {self.scale!r} of raw ones, not None")
         if isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}, expected a number from 0 to below 1")
 
@@ -97,12 +107,12 @@ class StackOptions:
         return self.scale is None
 
     def rides(self, slices: int) -> bool:
-        """Whether a stack's adapter rides on the base product: each slice has a core of its own, and only U trains.
+        """Whether a stack's adapter may ride on the base product: columns of W as C, own cores, and only U trains.
 
         Args:
             slices: S, the number of slices.
         """
-        return self.trainable == "core" and self.along.own_cores(slices)
+        return self.factors != LEARNED and self.trainable == "core" and self.along.own_cores(slices)
 
     def blocks(self, slices: int) -> int:
         """The first dimension of a stack's core.

@@ -12,9 +12,11 @@ import safetensors.torch
 import torch
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.files.fingerprint import PROBES
-from tcurlora_ext.adapter.files.format import FORMAT, HEADER, description
+from tcurlora_ext.adapter.files.format import FORMAT
 from tcurlora_ext.adapter.model.targets import Target, slice_names
+from tcurlora_ext.adapter.subspace.files import OF_ADAPTER as HEADER
+from tcurlora_ext.io.described import description
+from tcurlora_ext.maths.fingerprint import PROBES
 
 Ranks = Mapping[str, tuple[int, int]]
 Groups = Mapping[str, list[Target]]

@@ -51,6 +51,20 @@ class Selection(NamedTuple):
     row_scores: Tensor
     column_scores: Tensor
 
+    @classmethod
+    def none(cls, device: torch.device) -> Selection:
+        """No rows and no columns: the choice of a stack whose C and R are learned.
+
+        Args:
+            device: That of the stack's weights.
+        """
+        index, score = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.float64)
+        return cls(index, index, score, score)
+
+    def without_rows(self) -> Selection:
+        """The columns alone."""
+        return self._replace(rows=self.rows[:0], row_scores=self.row_scores[:0])
+
 
 class _Draw(NamedTuple):
     weights: Tensor

@@ -184,8 +184,8 @@ def test_a_header_that_is_no_description_is_refused(saved: Path, header: str) ->
 
 def test_another_format_is_named(saved: Path) -> None:
     header, tensors = parts_of(saved)
-    with pytest.raises(ValueError, match="found adapter format 2, expected 1"):
-        read_adapter(write(saved, header | {"format": 2}, tensors))
+    with pytest.raises(ValueError, match="found adapter format 3, expected one of 1, 2"):
+        read_adapter(write(saved, header | {"format": 3}, tensors))
 
 
 ENTRIES = ["names", "scale", "normalised", "row_scores", "column_scores", "base_dtype", "fingerprint"]

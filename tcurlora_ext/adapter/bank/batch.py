@@ -94,7 +94,7 @@ class AdapterBatch:
         cores = self._cores_of(stack)
         if stack.rides:
             return _concatenated(
-                riding(x, *part, stack.riding(at, weight.dtype), cores[:, at], plan)
+                riding(x, *part, stack.riding(at, weight.dtype), stack.among_columns(cores[:, at], at), plan)
                 for part, at in zip(layer_parts(weight, bias, len(layers)), layers, strict=True)
             )
         calls = _calls(stack, cores, layers, weight.dtype)

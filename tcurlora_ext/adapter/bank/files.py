@@ -19,12 +19,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.files.fingerprint import fingerprint, mismatch
-from tcurlora_ext.adapter.files.format import description, digest, read_adapter
+from tcurlora_ext.adapter.files.format import read_adapter
 from tcurlora_ext.adapter.model.structure import base_weights, stacks
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.io.atomic import write_bytes
+from tcurlora_ext.io.described import description, digest
 from tcurlora_ext.io.tensors import not_finite, read_tensors
+from tcurlora_ext.maths.fingerprint import fingerprint, mismatch
 
 from .store import Cores
 

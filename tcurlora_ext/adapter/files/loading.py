@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.adapter.model.effect import sample
-from tcurlora_ext.adapter.model.inject import attach
+from tcurlora_ext.adapter.model.inject import attach, learned_factors
 from tcurlora_ext.adapter.model.structure import (
     Adapted,
     adapted_layers,
@@ -27,32 +27,35 @@ from tcurlora_ext.adapter.model.structure import (
 from tcurlora_ext.adapter.model.support import reason_against
 from tcurlora_ext.adapter.model.targets import Target, stacked_weights
 from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.subspace import Subspace
+from tcurlora_ext.maths.fingerprint import fingerprint, mismatch
 from tcurlora_ext.maths.selection import Selection
 
-from .fingerprint import fingerprint, mismatch
 from .format import AdapterFile, read_adapter
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], subspace: Subspace | None = None) -> nn.Module:
     """Load an adapter file onto a model, in place. No code from the file is run.
 
     Args:
         model: A model without adapter, which is then adapted as the file says; or a model adapted with the same
             stacks, which then gets the file's values and options; or a module around such a model.
         path: A file written by :func:`save_adapter`, or its folder.
+        subspace: That of the adapter's learned factors, where the file does not hold it and the model is not adapted
+            over it.
 
     Returns:
         The model itself.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged; a module or parameter is missing, quantised or of another shape; the base
-            weights are not those on which the adapter was trained (unless the file holds the factors); a layer is
-            merged; a parameter that trained with the model's present adapter is not in the file; or the model is
-            sharded over processes. Nothing is changed.
+        ValueError: The file is damaged, or its subspace is missing; a module or parameter is missing, quantised or of
+            another shape; the base weights are not those on which the adapter was trained (unless the file holds the
+            factors); a layer is merged; a parameter that trained with the model's present adapter is not in the file;
+            or the model is sharded over processes. Nothing is changed.
     """
-    file = read_adapter(path)
     whole, adapted = model, find_adapted(model)
+    file = read_adapter(path, (subspace, None if adapted is None else adapted.container.subspace))
     model = unwrapped(model)
     if adapted is not None:
         model = adapted.model
@@ -65,7 +68,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     others = _others(model, file)
     built = {name: _build(name, members, file) for name, members in groups.items()}
     if adapted is None:
-        attach(model, groups, built, file.config)
+        attach(model, groups, built, file.config, file.subspace)
     else:
         _take_over(adapted, built, file)
     for name, layer in adapted_layers(model):
@@ -158,13 +161,14 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
     _, out_features, in_features = weights.shape
-    if int(rows.max()) >= out_features or int(columns.max()) >= in_features:
+    row, column = (int(indices.max()) if len(indices) else -1 for indices in (rows, columns))
+    if row >= out_features or column >= in_features:
         raise ValueError(
-            f"{file.path}: stack {name} uses output feature {int(rows.max())} and input feature {int(columns.max())}, "
+            f"{file.path}: stack {name} uses output feature {row} and input feature {column}, "
             f"but {members[0].name} is {out_features} x {in_features}"
         )
     factors = {kind: file.tensors[f"{kind}.{name}"] for kind in ("col", "row") if f"{kind}.{name}" in file.tensors}
-    if not factors:
+    if not factors and file.subspace is None:
         _check_base(name, described, weights, file.path)
     chosen = Selection(
         rows.to(weights.device),
@@ -173,9 +177,14 @@ def _build(name: str, members: list[Target], file: AdapterFile) -> TCURStack:
         torch.tensor(described["column_scores"], dtype=torch.float64),
     )
     options = replace(
-        config.stack_options((len(columns), len(rows))), scale=None if described["normalised"] else described["scale"]
+        config.stack_options((core.shape[1], core.shape[2])),
+        scale=None if described["normalised"] else described["scale"],
     )
-    stack = TCURStack(weights, chosen, options, described["names"])
+    try:
+        learned = learned_factors(members, weights, options, config, file.subspace)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: stack {name}: {error}") from None
+    stack = TCURStack(weights, chosen, options, described["names"], learned)
     stack.scale = described["scale"]
     with torch.no_grad():
         stack.core.copy_(core)
@@ -213,12 +222,12 @@ def _take_over(adapted: Adapted, built: dict[str, TCURStack], file: AdapterFile)
             )
     for name, stack in built.items():
         here[name].take_over(stack)
-    adapted.container.config = file.config
+    adapted.container.config, adapted.container.subspace = file.config, file.subspace
 
 
 def _layout(stack: TCURStack) -> tuple[object, ...]:
     options = stack.options
-    return stack.names, stack.core.shape, options.transform, options.core_domain, options.trainable
+    return stack.names, stack.core.shape, options.transform, options.core_domain, options.trainable, options.factors
 
 
 def _outline(stacks_: Mapping[str, TCURStack]) -> str:

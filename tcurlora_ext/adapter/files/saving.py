@@ -25,20 +25,28 @@ from tcurlora_ext.adapter.model.structure import (
     stacks,
     trained_beside,
 )
+from tcurlora_ext.adapter.subspace.files import INSIDE
+from tcurlora_ext.adapter.subspace.files import OF_ADAPTER as HEADER
 from tcurlora_ext.io.atomic import write_bytes
+from tcurlora_ext.io.described import description
 from tcurlora_ext.io.tensors import not_finite
+from tcurlora_ext.maths.fingerprint import fingerprint
 
-from .fingerprint import fingerprint
-from .format import FORMAT, HEADER, description
+from .format import FORMAT
+from .learned import over_subspace
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors: bool = False) -> Path:
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], include_factors: bool = False, include_subspace: bool = True
+) -> Path:
     """Save the adapter of a model to a safetensors file.
 
     The file holds r*c*S core parameters per stack, the chosen indices, all other parameters that train (a decoder, a
     head; also when it was frozen again), running statistics that training has changed, and a fingerprint of the base
     weights. It also holds C and R where they are trained, where the base is quantised, or where they are not the
-    columns and rows of the present base weights. A file at ``path`` is replaced only when the new one is complete.
+    columns and rows of the present base weights. Where factors are learned, it holds their subspace, coded, or with
+    ``include_subspace=False`` its digest alone: a few kilobytes, where many adapters share one subspace. A file at
+    ``path`` is replaced only when the new one is complete.
 
     For a model sharded over processes, every process calls this. They gather the base weights of one stack at a time,
     the first process writes the file, and all processes return when it is written.
@@ -47,7 +55,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
         model: An adapted model, merged or not; or a module around one, such as a wrapper of DDP or torch.compile. Names
             in the file are those of the model that was adapted.
         path: The file, or an existing folder, which then gets ``adapter.safetensors``. Missing parents are created.
-        include_factors: Save C and R in any case, so that the file can be loaded onto other base weights too.
+        include_factors: Save C and R in any case, so that the file can be loaded onto other base weights too; without
+            effect where factors are learned.
+        include_subspace: Whether the file holds the subspace of learned factors; without it, :func:`load_adapter` needs
+            the subspace too.
 
     Returns:
         The path of the file.
@@ -68,6 +79,35 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
     warn_without_effect(adapted)
     warn_of_others(model, adapted)
     model = adapted.model
+    subspace = adapted.container.subspace
+    if subspace is None:
+        header, tensors = _with_stacks(adapted, include_factors)
+    else:
+        header, tensors = over_subspace(adapted.container.config, stacks(model), subspace)
+        if include_subspace:
+            header |= {INSIDE: subspace.header()}
+            tensors |= {f"{INSIDE}.{name}": directions for name, directions in subspace.tensors().items()}
+    tensors |= {f"trained.{name}": p for name, p in trained_beside(adapted).items()}
+    tensors |= {f"state.{name}": b for name, b in _buffers_beside(adapted)}
+    # A tensor with two names (tied weights) is copied and saved under both: safetensors refuses shared memory.
+    content = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
+    broken = not_finite(content)
+    if broken:
+        raise ValueError(f"{broken[0]} has NaN or infinite values, so that no model could load it; {path} is as it was")
+
+    def write() -> None:
+        write_bytes(path, safetensors.torch.save(content, {HEADER: description(header, content)}))
+
+    if sharded_parameter(model) is None:
+        write()
+    else:
+        write_in_first(path, write)
+    return path
+
+
+def _with_stacks(adapted: Adapted, include_factors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of the stacks, with what tells whether a base is the one they were trained on."""
+    model = adapted.model
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, stack in stacks(model).items():
@@ -86,23 +126,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_factors
             "base_dtype": str(base.dtype).removeprefix("torch."),
             "fingerprint": fingerprint(base).tolist(),
         }
-    tensors |= {f"trained.{name}": p for name, p in trained_beside(adapted).items()}
-    tensors |= {f"state.{name}": b for name, b in _buffers_beside(adapted)}
-    header = {"format": FORMAT, "config": adapted.container.config.to_json(), "stacks": described}
-    # A tensor with two names (tied weights) is copied and saved under both: safetensors refuses shared memory.
-    content = {name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
-    broken = not_finite(content)
-    if broken:
-        raise ValueError(f"{broken[0]} has NaN or infinite values, so that no model could load it; {path} is as it was")
-
-    def write() -> None:
-        write_bytes(path, safetensors.torch.save(content, {HEADER: description(header, content)}))
-
-    if sharded_parameter(model) is None:
-        write()
-    else:
-        write_in_first(path, write)
-    return path
+    return {"format": FORMAT, "config": adapted.container.config.to_json(), "stacks": described}, tensors
 
 
 def _buffers_beside(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
-from tcurlora_ext.adapter.options import Rank
+from tcurlora_ext.adapter.layer.quantised import is_quantised
+from tcurlora_ext.adapter.options import Rank, StackOptions, pair_of
 from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.stack.factors import LearnedFactors
+from tcurlora_ext.adapter.subspace import Subspace
 
 from .calibration import stack_inputs
 from .effect import sample, watch_first_call
@@ -30,7 +33,10 @@ from .targets import Target, find_targets, group, placed, slice_names, stacked_w
 
 
 def inject(
-    model: nn.Module, config: TCURConfig | None = None, calibration: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    config: TCURConfig | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
+    subspace: Subspace | None = None,
 ) -> nn.Module:
     """Adapt a model in place: all its parameters are frozen, and one core per stack is added, which trains.
 
@@ -39,8 +45,11 @@ def inject(
 
     Args:
         model: Any module whose weights have a floating dtype and are not on the meta device.
-        config: By default ``TCURConfig()``: the paper's selection at rank 8, in the projections that it knows by name.
+        config: By default that of the subspace; without one ``TCURConfig()``: the paper's selection at rank 8, in the
+            projections that it knows by name.
         calibration: The result of :func:`calibrate`; required by ``selection="activation"``, refused by other rules.
+        subspace: Learned factors, of :func:`learn_factors` or :meth:`Subspace.load`; required by a configuration whose
+            ``factors`` are not ``"weights"``, refused by others. The rank may be lower than that which was learned.
 
     Returns:
         The model itself. Its stacks are registered in it under ``tcur_stacks``: at its root, or, where the root is an
@@ -49,24 +58,31 @@ def inject(
     Raises:
         ValueError: Nothing matches; a layer is already adapted, or cannot be adapted; the model is sharded over
             processes; shapes, devices or dtypes in a stack differ; the rank is larger than a side; a budget is too
-            small; calibration inputs are missing, or given to a rule that takes none; or weights are not finite. The
+            small; calibration inputs are missing, or given to a rule that takes none; weights are not finite; or the
+            subspace is missing, or was learned for other layers, another transform, a lower rank or other weights. The
             message names the module, and nothing is changed.
 
     Warns:
         UserWarning: ``target_modules`` also match modules that are no linear layers, which are left out; or an entry of
             a list names nothing that can be adapted.
     """
-    config = config or TCURConfig()
+    config = config or (TCURConfig() if subspace is None else subspace.config)
     refuse_sharded(model, "call inject(model) before it is sharded")
     refuse_adapted(model)
     groups = group(find_targets(model, config), config)
     ranks = stack_ranks(groups, config)
-    stacks = {name: build_stack(name, members, config, ranks[name], calibration) for name, members in groups.items()}
-    return attach(model, groups, stacks, config)
+    stacks = {
+        name: build_stack(name, members, config, ranks[name], calibration, subspace) for name, members in groups.items()
+    }
+    return attach(model, groups, stacks, config, subspace)
 
 
 def attach(
-    model: nn.Module, groups: dict[str, list[Target]], stacks: dict[str, TCURStack], config: TCURConfig
+    model: nn.Module,
+    groups: dict[str, list[Target]],
+    stacks: dict[str, TCURStack],
+    config: TCURConfig,
+    subspace: Subspace | None = None,
 ) -> nn.Module:
     """Replace the targets by adapted layers; the slices of a stack are in the order of the group's targets."""
     layers: dict[int, TCURLayer] = {}
@@ -87,7 +103,7 @@ def attach(
         owner, holder = list(adapted_layers(model))[-1]
     for stack in stacks.values():
         stack.holder = owner
-    container = TCURStacks(stacks, config, owner)
+    container = TCURStacks(stacks, config, owner, subspace)
     container.buffer_sums = sums_of_buffers(model)
     holder.add_module(CONTAINER, container)
     watch_first_call(model, container)
@@ -100,20 +116,33 @@ def build_stack(
     config: TCURConfig,
     rank: Rank | None = None,
     calibration: Mapping[str, Tensor] | None = None,
+    subspace: Subspace | None = None,
 ) -> TCURStack:
     """Build the stack of these targets, with ``rank`` in place of the configuration's where it is given.
 
     Raises ValueError with the names of stack and module where their weights cannot form a stack.
     """
     try:
+        weights, options = stacked_weights(name, members), config.stack_options(rank)
         return TCURStack.with_options(
-            stacked_weights(name, members),
-            config.stack_options(rank),
+            weights,
+            options,
             inputs=None if calibration is None else stack_inputs(members, calibration),
             names=slice_names(members),
+            learned=learned_factors(members, weights, options, config, subspace),
         )
     except ValueError as error:
         raise ValueError(f"stack {name} ({members[0].name}, ...): {error}") from None
+
+
+def learned_factors(
+    members: list[Target], weights: Tensor, options: StackOptions, config: TCURConfig, subspace: Subspace | None
+) -> LearnedFactors | None:
+    """The factors of a stack in a subspace; None where there is none. A quantised base need not be what it was."""
+    if subspace is None:
+        return None
+    exact = not any(is_quantised(member.module) for member in members)
+    return subspace.factors(slice_names(members), pair_of(options.rank), weights, config, exact)
 
 
 def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
@@ -132,6 +161,24 @@ def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
     Raises:
         ValueError: A pattern matches no parameter, or is no regex; nothing is changed.
     """
+    chosen = parameters_named(model, patterns)
+    adapted = find_adapted(model)
+    trained = {id(parameter) for _, parameter in chosen}
+    for _, layer in adapted_layers(model):
+        if id(layer.weight) in trained:
+            layer.stack.hold_columns()  # C is columns of the weight before it trains
+    for name, parameter in chosen:
+        parameter.requires_grad_(True)
+        if adapted is not None:
+            adapted.container.unfrozen.setdefault(name.removeprefix(adapted.prefix), sample(parameter))
+    return model
+
+
+def parameters_named(model: nn.Module, patterns: Sequence[str] | str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters outside the stacks whose names begin with one of the prefixes, or match one of the regexes.
+
+    Raises ValueError where a pattern matches no parameter, or is no regex.
+    """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     parameters = [(name, p) for name, p in model.named_parameters() if f"{CONTAINER}." not in name]
     chosen = []
@@ -144,16 +191,7 @@ def unfreeze(model: nn.Module, patterns: Sequence[str] | str) -> nn.Module:
             roots = sorted({name.split(".")[0] for name, _ in parameters})
             raise ValueError(f"unfreeze pattern {pattern!r} matches no parameter; names begin with {', '.join(roots)}")
         chosen += matching
-    adapted = find_adapted(model)
-    trained = {id(parameter) for _, parameter in chosen}
-    for _, layer in adapted_layers(model):
-        if id(layer.weight) in trained:
-            layer.stack.hold_columns()  # C is columns of the weight before it trains
-    for name, parameter in chosen:
-        parameter.requires_grad_(True)
-        if adapted is not None:
-            adapted.container.unfrozen.setdefault(name.removeprefix(adapted.prefix), sample(parameter))
-    return model
+    return chosen
 
 
 def _begins_with(name: str, pattern: str) -> bool:

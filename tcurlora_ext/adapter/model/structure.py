@@ -16,6 +16,7 @@ from tcurlora_ext.adapter.distributed.dtensor import whole
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.slices import stacked_in_order
+from tcurlora_ext.adapter.subspace import Subspace
 
 CONTAINER = "tcur_stacks"
 
@@ -29,6 +30,7 @@ class TCURStacks(nn.ModuleDict):
         owner: The name of the module that registers it, within the model that was adapted: "" for the model itself. In
             an ``nn.Sequential``, ``nn.ModuleList`` or ``nn.ModuleDict`` it is the last adapted layer: registered in the
             model, it would be one more item.
+        subspace: Where the stacks' factors are learned, what they come from.
 
     Attributes:
         buffer_sums: Of the model's buffers when it was adapted, see :func:`sums_of_buffers`.
@@ -40,9 +42,11 @@ class TCURStacks(nn.ModuleDict):
         called: Whether the model has been called.
     """
 
-    def __init__(self, stacks: dict[str, TCURStack], config: TCURConfig, owner: str = "") -> None:
+    def __init__(
+        self, stacks: dict[str, TCURStack], config: TCURConfig, owner: str = "", subspace: Subspace | None = None
+    ) -> None:
         super().__init__(stacks)
-        self.config, self.owner = config, owner
+        self.config, self.owner, self.subspace = config, owner, subspace
         self.buffer_sums: dict[str, tuple[float, ...]] = {}
         self.loaded: set[str] = set()
         self.unfrozen: dict[str, Tensor] = {}

@@ -43,10 +43,19 @@ class Target:
         """The weight as slices (slices, out, in), detached, sharing memory; a quantised one is read anew each time."""
         if is_quantised(self.module):
             return dequantised(self.module).unflatten(0, (self.slices, -1))
+        return self.as_slices(self.parameter.detach())
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The module's weight, as the module stores it."""
         weight = self.module.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def as_slices(self, weight: Tensor) -> Tensor:
+        """A tensor like the module's weight as slices (slices, out, in), sharing memory."""
         matrix = weight if isinstance(self.module, nn.Linear) else weight.T
-        return matrix.detach().unflatten(0, (self.slices, -1))
+        return matrix.unflatten(0, (self.slices, -1))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""C and R of a stack, taken from its base weights, normalised, folded and scaled. Functions without side effects."""
+"""C and R of a stack, taken from its base weights or learned, normalised, folded and scaled: without side effects."""
 
 from __future__ import annotations
 
@@ -8,20 +8,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tcurlora_ext.adapter.options import StackOptions
+from tcurlora_ext.adapter.options import LEARNED, WEIGHTS, StackOptions
 from tcurlora_ext.maths import folding
 from tcurlora_ext.maths import scale as scaling
+from tcurlora_ext.maths.orthonormal import orthonormal_blocks
 from tcurlora_ext.maths.selection import Selection
 
 
+class LearnedFactors(NamedTuple):
+    """Learned factors of a stack, orthonormal at every frequency of its transform.
+
+    Attributes:
+        C: (S, out, c), float64.
+        R: (S, r, in), float64.
+    """
+
+    C: Tensor
+    R: Tensor
+
+
 class TakenFactors(NamedTuple):
-    """The factors of a stack, taken from weights (S, out, in).
+    """The factors of a stack with weights (S, out, in).
 
     Attributes:
         col: C folded, (out, c*S), in the weights' dtype.
         row: R folded, (r*S, in), in the weights' dtype.
         scale: The factor of C * U * R, from the options or from the default rule.
-        gain: What the chosen columns were multiplied by to be those of C, (c,) float64.
+        gain: What the chosen columns were multiplied by to be those of C, float64: (c,), or (S, c, c) matrices, one for
+            each slice, with ``orthonormal``.
     """
 
     col: Tensor
@@ -30,27 +44,61 @@ class TakenFactors(NamedTuple):
     gain: Tensor
 
 
-def take_factors(weights: Tensor | Sequence[Tensor], selection: Selection, options: StackOptions) -> TakenFactors:
-    """Take the chosen columns and rows of weights (S, out, in), in the form that a stack with these options has.
+def take_factors(
+    weights: Tensor | Sequence[Tensor],
+    selection: Selection,
+    options: StackOptions,
+    learned: LearnedFactors | None = None,
+) -> TakenFactors:
+    """The factors of a stack with these options: the chosen columns and rows of weights (S, out, in), or learned ones.
 
     The weights may be in several tensors, of some slices each.
 
-    Raises ValueError where the default scale rule is asked for and the chosen columns or rows are all zero.
+    Raises ValueError where the default scale rule is asked for and the chosen columns or rows are all zero, or where
+    they are to be orthonormal and depend on each other.
     """
     parts = [weights] if isinstance(weights, Tensor) else weights
-    C = torch.cat([part[:, :, selection.columns] for part in parts]).double()
-    R = torch.cat([part[:, selection.rows, :] for part in parts]).double()
-    scale, gain = options.scale, torch.ones_like(C[0, 0])
+    slices = sum(len(part) for part in parts)
+    if learned is not None and options.factors == LEARNED:
+        C, gain = learned.C, learned.C.new_ones(learned.C.shape[2])
+    else:
+        C = torch.cat([part[:, :, selection.columns] for part in parts]).double()
+        gain = torch.ones_like(C[0, 0])
+        if options.orthonormal:
+            C, gain = _orthonormal(C, options, slices, "columns")
+        elif options.normalised:
+            gain = 1 / scaling.column_norms(C)
+            C = scaling.normalise_columns(C)
+    if learned is not None and options.factors != WEIGHTS:
+        R = learned.R
+    else:
+        R = torch.cat([part[:, selection.rows, :] for part in parts]).double()
+        if options.orthonormal:
+            R = _orthonormal(R.mT, options, slices, "rows")[0].mT
+        elif options.normalised:
+            R = scaling.normalise_rows(R)
+    scale = options.scale
     if scale is None:
-        gain = 1 / scaling.column_norms(C)
-        C, R = scaling.normalise_columns(C), scaling.normalise_rows(R)
         scale = scaling.default_scale(
             C, R, options.alpha, options.transform, options.rank_stabilised, options.core_domain, options.frequencies
         )
-    blocks = options.blocks(len(C))
+    blocks = options.blocks(slices)
     col = folding.fold_columns(C, options.transform, blocks).to(parts[0].dtype).contiguous()
     row = folding.fold_rows(R, options.transform, blocks).to(parts[0].dtype).contiguous()
     return TakenFactors(col, row, float(scale), gain)
+
+
+def _orthonormal(factor: Tensor, options: StackOptions, slices: int, what: str) -> tuple[Tensor, Tensor]:
+    """A factor (S, n, k) with columns orthonormal at every frequency, and the blocks of the matrix that made them so.
+
+    With a core for each slice those blocks are that matrix for each slice.
+    """
+    blocks = folding.fold_core(factor, options.transform, options.blocks(slices))
+    try:
+        made, triangle = orthonormal_blocks(blocks, options.along, slices)
+    except ValueError as error:
+        raise ValueError(f"the chosen {what} cannot be made orthonormal: {error}; choose fewer") from None
+    return folding.unfold_core(made, options.transform, slices), triangle
 
 
 def require_stack(weights: Tensor) -> None:

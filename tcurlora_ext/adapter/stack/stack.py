@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.options import GIVEN, Rank, StackOptions, fitting_pair
+from tcurlora_ext.adapter.options import GIVEN, LEARNED, LEARNED_ROWS, WEIGHTS, Rank, StackOptions, fitting_pair
 from tcurlora_ext.maths import folding
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator.functional import changed_input, tcur_delta, tcur_linear, tcur_riding
 
 from .batches import adapted_by_batch
-from .factors import require_finite, require_stack
+from .factors import LearnedFactors, require_finite, require_stack
 from .state import StackState
 
 
@@ -28,9 +28,10 @@ class TCURStack(StackState):
 
     Args:
         weights: W (S, out, in).
-        selection: The chosen rows and columns.
+        selection: The chosen rows and columns; none where the factor that they would be is learned.
         options: How it is built, trained and computed; ``options.selection`` is the rule that chose.
         names: The module of each slice, for messages and files.
+        learned: C and R where ``options.factors`` says that they are learned.
 
     Attributes:
         options: The :class:`tcurlora_ext.adapter.options.StackOptions`.
@@ -39,8 +40,8 @@ class TCURStack(StackState):
             the start, and in the options' ``core_domain``.
         row: R folded, (r*S, in), a buffer or parameter.
         rides: Whether C is columns of the layers' own weights, so that their adapters ride on the base product.
-        rows: The chosen output features, (r,) int64, best first.
-        columns: The chosen input features, (c,) int64, best first.
+        rows: The chosen output features, (r,) int64, best first; (0,) where R is learned.
+        columns: The chosen input features, (c,) int64, best first; (0,) where C is learned.
         row_scores, column_scores: The scores by which the rule chose them, lists of floats.
         scale: The factor of C * U * R.
         names: The module of each slice, in the order of the slices.
@@ -70,7 +71,7 @@ class TCURStack(StackState):
                 other rules.
             names: The module of each slice, for messages and files.
             **options: ``alpha``, ``rank_stabilised``, ``dropout``, ``seed``, ``transform``, ``core_domain``,
-                ``trainable``, ``backend`` and ``frequencies``, as in :class:`TCURConfig`.
+                ``trainable``, ``backend``, ``frequencies`` and ``orthonormal``, as in :class:`TCURConfig`.
 
         Raises:
             TypeError: An option has an unknown name.
@@ -91,6 +92,7 @@ class TCURStack(StackState):
         *,
         inputs: Tensor | None = None,
         names: Sequence[str] = (),
+        learned: LearnedFactors | None = None,
     ) -> TCURStack:
         """As :meth:`from_weights`, with the options as one object.
 
@@ -98,13 +100,23 @@ class TCURStack(StackState):
             weights, inputs, names: As there.
             options: How the stack is made.
             selection: Rows and columns chosen before; None: the options' rule chooses.
+            learned: Factors from a :class:`tcurlora_ext.Subspace`, where the options say that they are learned.
         """
         require_stack(weights)
         c, r = fitting_pair(options.rank, (weights.shape[1], weights.shape[2]))
         require_finite(weights, names)
-        if selection is None:
+        if (learned is None) != (options.factors == WEIGHTS):
+            raise ValueError(
+                f"factors is {options.factors!r}, expected "
+                + ("'learned' or 'learned_rows' with a subspace" if learned else "a subspace: see learn_factors")
+            )
+        if options.factors == LEARNED:
+            selection = Selection.none(weights.device)
+        elif selection is None:
             selection = select(weights, c, r, options.selection, options.seed, inputs)
-        return cls(weights.detach(), selection, options, names)
+        if options.factors == LEARNED_ROWS:
+            selection = selection.without_rows()
+        return cls(weights.detach(), selection, options, names, learned)
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from tcurlora_ext.adapter.options import GIVEN, StackOptions
+from tcurlora_ext.adapter.options import GIVEN, LEARNED, WEIGHTS, StackOptions
 from tcurlora_ext.maths import folding
 from tcurlora_ext.maths.contract import Riding
 from tcurlora_ext.maths.selection import Selection, select
 from tcurlora_ext.operator import flops
 
-from .factors import take_factors
+from .factors import LearnedFactors, TakenFactors, take_factors
 from .layers import ReloadedLayers, StackLayers
 
 # Rules that choose by more than the base weights: their rows and columns stay when other base weights are loaded.
@@ -26,9 +26,9 @@ KEPT_CHOICES = ("activation", GIVEN)
 class StackState(nn.Module):
     """The core and the factors of a stack: the base class of :class:`tcurlora_ext.TCURStack`, which documents them.
 
-    Where every slice has a core of its own, C is ``W[:, columns] diag(gain)`` of the layers' frozen weights. Their
-    adapters then ride on the base product (:func:`tcurlora_ext.functional.tcur_riding`), and C is not held: ``col``
-    gathers it.
+    Where every slice has a core of its own, and C is not learned, C is ``W[:, columns] diag(gain)`` of the layers'
+    frozen weights, or with ``orthonormal`` ``W[:, columns] gain``, a matrix for each slice. Their adapters then ride on
+    the base product (:func:`tcurlora_ext.functional.tcur_riding`), and C is not held: ``col`` gathers it.
     """
 
     core: nn.Parameter
@@ -41,7 +41,14 @@ class StackState(nn.Module):
     banked = False  # whether a bank of adapters was made for this stack: a batch of its adapters may be running
     batched = False  # whether such a batch has run in grad mode: a backward pass may compute its layers again
 
-    def __init__(self, weights: Tensor, selection: Selection, options: StackOptions, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        weights: Tensor,
+        selection: Selection,
+        options: StackOptions,
+        names: Sequence[str] = (),
+        learned: LearnedFactors | None = None,
+    ) -> None:
         super().__init__()
         flops.register()
         self.options = options
@@ -58,10 +65,10 @@ class StackState(nn.Module):
         self.register_buffer("rows", selection.rows.clone())
         self.register_buffer("columns", selection.columns.clone())
         self._keep_scores(selection)
-        taken = take_factors(weights, selection, options)
+        taken = take_factors(weights, selection, options, learned)
         self.scale = taken.scale
         wide = torch.promote_types(weights.dtype, torch.float32)
-        shape = (self.blocks, len(selection.columns), len(selection.rows))
+        shape = (self.blocks, taken.col.shape[1] // self.blocks, taken.row.shape[0] // self.blocks)
         self.core = nn.Parameter(torch.zeros(shape, dtype=wide, device=weights.device))
         # Only where the adapter may ride: it is in no state of PEFT's, and would stay on meta where that is loaded.
         gain = taken.gain.to(wide) if options.rides(self.slices) else None
@@ -135,11 +142,11 @@ class StackState(nn.Module):
                 f"C is columns of the weights of {', '.join(self.names[:3]) or 'its layer'}, which are gone; keep the "
                 "model, or save the adapter with include_factors=True"
             )
-        taken = take_factors(weights, self.selection, self.options)
-        gain = self._gain()
+        taken, gain = self._taken(weights), self._gain()
         if torch.equal(taken.gain.to(gain), gain):
             return taken.col  # to the bit as it was taken
-        C = torch.cat([weight[:, :, self.columns] for weight in weights]).double() * gain.double()
+        chosen = torch.cat([weight[:, :, self.columns] for weight in weights]).double()
+        C = chosen @ gain.double() if gain.dim() == 3 else chosen * gain.double()
         return folding.fold_columns(C, self.options.transform, self.blocks).to(weights[0].dtype).contiguous()
 
     @torch.no_grad()
@@ -155,7 +162,7 @@ class StackState(nn.Module):
         weights = self.layers.weights(self)
         if weights is None or weights[0].is_meta or len(set(self.columns.tolist())) < len(self.columns):
             return
-        taken = take_factors(weights, self.selection, self.options)
+        taken = self._taken(weights)
         self.gain = taken.gain.to(self.core.device, torch.promote_types(self.core.dtype, torch.float32))
         self.rides = torch.equal(taken.col, held) and torch.equal(taken.row, self.row)
         if self.rides and not self.keeps_columns:
@@ -178,7 +185,29 @@ class StackState(nn.Module):
         row = self.row if self.row.dtype == dtype else self.row.to(dtype)
         gain = self._gain()
         gain = gain if gain.dtype == self.core.dtype else gain.to(self.core.dtype)
+        if gain.dim() == 3:
+            core, gain = gain @ self.core, gain.new_ones(gain.shape[1])
+            return Riding(self.columns, core, row, gain, slice_index, self.scale)
         return Riding(self.columns, self.core, row, gain, slice_index, self.scale)
+
+    def among_columns(self, cores: Tensor, slice_index: int) -> Tensor:
+        """Cores of one slice as :meth:`riding` has its own: between the chosen columns themselves, up to a factor each.
+
+        Args:
+            cores: (..., c, r).
+            slice_index: The slice.
+        """
+        gain = self._gain()
+        return gain[slice_index].to(cores.dtype) @ cores if gain.dim() == 3 else cores
+
+    def _taken(self, weights: Tensor | Sequence[Tensor], selection: Selection | None = None) -> TakenFactors:
+        """What :func:`take_factors` takes from these weights, with the stack's own R where that is learned."""
+        learned = None
+        if self.options.factors != WEIGHTS:
+            # Only where C is not learned: a stack with both learned takes nothing from weights.
+            learned = LearnedFactors(self.row.new_empty(0), self.R.double())
+        taken = take_factors(weights, selection or self.selection, self.options, learned)
+        return taken if learned is None else taken._replace(row=self.row)
 
     # -- module machinery ---------------------------------------------------------------------------------------------
 
@@ -238,20 +267,25 @@ class StackState(nn.Module):
 
     @torch.no_grad()
     def _rows_are_of_the_base(self) -> bool:
-        """Whether R is, up to the rounding of a shorter dtype, the chosen rows of the layers' weights."""
+        """Whether R is, up to the rounding of a shorter dtype, the chosen rows of the layers' weights.
+
+        A learned R does not tell: then it is taken to be so.
+        """
         weights = self.layers.weights(self)
         assert weights is not None
-        row = take_factors(weights, self.selection, self.options).row.double()
+        row = self._taken(weights).row.double()
         return float((row - self.row).norm()) <= 0.02 * float(row.norm())
 
     @torch.no_grad()
     def is_of(self, weights: Tensor | Sequence[Tensor]) -> bool:
-        """Whether C and R are bit for bit the chosen columns and rows of ``weights``.
+        """Whether C and R, as far as they are not learned, are bit for bit the chosen columns and rows of ``weights``.
 
         Args:
             weights: (S, out, in), or such tensors of some slices each, in order.
         """
-        taken = take_factors(weights, self.selection, self.options)
+        if self.options.factors == LEARNED:
+            return True
+        taken = self._taken(weights)
         own = self.held_col is None and torch.equal(taken.gain.to(self._gain()), self._gain())
         return (own or torch.equal(taken.col, self.col)) and torch.equal(taken.row, self.row)
 
@@ -260,15 +294,21 @@ class StackState(nn.Module):
         """Choose rows and columns and take C and R again where the base weights changed and U is still zero.
 
         Indices that the caller gave, or that "activation" chose by calibration inputs, are kept, and only C and R are
-        taken again. A core that is not zero belongs to the weights it was trained on: then C and R stay, with a
-        warning.
+        taken again. Learned factors stay, with a warning. A core that is not zero belongs to the weights it was trained
+        on: then C and R stay, with a warning.
 
         Args:
             weights: The new base weights, (S, out, in).
 
         Warns:
-            UserWarning: The core is not zero.
+            UserWarning: The core is not zero, or factors are learned.
         """
+        if self.options.factors != WEIGHTS:
+            warnings.warn(
+                f"base weights of {', '.join(self.names[:3])}... changed under learned factors, which are still those "
+                "learned on the weights before",
+                stacklevel=2,
+            )
         if self.is_of(weights):
             return
         if bool(self.core.any()):
@@ -282,7 +322,9 @@ class StackState(nn.Module):
         if rule not in KEPT_CHOICES:
             _, c, r = self.core.shape
             chosen = select(weights, c, r, rule, self.options.seed)
-        taken = take_factors(weights, chosen, self.options)
+        if self.options.factors != WEIGHTS:
+            chosen = chosen.without_rows()
+        taken = self._taken(weights, chosen)
         if self.held_col is not None:
             self.col.copy_(taken.col)
         self.row.copy_(taken.row)

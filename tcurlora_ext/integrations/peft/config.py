@@ -68,6 +68,7 @@ class TcurLoraConfig(PeftConfig):
             saved. Loading then takes C and R from the base weights, and refuses weights with another fingerprint.
         stack_by, stack_blocks, split_fused, selection, scale: As in :class:`tcurlora_ext.TCURConfig`.
         transform, frequencies, core_domain, backend, seed: As in :class:`tcurlora_ext.TCURConfig`.
+        factors, orthonormal: As in :class:`tcurlora_ext.TCURConfig`.
         dropout: Share of the adapter's input that is set to zero in training, as LoRA's ``lora_dropout``.
         rank_stabilised: Make the first optimizer step equally long at every rank, as ``use_rslora`` does for LoRA.
         budget: Parameter budget of all cores together, in place of ``r``. When the adapter is added to a model, the
@@ -113,6 +114,8 @@ class TcurLoraConfig(PeftConfig):
     budget: int | None = None
     stack_blocks: int | None = None
     frequencies: int | None = None
+    factors: str = "weights"
+    orthonormal: bool = False
     calibration: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.files.fingerprint import fingerprint, mismatch
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.factors import take_factors
 from tcurlora_ext.adapter.stack.slices import stacked_in_order
+from tcurlora_ext.maths.fingerprint import fingerprint, mismatch
 from tcurlora_ext.maths.selection import Selection
 
 from .layer import TcurLoraLinear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tcurlora_ext.adapter.files.fingerprint import fingerprint, mismatch
+from tcurlora_ext.maths.fingerprint import fingerprint, mismatch
 
 
 def test_the_same_weights_have_the_same_fingerprint_in_any_layout() -> None:

@@ -1,0 +1,5 @@
+"""Learned factors of a model's stacks: a subspace, coded in few bits, and its file."""
+
+from .subspace import StackDirections, Subspace
+
+__all__ = ["StackDirections", "Subspace"]
