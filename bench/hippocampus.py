@@ -106,6 +106,17 @@ def hippocampus(
 ) -> None:
     """Pretrain a segmenter on synthetic hippocampi, adapt it to real MRI by several methods, copy the results."""
     display = Display(Console(width=120))
+    base, target = prepare(maps, data, work, pretrain_steps, display)
+    adapting = FinetuneSettings(
+        target, base, methods=tuple(methods.split(",")), seeds=seeds, steps=steps,
+        lr=json.loads(lr), train_list=train_list, val_list=val_list,
+    )  # fmt: skip
+    finetune(adapting, work / run, resume=True, display=display)
+    publish(work / run, results)
+
+
+def prepare(maps: Path, data: Path, work: Path, pretrain_steps: int, display: Display) -> tuple[Path, Path]:
+    """Weights pretrained on synthetic crops, and the folder of the real data: made in WORK unless they are there."""
     source, base, target = work / "source", work / "pretrain", work / "target"
     if not (source / "splits.json").is_file():
         make_source(maps, source)
@@ -114,12 +125,7 @@ def hippocampus(
         pretrain(settings, base, resume=True, display=display)
     if not (target / "splits.json").is_file():
         make_target(data, target)
-    adapting = FinetuneSettings(
-        target, base / "base.safetensors", methods=tuple(methods.split(",")), seeds=seeds, steps=steps,
-        lr=json.loads(lr), train_list=train_list, val_list=val_list,
-    )  # fmt: skip
-    finetune(adapting, work / run, resume=True, display=display)
-    publish(work / run, results)
+    return base / "base.safetensors", target
 
 
 def publish(run: Path, results: Path) -> None:

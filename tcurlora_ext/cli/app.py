@@ -17,6 +17,7 @@ from tcurlora_ext.cli.bench import bench
 from tcurlora_ext.cli.doctor import doctor
 from tcurlora_ext.cli.finetune import finetune
 from tcurlora_ext.cli.inspect import inspect
+from tcurlora_ext.cli.learn_factors import learn_factors
 from tcurlora_ext.cli.merge import merge
 from tcurlora_ext.cli.plan import plan
 from tcurlora_ext.cli.pretrain import pretrain
@@ -75,6 +76,7 @@ def _root(
 for _command, _summary in (
     (finetune, "Adapt a pretrained segmentation network by several methods."),
     (pretrain, "Train a segmentation network from random weights."),
+    (learn_factors, "Learn on some cases the factors of adapters to others."),
     (plan, "Count what an adapter costs on a model, from shapes alone."),
     (inspect, "Show which features an adapter selected, and its deltas."),
     (merge, "Write the base model with the adapter merged."),

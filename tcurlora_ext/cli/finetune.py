@@ -24,7 +24,11 @@ def finetune(
         typer.Option(help="Weights to adapt: .safetensors, or a torch checkpoint, of which only tensors are read."),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="all, or some of tcur, lora, head, decoder, full with commas between.")
+        str,
+        typer.Option(
+            help="all, or some of head, decoder, full, lora, tcur, tcur-light, tcur-learned, tcur-carried, norms with "
+            "commas between; options of a method follow its name, as in lora:rank=1."
+        ),
     ] = "all",
     seeds: Annotated[int, typer.Option(help="How many seeds: every method runs with each of 0 .. SEEDS-1.")] = 1,
     also_train: Annotated[
@@ -43,6 +47,9 @@ def finetune(
             metavar="RATES",
             help="Peak learning rate: one number, or tcur=1e-2,head=3e-2. Default: each method's own.",
         ),
+    ] = None,
+    factors: Annotated[
+        Path | None, typer.Option(help="A subspace by learn-factors: also runs tcur-carried, which adapts over it.")
     ] = None,
     network: Annotated[
         str | None,
@@ -70,18 +77,21 @@ def finetune(
 
     Ends with a table of scores and trained parameters, and a report.html that needs no other file.
     """
-    from tcurlora_ext.segmentation.methods import METHODS
+    from tcurlora_ext.segmentation.methods import STANDARD
     from tcurlora_ext.segmentation.run import FinetuneSettings
     from tcurlora_ext.segmentation.run import finetune as run
     from tcurlora_ext.segmentation.terminal import Display
 
-    names = tuple(METHODS) if method == "all" else options.words(method)
+    names = STANDARD if method == "all" else options.words(method)
+    if factors is not None and not any(name.startswith("tcur-carried") for name in names):
+        names = (*names, "tcur-carried")
     rates = {} if lr is None else lr if isinstance(lr, dict) else dict.fromkeys(names, lr)
     run(
         FinetuneSettings(
             data=data, pretrained=pretrained, methods=names, seeds=seeds, also_train=also_train, rank=rank, alpha=alpha,
-            lora_rank=lora_rank, steps=steps, batch=batch, lr=rates, network=network, sizes=sizes or {}, roi=roi,
-            spacing=spacing, train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels,
+            lora_rank=lora_rank, steps=steps, batch=batch, lr=rates, factors=factors, network=network,
+            sizes=sizes or {}, roi=roi, spacing=spacing, train_list=train_list, val_list=val_list,
+            val_fraction=val_fraction, labels=labels,
             pretrain_steps=pretrain_steps, data_seed=data_seed, checkpoint_every=checkpoint_every, device=device,
         ),
         output, resume=resume, display=Display(terminal()),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,10 @@ from torch import Tensor
 from tcurlora_ext.io.atomic import write_with
 from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.dataset import Volume
+from tcurlora_ext.segmentation.methods import METHODS, base_name, folder_name
 from tcurlora_ext.segmentation.packages import require_package
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; a method has the same colour in every figure
-METHOD_COLOURS = {
-    "head": "#7f7f7f",
-    "decoder": "#009e73",
-    "full": "#0072b2",
-    "lora": "#e69f00",
-    "tcur": "#d55e00",
-}
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 CLASS_COLOURS = ("#56b4e9", "#e69f00", "#cc79a7", "#009e73", "#f0e442", "#0072b2", "#d55e00")
 
 
@@ -41,19 +36,23 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
     """Draw curves.png: training loss (moving mean of 10 steps) and validation Dice over steps, one line per seed."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    shown: dict[str, Iterator[int]] = {}
     for method in methods:
-        colour = METHOD_COLOURS.get(method, "#000000")
-        for index, path in enumerate(sorted((out / method).glob("seed*/metrics.csv"))):
+        colour, own = METHODS[base_name(method)].colour, folder_name(method)
+        # A method that runs with several options has one colour, and another dash for each.
+        line = ("-", "--", ":", "-.")[next(shown.setdefault(base_name(method), itertools.count())) % 4]
+        for index, path in enumerate(sorted((out / own).glob("seed*/metrics.csv"))):
             rows = read_csv(path)
             steps = np.array([int(row["step"]) for row in rows])
             loss = np.array([float(row["loss"]) for row in rows])
             width = min(10, len(loss))
             smooth = np.convolve(loss, np.ones(width) / width, "valid")
-            left.plot(steps[width - 1 :], smooth, color=colour, lw=1.4, label=None if index else method)
+            left.plot(steps[width - 1 :], smooth, color=colour, ls=line, lw=1.4, label=None if index else method)
             points = [(int(row["step"]), 100 * float(row["val_dice"])) for row in rows if row["val_dice"]]
             right.plot(
                 *zip(*points, strict=True),
                 color=colour,
+                ls=line,
                 lw=1.4,
                 marker="o",
                 ms=4,

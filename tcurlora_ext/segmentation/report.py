@@ -17,7 +17,7 @@ from tcurlora_ext.io.table import rich_table
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.evaluation import finite_mean
 from tcurlora_ext.segmentation.figures import draw_curves, draw_overlays
-from tcurlora_ext.segmentation.methods import METHODS
+from tcurlora_ext.segmentation.methods import METHODS, base_name
 from tcurlora_ext.segmentation.packages import require_package
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def summarise_runs(results: Sequence[Row]) -> list[dict[str, Any]]:
             **{key: finite_mean([row[key] for row in runs]) for key in scores},
             "hd95_undefined": sum(row["hd95_undefined"] for row in runs),
             "seconds": round(finite_mean([row["seconds"] for row in runs]), 2),
+            "warm_up_steps": runs[0].get("warm_up_steps", 0),
+            "adapter_bytes": round(finite_mean([row.get("adapter_bytes", math.nan) for row in runs])),
         })  # fmt: skip
     return rows
 
@@ -82,7 +84,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     sd = f" ± {100 * float(row['dice_sd']):.1f}" if row["dice_sd"] != "" else ""
     undefined = f" ({row['hd95_undefined']} undefined)" if int(row["hd95_undefined"]) else ""
     return (
-        row["method"], METHODS[row["method"]].description, f"{int(row['trained_numbers']):,}",
+        row["method"], METHODS[base_name(row["method"])].description, f"{int(row['trained_numbers']):,}",
         _number(row["dice_mean"], 100, 1) + sd, _number(row["hd95_mm"]) + undefined,
         f"{float(row['seconds']):.0f}",
     )  # fmt: skip

@@ -27,7 +27,18 @@ from torch import nn
 from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation import evaluation, report, training
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, Volume, load_volumes, read_dataset
-from tcurlora_ext.segmentation.methods import METHODS, Method, MethodOptions, beside, get_methods
+from tcurlora_ext.segmentation.methods import (
+    METHODS,
+    STANDARD,
+    Method,
+    MethodOptions,
+    Task,
+    base_name,
+    beside,
+    folder_name,
+    get_methods,
+    learning_rate,
+)
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
@@ -63,13 +74,14 @@ class FinetuneSettings:
         pretrained: None to pretrain on the embedded source domain, which needs `data` to be None too.
         seeds: How many; the seeds are 0 to seeds - 1.
         lr: Peak learning rates by method.
+        factors: The file of a subspace, for methods that take one.
         subjects: How many embedded target subjects are made for training and for validation.
         source_subjects: The same for the source domain.
     """
 
     data: Path | None = None
     pretrained: Path | None = None
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = STANDARD
     seeds: int = 1
     also_train: str | None = None
     rank: int = 8
@@ -78,6 +90,7 @@ class FinetuneSettings:
     steps: int = 120
     batch: int = 2
     lr: dict[str, float] = field(default_factory=dict)
+    factors: Path | None = None
     network: str | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
     roi: tuple[int, int, int] | None = None
@@ -93,9 +106,10 @@ class FinetuneSettings:
     checkpoint_every: int = 25
     device: str = "auto"
 
-    def options(self, spec_default: str, seed: int) -> MethodOptions:
-        """The options that methods take."""
-        return MethodOptions(self.also_train or spec_default, self.rank, self.alpha, self.lora_rank, seed)
+    def options(self, spec_default: str, seed: int, method: Method | None = None) -> MethodOptions:
+        """The options that a method takes."""
+        own = {} if method is None else method.own
+        return MethodOptions(self.also_train or spec_default, self.rank, self.alpha, self.lora_rank, seed, own)
 
 
 @dataclass(frozen=True)
@@ -128,18 +142,17 @@ def finetune(
     for package in ("matplotlib", "jinja2"):  # the report comes last, after all the training
         require_package(package)
     methods = _check(settings)
-    settings = replace(settings, lr={name: settings.lr.get(name, METHODS[name].lr) for name in METHODS})
+    rated = [*(METHODS[name] for name in STANDARD), *methods]
+    settings = replace(settings, lr={method.name: learning_rate(method, settings.lr) for method in rated})
     description = describe("finetune", with_fraction(settings))
     check_folder(out, description, resume)
-    data = None if settings.data is None else _read(settings, settings.data)
+    data = None if settings.data is None else read_data(settings, settings.data)
     if settings.pretrained is not None and data is not None:
-        _load_pretrained(
-            settings, settings.pretrained, data
-        )  # raises where they do not fit, before anything is written
+        load_pretrained(settings, settings.pretrained, data)  # raises where they do not fit, before anything is written
     open_folder(out, description, resume)
     if data is None:
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
-        data = _read(settings, folder)
+        data = read_data(settings, folder)
     record(out, "data", describe_data(data))
     pretrained = settings.pretrained or _pretrain_embedded(settings, out, display)
     config, head_is_new = _take_base(settings, pretrained, data, out)
@@ -185,9 +198,9 @@ def load_adapted(run_dir: Path, method: str, seed: int = 0) -> nn.Module:
         FileNotFoundError: The run has no adapter of this method and seed.
     """
     config = NetworkConfig.read(run_dir / "network.json")
-    (chosen,) = get_methods([method])
+    chosen = METHODS.get(base_name(method)) or get_methods([method])[0]  # which raises for an unknown name
     model = load_base(run_dir)
-    path = run_dir / method / f"seed{seed}" / "adapter.safetensors"
+    path = run_dir / folder_name(method) / f"seed{seed}" / "adapter.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the adapter of a finished run of '{method}'")
     chosen.load(model, path, get_spec(config.network), chosen.prepare)
@@ -199,8 +212,10 @@ def _check(settings: FinetuneSettings) -> list[Method]:
         steps=settings.steps, batch=settings.batch, seeds=settings.seeds, rank=settings.rank, alpha=settings.alpha,
         lora_rank=settings.lora_rank, checkpoint_every=settings.checkpoint_every, **settings.lr,
     )  # fmt: skip
-    methods = get_methods(settings.methods)
-    unknown = sorted(set(settings.lr) - set(METHODS))
+    methods = get_methods(settings.methods, {"factors": settings.factors})
+    if settings.factors is not None and not any("factors" in method.own for method in methods):
+        raise ValueError(f"factors: found {settings.factors} and no method that takes them; expected tcur-carried")
+    unknown = sorted(set(settings.lr) - set(METHODS) - {method.name for method in methods})
     if unknown:
         raise ValueError(f"lr: found {', '.join(unknown)}, expected methods among {', '.join(METHODS)}")
     if settings.also_train not in (None, "head", "decoder"):
@@ -222,7 +237,8 @@ def _embedded_config(settings: FinetuneSettings) -> NetworkConfig:
     )  # fmt: skip
 
 
-def _read(settings: FinetuneSettings, folder: Path) -> SegmentationDataset:
+def read_data(settings: FinetuneSettings, folder: Path) -> SegmentationDataset:
+    """The data set in a folder, by the options of the settings."""
     return read_dataset(
         folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
         seed=settings.data_seed, labels=settings.labels,
@@ -244,7 +260,7 @@ def _pretrain_embedded(settings: FinetuneSettings, out: Path, display: Display) 
     return folder / "base.safetensors"
 
 
-def _load_pretrained(
+def load_pretrained(
     settings: FinetuneSettings, path: Path, data: SegmentationDataset
 ) -> tuple[NetworkConfig, nn.Module, bool]:
     """The network's configuration, the model with these weights, and whether its head is new."""
@@ -267,7 +283,7 @@ def _take_base(
     settings: FinetuneSettings, pretrained: Path, data: SegmentationDataset, out: Path
 ) -> tuple[NetworkConfig, bool]:  # fmt: skip
     """Copy the pretrained network, and the transformer.json beside it, into the run folder."""
-    config, model, head_is_new = _load_pretrained(settings, pretrained, data)
+    config, model, head_is_new = load_pretrained(settings, pretrained, data)
     digest = hashlib.sha256(pretrained.read_bytes()).hexdigest()
     record(out, "base", {"sha256": digest, "head_is_new": head_is_new})
     config.save(out / "network.json")
@@ -280,19 +296,19 @@ def _take_base(
 
 def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
     """Train by one method and seed, save the adapter, read it back and score it; returns the row of metrics.csv."""
-    folder = job.out / method.name / f"seed{seed}"
+    folder = job.out / method.folder / f"seed{seed}"
     if (folder / "result.json").is_file():
         result: dict[str, Any] = read_json(folder / "result.json")
         return result
     spec, settings = get_spec(job.config.network), job.settings
-    options = settings.options(spec.also_train, seed)
+    options = settings.options(spec.also_train, seed, method)
     model = load_base(job.out)
     if job.head_is_new:  # a head for other classes starts from random weights of its own for each seed
         randomise(model, job.config, spec.head, seed)
-    method.prepare(model, spec, options)
+    plan = _plan(job, method, options)
+    method.prepare(model, spec, options, Task(job.train, plan, job.device, folder))
     model.to(job.device)
     trained = sum(parameter.numel() for parameter in training.trainable(model).values())
-    plan = _plan(job, method, options)
     with job.display.bar(f"{method.name}, seed {seed}", plan.steps) as on_step:
         progress = training.train(
             model, job.train, plan, folder, on_step=on_step,
@@ -309,6 +325,7 @@ def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
     row = {
         "method": method.name, "seed": seed, "trained_numbers": trained, "lr": plan.lr, "steps": plan.steps,
         **evaluation.summarise(scores, job.classes), "seconds": round(progress.seconds, 2),
+        "warm_up_steps": method.warm_up(options), "adapter_bytes": (folder / "adapter.safetensors").stat().st_size,
     }  # fmt: skip
     write_json(folder / "result.json", row)
     (folder / "checkpoint.pt").unlink(missing_ok=True)

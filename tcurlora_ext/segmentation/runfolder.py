@@ -13,6 +13,8 @@ import torch
 
 from tcurlora_ext.io.records import read_json, write_json
 
+# Settings to which a later call with --resume may add.
+GROWING = ("methods", "seeds", "lr")
 PACKAGES = ("tcurlora_ext", "torch", "monai", "peft", "nilearn", "nibabel", "numpy", "scipy")
 
 
@@ -42,7 +44,8 @@ def check_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> 
 
     Raises:
         ValueError: The folder is neither new nor empty and `resume` is False; or the earlier run has another
-            description, apart from versions and threads. The message names the setting that differs.
+            description, apart from versions and threads, and from methods and seeds that are added to it. The message
+            names the setting that differs.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a folder or nothing")
@@ -63,7 +66,18 @@ def check_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> 
         _compare(folder / "run.json", part, earlier.get(part), description[part])
 
 
+def _grown(earlier: Any, now: Any) -> bool:
+    """Whether a setting has all that it had in the earlier run."""
+    if isinstance(earlier, dict) and isinstance(now, Mapping):
+        return all(now.get(key) == value for key, value in earlier.items())
+    if isinstance(earlier, list) and isinstance(now, list):
+        return set(earlier) <= set(now)
+    return isinstance(earlier, int) and isinstance(now, int) and earlier <= now
+
+
 def _compare(path: Path, name: str, earlier: Any, now: Any) -> None:
+    if name.removeprefix("settings.") in GROWING and _grown(earlier, now):
+        return
     if isinstance(earlier, dict) and isinstance(now, Mapping):
         for key in sorted(set(earlier) | set(now)):
             _compare(path, f"{name}.{key}", earlier.get(key), now.get(key))
@@ -89,7 +103,12 @@ def open_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> N
     """
     check_folder(folder, description, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "run.json").is_file():
-        write_json(folder / "run.json", description)
-    elif isinstance(threads := read_json(folder / "run.json").get("threads"), int):
+    path = folder / "run.json"
+    if not path.is_file():
+        write_json(path, description)
+        return
+    earlier = read_json(path)
+    if earlier["settings"] != description["settings"]:  # methods or seeds are added
+        write_json(path, {**earlier, "settings": description["settings"]})
+    if isinstance(threads := earlier.get("threads"), int):
         torch.set_num_threads(threads)

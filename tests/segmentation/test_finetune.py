@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tcurlora_ext.cli.app import app
 from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.segmentation import pretraining, synthetic
-from tcurlora_ext.segmentation.methods import METHODS
+from tcurlora_ext.segmentation.methods import STANDARD
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted, load_base
 
@@ -77,14 +77,14 @@ def test_the_embedded_default_in_miniature(
     text = command(
         "finetune", "--output", out, "--sizes", SIZES, "--roi", 16, "--steps", 2, "--pretrain-steps", 2, "--rank", 4
     )
-    for name in METHODS:
+    for name in STANDARD:
         assert f"{name}, seed 0:" in text
     assert "with randomly initialised transformer blocks" in text
     assert "before adaptation: Dice" in text
     assert f"report: {out / 'report.html'}" in text.replace("\n", "")
-    check_report(out, list(METHODS))
+    check_report(out, list(STANDARD))
     rows = read_csv(out / "metrics.csv")
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert [row["method"] for row in rows] == list(STANDARD)
     summary = {row["method"]: row for row in read_csv(out / "summary.csv")}
     for row in rows:
         assert 0 <= float(row["dice"]) <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ from torch import Tensor, nn
 
 import tcurlora_ext as tcur
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
-from tcurlora_ext.segmentation.methods import METHODS, MethodOptions, get_methods
+from tcurlora_ext.segmentation.learning import LearnSettings, learn
+from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, MethodOptions, Task, get_methods
 from tcurlora_ext.segmentation.networks import get_spec, has_prefix
-from tcurlora_ext.segmentation.run import load_base
+from tcurlora_ext.segmentation.run import FinetuneSettings, load_base
 from tcurlora_ext.segmentation.training import Plan, train, trainable
 
 OPTIONS = MethodOptions(rank=4, lora_rank=2, seed=0)
-EXTRA = {"lora": "lora_", "tcur": "core"}  # what the names of an adapter's own parameters contain
+PLAN = Plan(3, 2, 1e-2, 0, (16, 16, 16))
+# What the names of an adapter's own parameters contain.
+EXTRA = {"lora": "lora_"} | dict.fromkeys(("tcur", "tcur-light", "tcur-learned", "tcur-carried"), "core")
+# Options with which a method fits the tiny network.
+SMALL = {"tcur-light": ":rank=4", "tcur-learned": ":rank=2:warm_up=3", "tcur-carried": ":rank=2"}
 
 
 def plain_name(name: str) -> str:
@@ -30,12 +36,38 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.fixture(scope="module")
+def subspace(pristine_data: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A subspace learned on the tiny data."""
+    path = tmp_path_factory.mktemp("factors") / "family.safetensors"
+    config = tcur.TCURConfig.preset("learned", rank=2)
+    learn(LearnSettings(FinetuneSettings(pristine_data, base), config, steps=3), path)
+    return path
+
+
+@pytest.fixture
+def chosen(subspace: Path) -> Callable[[str], Method]:
+    """A method by its name, with options with which it fits."""
+
+    def choose(name: str) -> Method:
+        (method,) = get_methods([name + SMALL.get(name, "")], {"factors": subspace})
+        return method
+
+    return choose
+
+
+@pytest.fixture
+def task(pristine_data: Path, tmp_path: Path) -> Task:
+    volumes = load_volumes(read_dataset(pristine_data).train, None)
+    return Task(volumes, PLAN, torch.device("cpu"), tmp_path)
+
+
 @pytest.fixture
 def train_steps(pristine_data: Path, tmp_path: Path) -> Callable[[nn.Module], None]:
     volumes = load_volumes(read_dataset(pristine_data).train, None)
 
     def run(model: nn.Module) -> None:
-        train(model, volumes, Plan(3, 2, 1e-2, 0, (16, 16, 16)), tmp_path / "steps")
+        train(model, volumes, PLAN, tmp_path / "steps")
 
     return run
 
@@ -48,19 +80,20 @@ def expected_to_train(method: str, also_train: str) -> Callable[[str], bool]:
         "decoder": lambda name: has_prefix(name, spec.decoder),
         "full": lambda name: True,
         "lora": lambda name: EXTRA["lora"] in name or has_prefix(name, beside),
-        "tcur": lambda name: EXTRA["tcur"] in name or has_prefix(name, beside),
+        "norms": lambda name: ("norm" in name and "conv" not in name) or has_prefix(name, beside),
     }
-    return rules[method]
+    return rules.get(method, lambda name: "core" in name or has_prefix(name, beside))
 
 
 @pytest.mark.parametrize("also_train", ["head", "decoder"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_trains_what_it_says_and_nothing_else(
-    name: str, also_train: str, base: Path, train_steps: Callable[[nn.Module], None]
-) -> None:
-    model, spec = load_base(base.parent), get_spec("vit")
+    name: str, also_train: str, base: Path, train_steps: Callable[[nn.Module], None],
+    chosen: Callable[[str], Method], task: Task,
+) -> None:  # fmt: skip
+    model, spec, method = load_base(base.parent), get_spec("vit"), chosen(name)
     weights = {key: value.clone() for key, value in snapshot(model).items()}
-    METHODS[name].prepare(model, spec, MethodOptions(also_train, rank=4, lora_rank=2))
+    method.prepare(model, spec, MethodOptions(also_train, rank=4, lora_rank=2, own=method.own), task)
     should = expected_to_train(name, also_train)
     assert set(trainable(model)) == {key for key in snapshot(model) if should(key)}
     before = snapshot(model)
@@ -78,7 +111,7 @@ def test_a_method_trains_what_it_says_and_nothing_else(
 def test_the_core_of_tcur_moves_and_changes_the_weights(base: Path, train_steps: Callable[[nn.Module], None]) -> None:
     """The released code of the method left its core out of optimizer and forward pass: only the decoder trained."""
     model = load_base(base.parent)
-    METHODS["tcur"].prepare(model, get_spec("vit"), OPTIONS)
+    METHODS["tcur"].prepare(model, get_spec("vit"), OPTIONS, None)
     assert tcur.stacks(model)
     assert all(stack.core.count_nonzero() == 0 for stack in tcur.stacks(model).values())
     train_steps(model)
@@ -89,18 +122,21 @@ def test_the_core_of_tcur_moves_and_changes_the_weights(base: Path, train_steps:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_file_brings_the_adapted_network_back(
-    name: str, base: Path, tmp_path: Path, train_steps: Callable[[nn.Module], None]
-) -> None:
-    method, spec = METHODS[name], get_spec("vit")
+    name: str, base: Path, tmp_path: Path, train_steps: Callable[[nn.Module], None], chosen: Callable[[str], Method],
+    task: Task,
+) -> None:  # fmt: skip
+    method, spec = chosen(name), get_spec("vit")
+    options = replace(OPTIONS, own=method.own)
     model, image = load_base(base.parent), torch.randn(1, 1, 16, 16, 16)
     with torch.no_grad():
         plain = model(image)
-        method.prepare(model, spec, OPTIONS)
+    method.prepare(model, spec, options, task)
+    with torch.no_grad():
         if name in EXTRA:
             assert torch.allclose(model.eval()(image), plain, atol=1e-6)  # an adapter starts as the identity
     train_steps(model)
     path = tmp_path / "adapter.safetensors"
-    method.save(model, path, OPTIONS)
+    method.save(model, path, options)
     other = load_base(base.parent)
     method.load(other, path, spec, method.prepare)
     with torch.no_grad():
@@ -133,3 +169,67 @@ def test_a_file_without_this_commands_options_is_named(
 def test_unknown_or_repeated_methods_are_refused(names: str | list[str]) -> None:
     with pytest.raises(ValueError, match="expected each once of head, decoder, full, lora, tcur"):
         get_methods(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora:ranks=1", "found 'ranks=1' after lora, expected OPTION=VALUE with one of rank, bits, init"),
+        ("lora:rank", "found 'rank' after lora"),
+        ("head:rank=1", "it has none"),
+        ("lora:rank=one", "lora: rank is 'one', expected a whole number"),
+        ("tcur:orthonormal=1", "orthonormal is '1', expected true or false"),
+        ("tcur-carried", "tcur-carried needs factors, as in tcur-carried:factors=FILE"),
+        ("lora:init=a/x,lora:init=b/x", "found lora:init=x more than once"),
+    ],
+)
+def test_wrong_options_of_a_method_are_named(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_methods(name)
+
+
+def test_methods_with_options_run_side_by_side() -> None:
+    methods = get_methods("lora,lora:rank=1,tcur:orthonormal=true:alpha=2")
+    assert [method.name for method in methods] == ["lora", "lora:rank=1", "tcur:orthonormal=true:alpha=2.0"]
+    assert [method.folder for method in methods] == ["lora", "lora_rank=1", "tcur_orthonormal=true_alpha=2.0"]
+    assert methods[2].own == {"orthonormal": True, "alpha": 2.0}
+    assert [method.name for method in get_methods("all")] == list(STANDARD)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_lora_in_few_bits(bits: int, base: Path, tmp_path: Path, train_steps: Callable[[nn.Module], None]) -> None:
+    whole, (coded,) = METHODS["lora"], get_methods(f"lora:rank=4:bits={bits}")
+    model, spec, options = load_base(base.parent), get_spec("vit"), replace(OPTIONS, own=coded.own)
+    coded.prepare(model, spec, options, None)
+    train_steps(model)
+    sizes = {}
+    for method, own in ((whole, {"rank": 4}), (coded, coded.own)):
+        path = tmp_path / f"{method.folder}.safetensors"
+        method.save(model, path, replace(OPTIONS, own=own))
+        other = load_base(base.parent)
+        method.load(other, path, spec, method.prepare)
+        sizes[method.name] = path.stat().st_size
+        found, expected = (
+            torch.cat([p.detach().flatten() for n, p in one.named_parameters() if "lora_" in n])
+            for one in (other, model)
+        )
+        off = float((found - expected).norm() / expected.norm())
+        assert off == 0 if method is whole else 0 < off < {1: 0.75, 4: 0.15}[bits]
+    assert sizes[coded.name] < sizes["lora"]
+
+
+def test_a_lora_that_begins_with_another_runs_factors(
+    base: Path, tmp_path: Path, train_steps: Callable[[nn.Module], None]
+) -> None:
+    method, spec = METHODS["lora"], get_spec("vit")
+    model = load_base(base.parent)
+    method.prepare(model, spec, OPTIONS, None)
+    train_steps(model)
+    method.save(model, tmp_path / "first.safetensors", OPTIONS)
+    (second,) = get_methods(f"lora:init={tmp_path / 'first.safetensors'}")
+    other = load_base(base.parent)
+    task = Task((), PLAN, torch.device("cpu"), tmp_path)
+    second.prepare(other, spec, replace(OPTIONS, own=second.own, seed=1), task)
+    for name, p in other.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(p, model.get_parameter(name)), name

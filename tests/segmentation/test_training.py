@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tcurlora_ext.io.atomic import replacing, write_bytes
-from tcurlora_ext.io.records import read_csv
+from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.io.tensors import read_checkpoint
 from tcurlora_ext.segmentation import training
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
@@ -183,6 +184,22 @@ def test_resume_with_other_settings_names_the_setting(
         finetune(settings(**changes), whole_run, resume=True)
     assert message in str(raised.value)
     assert results(whole_run) == before
+
+
+def test_methods_and_seeds_are_added_to_a_finished_run(
+    whole_run: Path, settings: Callable[..., FinetuneSettings], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    before = results(out / "head" / "seed0")
+    finetune(settings(methods=("head", "tcur", "lora:rank=1"), seeds=2), out, resume=True)
+    rows = read_csv(out / "metrics.csv")
+    assert {(row["method"], row["seed"]) for row in rows} == {
+        (method, seed) for method in ("head", "tcur", "lora:rank=1") for seed in ("0", "1")
+    }
+    assert results(out / "head" / "seed0") == before
+    assert read_json(out / "run.json")["settings"]["methods"] == ["head", "tcur", "lora:rank=1"]
+    with pytest.raises(ValueError, match="the run has seeds = 2, found 1 now"):
+        finetune(settings(methods=("head", "tcur", "lora:rank=1")), out, resume=True)
 
 
 def test_a_run_folder_in_use_is_not_written_to(

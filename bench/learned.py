@@ -1,0 +1,174 @@
+"""Learned factors beside LoRA, the paper's stacks and the head alone: the tables of docs/learned.md.
+
+Two settings: real hippocampus MRI (the network and data of bench/hippocampus.py), and the embedded brains of the demo.
+In each the factors are learned on the same few cases (tcur-learned), or carried from other cases (tcur-carried) that
+are neither trained on nor validated on afterwards.
+
+    python bench/learned.py hippocampus WORK RESULTS --maps SYNTHSEG_MAPS --data HIPPOCAMPUS
+    python bench/learned.py embedded WORK RESULTS
+
+With --choose it measures, on cases of their own, the steps of the warm-up and the bits of the directions, of which the
+defaults were chosen. A run that was stopped resumes when it is started again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import tcurlora_ext as tcur
+from tcurlora_ext.bench.entry import run_command
+from tcurlora_ext.bench.hippocampus import prepare, publish
+from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.segmentation.learning import LearnSettings, learn
+from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
+from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.synthetic import write_domain
+from tcurlora_ext.segmentation.terminal import Display
+
+STEPS = 120  # of every method
+OTHER_STEPS = 240  # on the other cases, of which there are more
+WARM_UPS, BITS = (30, 60, 120), (1, 2, 4, 8, 32)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """A data set and its two lists."""
+
+    folder: Path
+    train: str
+    val: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pretrained network, the cases of the table, other cases of the same kind, and those to choose defaults on."""
+
+    base: Path
+    target: Cases
+    others: Cases
+    choice: Cases
+    lr: dict[str, float]
+
+
+def hippocampus_setting(work: Path, maps: Path, data: Path, display: Display) -> Setting:
+    """Five subjects, 48 validation volumes; 19 other subjects; and five more with 24 volumes to choose on."""
+    base, target = prepare(maps, data, work, 600, display)
+    path = target / "splits.json"
+    splits = read_json(path)
+    if "others" not in splits:
+        lists = splits["few_shot"]
+        five = lists["5_subjects_seed0"]
+        others = _of_other_subjects(lists["20_subjects_seed0"], five)
+        choice = _of_other_subjects(lists["5_subjects_seed1"], [*five, *others])
+        rest = _of_other_subjects(splits["train"], [*five, *others, *choice])
+        write_json(path, {**splits, "others": others, "choice": choice, "choice_val": rest[::4][:24]})
+    return Setting(
+        base, Cases(target, "5_subjects_seed0", "val"), Cases(target, "others", "choice_val"),
+        Cases(target, "choice", "choice_val"), {"head": 1e-3},
+    )  # fmt: skip
+
+
+def _of_other_subjects(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The volumes of subjects that none of the known volumes is of: 2k - 1 and 2k are the two sides of one scan."""
+    subjects = {(int(name) + 1) // 2 for name in known}
+    return [name for name in names if (int(name) + 1) // 2 not in subjects]
+
+
+def embedded_setting(work: Path, display: Display) -> Setting:
+    """Four and eight brains of the target domain; 19 others; and four with eight to choose on."""
+    if not (work / "pretrain" / "transformer.json").is_file():
+        pretrain(PretrainSettings(), work / "pretrain", resume=True, display=display)
+    cases = []
+    for name, seed, train, val in (("target", 0, 4, 8), ("others", 1, 19, 1), ("choice", 2, 4, 8)):
+        folder = work / name
+        if not (folder / "splits.json").is_file():
+            write_domain(folder, "target", train, val, seed=seed)
+        cases.append(Cases(folder, "train", "val"))
+    return Setting(work / "pretrain" / "base.safetensors", *cases, {})
+
+
+def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, display: Display) -> None:
+    """Run the methods of the table, those that need other cases after what they need."""
+    carried, lora = work / "carried.safetensors", work / "lora-others"
+    on_others = FinetuneSettings(
+        setting.others.folder, setting.base, ("lora",), steps=OTHER_STEPS, lr=setting.lr,
+        train_list=setting.others.train, val_list=setting.others.val,
+    )  # fmt: skip
+    if not carried.is_file():
+        learn(LearnSettings(on_others, tcur.TCURConfig.preset("learned"), OTHER_STEPS), carried, display)
+    finetune(on_others, lora, resume=(lora / "run.json").is_file(), display=display)
+    # Not the file of its own seed, which has other draws: a change that all seeds share is what a base brings along.
+    full = work / "table" / "full" / "seed{seed}" / "adapter.safetensors"
+    methods = [
+        "head", "norms", "full", "lora", "lora:rank=1", f"lora:bits={tcur.learn_factors.__kwdefaults__['bits']}",
+        f"lora:init={lora / 'lora' / 'seed0' / 'adapter.safetensors'}", "tcur", "tcur:orthonormal=true",
+        "tcur-light:rank=8", "tcur-light", "tcur-learned", "tcur-learned:bits=1", "tcur-learned:bits=32",
+        "tcur-learned:rank=4", "tcur-learned:rows_only=true", f"tcur-learned:change={full}",
+        *(f"tcur-carried:factors={carried}:rank={rank}" for rank in (8, 4, 2, 1)),
+    ]  # fmt: skip
+    wanted = [name for name in methods if not only or any(word in name for word in only.split(","))]
+    settings = FinetuneSettings(
+        setting.target.folder, setting.base, tuple(wanted), seeds, steps=STEPS, lr=setting.lr,
+        train_list=setting.target.train, val_list=setting.target.val,
+    )  # fmt: skip
+    run = work / "table"
+    finetune(settings, run, resume=(run / "run.json").is_file(), display=display)
+    publish(run, results)
+
+
+def choose(setting: Setting, work: Path, results: Path, seeds: int, display: Display) -> None:
+    """Vary the warm-up's steps and the bits, on cases that the table does not have."""
+    methods = ["lora"]
+    methods += [f"tcur-learned:warm_up={steps}:bits=32" for steps in WARM_UPS]
+    methods += [f"tcur-learned:bits={bits}" for bits in BITS if bits != 32]
+    settings = FinetuneSettings(
+        setting.choice.folder, setting.base, tuple(methods), seeds, steps=STEPS, lr=setting.lr,
+        train_list=setting.choice.train, val_list=setting.choice.val,
+    )  # fmt: skip
+    run = work / "choice"
+    finetune(settings, run, resume=(run / "run.json").is_file(), display=display)
+    publish(run, results)
+
+
+def learned(
+    setting: Annotated[str, typer.Argument(metavar="SETTING", help="hippocampus or embedded.")],
+    work: Annotated[Path, typer.Argument(metavar="WORK", help="Folder for data, the pretrained network and runs.")],
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Gets summary.csv, metrics.csv and run.json.")],
+    maps: Annotated[Path | None, typer.Option(help="SynthSeg's label maps, for hippocampus.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The real data, for hippocampus.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs per method.")] = 3,
+    only: Annotated[str, typer.Option(help="Only methods whose name contains one of these words, a,b.")] = "",
+    choosing: Annotated[
+        bool, typer.Option("--choose", help="Vary the steps of the warm-up and the bits on other cases instead.")
+    ] = False,
+) -> None:
+    """Compare learned factors with LoRA and the paper's stacks in one of two settings."""
+    display = Display(Console(width=140))
+    if setting == "hippocampus":
+        if maps is None or data is None:
+            raise ValueError("maps, data: expected both for hippocampus")
+        chosen = hippocampus_setting(work, maps, data, display)
+    elif setting == "embedded":
+        chosen = embedded_setting(work, display)
+    else:
+        raise ValueError(f"setting: found '{setting}', expected hippocampus or embedded")
+    if choosing:
+        choose(chosen, work, results, seeds, display)
+    else:
+        compare(chosen, work, results, seeds, only, display)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command."""
+    return run_command(learned, arguments, "python bench/learned.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

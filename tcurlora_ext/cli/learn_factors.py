@@ -1,0 +1,66 @@
+"""`tcurlora learn-factors`: a subspace for a family of tasks, over which adapters are their cores alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tcurlora_ext.cli import options
+from tcurlora_ext.io.table import terminal
+
+
+def learn_factors(
+    data: Annotated[Path, typer.Option(help="Data set in the Medical Decathlon layout: cases of the family.")],
+    pretrained: Annotated[
+        Path, typer.Option(help="Weights that the adapters will be for: .safetensors, or a torch checkpoint.")
+    ],
+    output: Annotated[Path, typer.Option(help="The file of the subspace.")],
+    rank: Annotated[int, typer.Option(help="Directions of every layer; an adapter may use fewer.")] = 8,
+    coupled: Annotated[
+        bool, typer.Option("--coupled", help="One core for all layers of a shape, as the paper's stacks.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Steps of training whole weights, which are put back.")] = 240,
+    batch: options.Batch = 2,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    bits: Annotated[int, typer.Option(help="Bits of an entry of the directions: 1, 2, 4, 8, 16 or 32.")] = 4,
+    also_train: Annotated[
+        str | None,
+        typer.Option(help="What trains beside an adapter: head or decoder. Default: head for vit, else decoder."),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="vit, unetr or swinunetr; needed where no network.json lies beside --pretrained."),
+    ] = None,
+    sizes: options.NetworkSizes = None,
+    roi: Annotated[
+        options.WholeTriple | None,
+        typer.Option(parser=options.whole_triple, metavar="X,Y,Z", help="Window in voxels: one number or three."),
+    ] = None,
+    spacing: options.Spacing = None,
+    train_list: options.TrainList = "train",
+    val_list: options.ValList = "val",
+    val_fraction: options.ValFraction = None,
+    labels: options.Labels = None,
+    seed: Annotated[int, typer.Option(help="Seed of the windows and of a new head.")] = 0,
+    data_seed: options.DataSeed = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Learn on some cases of a family in which directions an adapter for other cases of it should move the weights.
+
+    `tcurlora finetune --factors FILE` then trains a few hundred parameters for each new task over them.
+    """
+    import tcurlora_ext as tcur
+    from tcurlora_ext.segmentation.learning import LearnSettings, learn
+    from tcurlora_ext.segmentation.run import FinetuneSettings
+    from tcurlora_ext.segmentation.terminal import Display
+
+    coupling = {"stack_by": "shape", "transform": "dft"} if coupled else {}
+    base = FinetuneSettings(
+        data=data, pretrained=pretrained, also_train=also_train, batch=batch, network=network, sizes=sizes or {},
+        roi=roi, spacing=spacing, train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels,
+        data_seed=data_seed, device=device,
+    )  # fmt: skip
+    config = tcur.TCURConfig.preset("learned", rank=rank, **coupling)
+    learn(LearnSettings(base, config, steps, lr, bits, seed), output, Display(terminal()))

@@ -1,0 +1,26 @@
+"""The affine parameters of the normalisation layers, with the head."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix
+
+from .base import Method, MethodOptions, Task, beside, load_trained, save_trained
+
+
+def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
+    prefixes = beside(spec, options)
+    affine = {
+        id(parameter)
+        for module in model.modules()
+        if "Norm" in type(module).__name__
+        for parameter in module.parameters(recurse=False)
+    }
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in affine or has_prefix(name, prefixes))
+
+
+METHOD = Method(
+    "norms", "affine parameters of norms", _prepare, 1e-2, save_trained, load_trained, "#56b4e9", adapter=True
+)  # fmt: skip

@@ -1,0 +1,53 @@
+"""tCURLoRA (arXiv 2501.02227): one core for all weights of a shape, over columns and rows of the weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import tcurlora_ext as tcur
+from tcurlora_ext.segmentation.networks import NetworkSpec
+
+from .base import Method, MethodOptions, Prepare, Task, beside
+
+
+def inject(model: nn.Module, config: tcur.TCURConfig, spec: NetworkSpec, options: MethodOptions, **given: Any) -> None:
+    """Adapt the attention and MLP projections, with q, k and v as separate slices; the head or decoder trains too."""
+    prefixes = prefixes_beside(spec, options)
+    tcur.inject(model, config, **given)
+    tcur.unfreeze(model, prefixes)
+
+
+def prefixes_beside(spec: NetworkSpec, options: MethodOptions) -> list[str]:
+    """What trains beside the adapter, as patterns for :func:`tcurlora_ext.unfreeze`."""
+    return [re.escape(prefix) for prefix in beside(spec, options)]
+
+
+def save(model: nn.Module, path: Path, options: MethodOptions) -> None:
+    """Write the adapter."""
+    tcur.save_adapter(model, path)  # writes atomically by itself
+
+
+def load(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> None:
+    """Load the adapter."""
+    tcur.load_adapter(model, path)
+
+
+def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
+    config = tcur.TCURConfig(
+        rank=METHOD.option(options, "rank") or options.rank, alpha=METHOD.option(options, "alpha") or options.alpha,
+        seed=options.seed, selection=METHOD.option(options, "selection"), stack_by=METHOD.option(options, "stack_by"),
+        transform=METHOD.option(options, "transform"), orthonormal=METHOD.option(options, "orthonormal"),
+    )  # fmt: skip
+    inject(model, config, spec, options)
+
+
+# Of the learning rates only 1e-2 was tried. Rank and alpha 0 stand for the run's options --rank and --alpha.
+METHOD = Method(
+    "tcur", "tCURLoRA in the transformer", _prepare, 1e-2, save, load, "#d55e00", adapter=True,
+    options={"rank": 0, "alpha": 0.0, "orthonormal": False, "selection": "norm", "stack_by": "shape",
+             "transform": "dft"}, standard=True,
+)  # fmt: skip

@@ -1,0 +1,40 @@
+"""tCUR over a subspace learned on other cases before: the cores are all that is new."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+import tcurlora_ext as tcur
+from tcurlora_ext.segmentation.networks import NetworkSpec
+
+from .base import Method, MethodOptions, Prepare, Task
+from .tcur import inject
+
+FILE = "subspace.safetensors"
+
+
+def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
+    subspace = tcur.Subspace.load(Path(METHOD.option(options, "factors")))
+    rank = METHOD.option(options, "rank") or subspace.config.rank
+    config = replace(subspace.config, rank=rank, alpha=METHOD.option(options, "alpha"), seed=options.seed)
+    inject(model, config, spec, options, subspace=subspace)
+    if task is not None:  # beside the adapter, which names it by its digest
+        task.folder.mkdir(parents=True, exist_ok=True)
+        subspace.save(task.folder / FILE)
+
+
+def _save(model: nn.Module, path: Path, options: MethodOptions) -> None:
+    tcur.save_adapter(model, path, include_subspace=False)
+
+
+def _load(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> None:
+    tcur.load_adapter(model, path, tcur.Subspace.load(path.parent / FILE))
+
+
+METHOD = Method(
+    "tcur-carried", "tCUR over a given subspace", _prepare, 1e-2, _save, _load, "#6a51a3", adapter=True,
+    options={"factors": None, "rank": 0, "alpha": 1.0},
+)  # fmt: skip

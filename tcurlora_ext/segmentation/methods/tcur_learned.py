@@ -1,0 +1,55 @@
+"""tCUR over factors learned on the same training cases: a warm-up of the whole weights, then cores from zero."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import tcurlora_ext as tcur
+from tcurlora_ext.adapter.learning import warmup
+from tcurlora_ext.segmentation.networks import NetworkSpec
+from tcurlora_ext.segmentation.training import loss_step
+
+from .base import Method, MethodOptions, Task
+from .tcur import inject, load, prefixes_beside, save
+
+FILE = "subspace.safetensors"
+
+
+def learned_config(options: MethodOptions, method: Method) -> tcur.TCURConfig:
+    """The configuration of an adapter over learned factors, with a method's own options."""
+    return tcur.TCURConfig.preset(
+        "learned", rank=method.option(options, "rank"), alpha=method.option(options, "alpha"),
+        factors="learned_rows" if method.option(options, "rows_only") else "learned", seed=options.seed,
+    )  # fmt: skip
+
+
+def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
+    if task is None:
+        raise ValueError("tcur-learned learns its factors on the training cases, which are not given")
+    config, path = learned_config(options, METHOD), task.folder / FILE
+    model.to(task.device)
+    if path.is_file():  # a resumed run has learned it before
+        subspace = tcur.Subspace.load(path)
+    elif change := METHOD.option(options, "change"):
+        subspace = tcur.factors_of_change(
+            model, config, change.format(seed=options.seed), METHOD.option(options, "bits")
+        )
+    else:
+        subspace = tcur.learn_factors(
+            model, config, loss_step(task.volumes, task.plan), METHOD.option(options, "warm_up"),
+            unfreeze=prefixes_beside(spec, options), bits=METHOD.option(options, "bits"),
+        )  # fmt: skip
+    if not path.is_file():
+        subspace.save(path)
+    inject(model, config, spec, options, subspace=subspace)
+
+
+def _warm_up(options: MethodOptions) -> int:
+    return 0 if METHOD.option(options, "change") else int(METHOD.option(options, "warm_up"))
+
+
+METHOD = Method(
+    "tcur-learned", "tCUR over learned factors", _prepare, 1e-2, save, load, "#a50f15", adapter=True,
+    options={"rank": 8, "alpha": 1.0, "bits": warmup.CODED_BITS, "warm_up": warmup.STEPS, "rows_only": False,
+             "change": ""}, warm_up=_warm_up,
+)  # fmt: skip
