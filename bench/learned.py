@@ -4,8 +4,8 @@ Two settings: real hippocampus MRI (the network and data of bench/hippocampus.py
 In each the factors are learned on the same few cases (tcur-learned), or carried from other cases (tcur-carried) that
 are neither trained on nor validated on afterwards.
 
-    python bench/learned.py hippocampus WORK RESULTS --maps SYNTHSEG_MAPS --data HIPPOCAMPUS
-    python bench/learned.py embedded WORK RESULTS
+    python -m tcurlora_ext.bench.learned hippocampus WORK RESULTS --maps SYNTHSEG_MAPS --data HIPPOCAMPUS
+    python -m tcurlora_ext.bench.learned embedded WORK RESULTS
 
 With --choose it measures, on cases of their own, the steps of the warm-up and the bits of the directions, of which the
 defaults were chosen. A run that was stopped resumes when it is started again.
@@ -22,7 +22,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-import tcurlora_ext as tcur
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.learning.warmup import CODED_BITS
 from tcurlora_ext.bench.entry import run_command
 from tcurlora_ext.bench.hippocampus import prepare, publish
 from tcurlora_ext.io.records import read_json, write_json
@@ -91,7 +92,8 @@ def embedded_setting(work: Path, display: Display) -> Setting:
         if not (folder / "splits.json").is_file():
             write_domain(folder, "target", train, val, seed=seed)
         cases.append(Cases(folder, "train", "val"))
-    return Setting(work / "pretrain" / "base.safetensors", *cases, {})
+    target, others, choice = cases
+    return Setting(work / "pretrain" / "base.safetensors", target, others, choice, {})
 
 
 def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, display: Display) -> None:
@@ -102,12 +104,12 @@ def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, 
         train_list=setting.others.train, val_list=setting.others.val,
     )  # fmt: skip
     if not carried.is_file():
-        learn(LearnSettings(on_others, tcur.TCURConfig.preset("learned"), OTHER_STEPS), carried, display)
+        learn(LearnSettings(on_others, TCURConfig.preset("learned"), OTHER_STEPS), carried, display)
     finetune(on_others, lora, resume=(lora / "run.json").is_file(), display=display)
     # Not the file of its own seed, which has other draws: a change that all seeds share is what a base brings along.
     full = work / "table" / "full" / "seed{seed}" / "adapter.safetensors"
     methods = [
-        "head", "norms", "full", "lora", "lora:rank=1", f"lora:bits={tcur.learn_factors.__kwdefaults__['bits']}",
+        "head", "norms", "full", "lora", "lora:rank=1", f"lora:bits={CODED_BITS}",
         f"lora:init={lora / 'lora' / 'seed0' / 'adapter.safetensors'}", "tcur", "tcur:orthonormal=true",
         "tcur-light:rank=8", "tcur-light", "tcur-learned", "tcur-learned:bits=1", "tcur-learned:bits=32",
         "tcur-learned:rank=4", "tcur-learned:rows_only=true", f"tcur-learned:change={full}",
@@ -167,7 +169,7 @@ def learned(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command."""
-    return run_command(learned, arguments, "python bench/learned.py")
+    return run_command(learned, arguments, "python -m tcurlora_ext.bench.learned")
 
 
 if __name__ == "__main__":
