@@ -4,7 +4,7 @@ A ViT segmenter without skip connections, so that every prediction passes throug
 segment the hippocampus on synthetic T1-like crops made from label maps. It is then adapted by each method to real MRI
 of five subjects, whose labels of the anterior and the posterior part are merged into one class.
 
-    python bench/hippocampus.py SYNTHSEG_MAPS HIPPOCAMPUS WORK RESULTS [--methods head,lora,tcur] [--seeds 3]
+    python -m tcurlora_ext.bench.hippocampus SYNTHSEG_MAPS HIPPOCAMPUS WORK RESULTS [--seeds 3]
 
 A run that was stopped resumes when it is started again.
 """
@@ -144,7 +144,7 @@ def publish(run: Path, results: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command."""
-    return run_command(hippocampus, arguments, "python bench/hippocampus.py")
+    return run_command(hippocampus, arguments, "python -m tcurlora_ext.bench.hippocampus")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,15 @@ from ..entry import run_command
 from ..names import DENSE, FROZEN, LORA, PAPER_LORA, STACK, TRANSIENT, operator_variants
 from ..rows import PROVENANCE, Row, by_case, labels, number, read_failures, read_results, read_rows, tcur_backend, value
 from .crossover import crossovers, merge
+from .methods import COLUMNS as METHODS
+from .methods import methods_table
 
 COMMAND = "python -m tcurlora_ext.bench.reading.tables"
 # The commands that write the files: of measurements, of the tables in COUNTED, of profiles.
 MEASURE = "tcurlora bench"
 COUNT = "python -m tcurlora_ext.bench.scaling"
 PROFILE = "python -m tcurlora_ext.bench.profile"
+LEARNED = "python -m tcurlora_ext.bench.learned"
 COUNTED = ("scaling", "scaling-step")
 MARKED = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 OPENED = re.compile(r"^\s*<!-- (?:table:|end)", re.M)
@@ -81,6 +84,9 @@ def _section(marker: str, root: Path) -> str:
 
 def _source(name: str, file: str, rows: list[Row]) -> str:
     """The line with a table's origin: its file, what the cases have in common, device, rounds, versions, commit."""
+    if name == "methods":
+        seeds = len({row["seed"] for row in rows})
+        return f"`{file}`, measured by `{LEARNED}`; {seeds} seed{'s' if seeds > 1 else ''}."
     if name in COUNTED:
         return f"`{file}`, counted by `{COUNT}`."
     shared = labels(rows)[1] if "case" in rows[0] else ""
@@ -305,6 +311,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], Table], tuple[str, ...] | None]] =
     "host": (host, HOST),
     "scaling": (scaling, SCALING),
     "scaling-step": (scaling_step, SCALING),
+    "methods": (methods_table, METHODS),
 }
 
 

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,11 @@ def finetune(
     check_folder(out, description, resume)
     data = None if settings.data is None else read_data(settings, settings.data)
     if settings.pretrained is not None and data is not None:
-        load_pretrained(settings, settings.pretrained, data)  # raises where they do not fit, before anything is written
+        # Raises where they do not fit, before anything is written; so does a subspace of another network.
+        network, model, _ = load_pretrained(settings, settings.pretrained, data)
+        for method in (method for method in methods if "factors" in method.own):
+            spec = get_spec(network.network)
+            method.prepare(copy.deepcopy(model), spec, settings.options(spec.also_train, 0, method), None)
     open_folder(out, description, resume)
     if data is None:
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)

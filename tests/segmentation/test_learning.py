@@ -1,0 +1,141 @@
+"""learn-factors: a subspace from a data set, over which finetune adapts; and a run over learned factors resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tcurlora_ext as tcur
+from tcurlora_ext.adapter.learning import warmup
+from tcurlora_ext.cli.app import app
+from tcurlora_ext.io.records import read_csv
+from tcurlora_ext.segmentation import training
+from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
+from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted, load_base
+
+
+def command(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.output + (result.stderr if result.exit_code else "")
+
+
+@pytest.fixture
+def subspace(pristine_data: Path, base: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "factors" / "family.safetensors"
+    code, text = command(
+        "learn-factors", "--data", pristine_data, "--pretrained", base, "--output", path, "--rank", 2, "--steps", 3
+    )
+    assert code == 0, text
+    assert "stacks" in text
+    assert f"{path}: " in text.replace("\n", "")
+    return path
+
+
+def test_finetune_adapts_over_it_and_its_file_is_the_cores_alone(
+    pristine_data: Path, base: Path, subspace: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    code, text = command(
+        "finetune", "--data", pristine_data, "--pretrained", base, "--output", out, "--steps", 3, "--method", "head",
+        "--factors", subspace,
+    )  # fmt: skip
+    assert code == 0, text
+    rows = {row["method"]: row for row in read_csv(out / "summary.csv")}
+    assert list(rows) == ["head", "tcur-carried"]
+    learned = tcur.Subspace.load(subspace)
+    trained = {name: int(row["trained_numbers"]) for name, row in rows.items()}
+    assert trained["tcur-carried"] - trained["head"] == learned.parameters
+    adapter = out / "tcur-carried" / "seed0" / "adapter.safetensors"
+    assert int(rows["tcur-carried"]["adapter_bytes"]) == adapter.stat().st_size < subspace.stat().st_size
+    model = load_adapted(out, "tcur-carried")
+    assert any(bool(stack.core.any()) for stack in tcur.stacks(model).values())
+
+
+def test_a_warm_up_is_counted_and_not_repeated_by_a_resumed_run(
+    settings: Callable[..., FinetuneSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(methods=("tcur-learned:rank=2:warm_up=3",))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finetune(chosen, whole)
+    (row,) = read_csv(whole / "metrics.csv")
+    assert (row["steps"], row["warm_up_steps"]) == ("6", "3")
+    train = training.train
+
+    def interrupted(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(chosen, stopped)
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(warmup, "_train", interrupted)  # the factors are there already
+    finetune(chosen, stopped, resume=True)
+    folder = Path("tcur-learned_rank=2_warm_up=3") / "seed0"
+    for name in ("adapter.safetensors", "subspace.safetensors", "cases.csv"):
+        assert (stopped / folder / name).read_bytes() == (whole / folder / name).read_bytes()
+
+
+def test_the_warm_up_draws_other_windows_than_the_training(pristine_data: Path, base: Path) -> None:
+    volumes = load_volumes(read_dataset(pristine_data).train, None)
+    plan = training.Plan(3, 2, 1e-2, 0, (16, 16, 16))
+    seen: list[torch.Tensor] = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = load_base(base.parent)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return self.inner(x)
+
+    for _ in range(2):
+        step = training.loss_step(volumes, plan)
+        step(Watched())
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], training.Sampler(volumes, plan)(0)[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--rank", 99), "does not fit"),
+        (("--bits", 3), "bits is 3, expected one of 1, 2, 4"),
+        (("--steps", 0), "steps: found 0"),
+        (("--pretrained", "nothing.safetensors"), "nothing.safetensors"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    words: tuple[object, ...], message: str, pristine_data: Path, base: Path, tmp_path: Path
+) -> None:
+    given = {"--data": pristine_data, "--pretrained": base, "--output": tmp_path / "out" / "family.safetensors"}
+    given |= {"--steps": 2, words[0]: words[1]}
+    code, text = command("learn-factors", *(word for pair in given.items() for word in pair))
+    assert code == 2
+    assert text.startswith("error: ")
+    assert message in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_subspace_of_another_network_is_refused_before_the_run(
+    pristine_data: Path, base: Path, tmp_path: Path, settings: Callable[..., FinetuneSettings]
+) -> None:
+    path = tmp_path / "family.safetensors"
+    other = load_base(base.parent)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    x = torch.randn(1, 1, 16, 16, 16)
+    config = tcur.TCURConfig.preset("learned", rank=1)
+    tcur.learn_factors(other, config, lambda model: model(x).square().mean(), 1).save(path)
+    with pytest.raises(ValueError, match="the subspace was learned on other base weights"):
+        finetune(settings(methods=("tcur-carried",), factors=path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="no method that takes them"):
+        finetune(settings(methods=("head",), factors=path), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        finetune(settings(methods=("tcur-carried",), factors=tmp_path / "missing"), tmp_path / "run")
