@@ -40,7 +40,7 @@ def title(method: str) -> str:
     given = dict(option.split("=", 1) for option in options.split(":") if "=" in option)
     if base == "tcur-carried":
         return f"carried r={given.get('rank', '8')}"
-    words = {"bits": "{} bits", "warm_up": "{} steps of warm-up", "rank": "r={}"}
+    words = {"bits": "{} bits an entry", "warm_up": "{} steps of warm-up", "rank": "r={}"}
     parts = [words[name].format(value) for name, value in given.items() if name in words]
     return ", ".join([TITLES.get(base, base), *parts])
 
