@@ -88,7 +88,7 @@ def embedded_setting(work: Path, display: Display) -> Setting:
         pretrain(PretrainSettings(), work / "pretrain", resume=True, display=display)
     cases = []
     for name, seed, train, val in (("target", 0, 4, 8), ("others", 1, 19, 1), ("choice", 2, 4, 8)):
-        folder = work / name
+        folder = work / "data" / name
         if not (folder / "splits.json").is_file():
             write_domain(folder, "target", train, val, seed=seed)
         cases.append(Cases(folder, "train", "val"))

@@ -8,13 +8,16 @@ from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix
 
 from .base import Method, MethodOptions, Task, beside, load_trained, save_trained
 
+# Every block of MONAI's transformers has this norm; without cross-attention its forward pass does not use it.
+UNUSED = "norm_cross_attn"
+
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
     prefixes = beside(spec, options)
     affine = {
         id(parameter)
-        for module in model.modules()
-        if "Norm" in type(module).__name__
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and not name.endswith(UNUSED)
         for parameter in module.parameters(recurse=False)
     }
     for name, parameter in model.named_parameters():
