@@ -80,7 +80,7 @@ def expected_to_train(method: str, also_train: str) -> Callable[[str], bool]:
         "decoder": lambda name: has_prefix(name, spec.decoder),
         "full": lambda name: True,
         "lora": lambda name: EXTRA["lora"] in name or has_prefix(name, beside),
-        "norms": lambda name: ("norm" in name and "conv" not in name) or has_prefix(name, beside),
+        "norms": lambda name: ("norm" in name and "cross" not in name) or has_prefix(name, beside),
     }
     return rules.get(method, lambda name: "core" in name or has_prefix(name, beside))
 
