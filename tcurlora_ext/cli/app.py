@@ -19,6 +19,7 @@ from tcurlora_ext.cli.finetune import finetune
 from tcurlora_ext.cli.inspect import inspect
 from tcurlora_ext.cli.merge import merge
 from tcurlora_ext.cli.plan import plan
+from tcurlora_ext.cli.predict import predict
 from tcurlora_ext.cli.pretrain import pretrain
 from tcurlora_ext.cli.to_lora import to_lora
 
@@ -75,6 +76,7 @@ def _root(
 for _command, _summary in (
     (finetune, "Adapt a pretrained segmentation network by several methods."),
     (pretrain, "Train a segmentation network from random weights."),
+    (predict, "Write label maps of new scans by an adapted network."),
     (plan, "Count what an adapter costs on a model, from shapes alone."),
     (inspect, "Show which features an adapter selected, and its deltas."),
     (merge, "Write the base model with the adapter merged."),

@@ -181,7 +181,7 @@ def _suffix(path: Path) -> str:
     return "".join(path.suffixes[-2:]) if packed else path.suffix
 
 
-def _other_volumes(folder: Path) -> list[Path]:
+def other_volumes(folder: Path) -> list[Path]:
     """Files that hold volumes and are not read: of other formats, or with a suffix in capitals."""
     return [
         path
@@ -192,7 +192,7 @@ def _other_volumes(folder: Path) -> list[Path]:
     ]
 
 
-def _contents(folder: Path) -> str:
+def contents(folder: Path) -> str:
     """What a folder holds, by suffix: "2 .mha, 1 folder"."""
     kinds = Counter(
         "folders" if path.is_dir() else _suffix(path) or "without a suffix"
@@ -222,9 +222,7 @@ def _similar(folder: Path, wanted: str) -> str:
     """What there is in place of a missing file: nnU-Net's form of its name, or another format."""
     if (path := next(iter(sorted(folder.glob(f"{wanted}_0000.*"))), None)) is not None:
         return f"; found {path.name}, nnU-Net's form with a number for the channel (_0000), which is not read"
-    if (
-        path := next((path for path in _other_volumes(folder) if path.name.startswith(f"{wanted}.")), None)
-    ) is not None:
+    if (path := next((path for path in other_volumes(folder) if path.name.startswith(f"{wanted}.")), None)) is not None:
         return f"; found {path.name}, expected {_FORMS}"
     return ""
 
@@ -286,7 +284,7 @@ def _random_split(files: _Files, fraction: float, seed: int) -> tuple[tuple[Case
     names = sorted(files.labels)
     place = files.label_source
     if len(names) < 2:
-        there = f" (the folder holds {_contents(place)})" if place.is_dir() else ""
+        there = f" (the folder holds {contents(place)})" if place.is_dir() else ""
         raise ValueError(
             f"{place}: found {len(names)} labels{there}, expected at least 2 to split into training and validation, "
             f"each {_FORMS}"
@@ -311,7 +309,7 @@ def _unused(files: _Files, cases: Sequence[Case]) -> list[str]:
     lines = []
     if alone:
         lines.append(f"{files.image_source}: {len(alone)} images have no label and are not used ({alone[0].name}, ...)")
-    others = {place: _other_volumes(place) for place in (files.image_source, files.label_source) if place.is_dir()}
+    others = {place: other_volumes(place) for place in (files.image_source, files.label_source) if place.is_dir()}
     lines += [
         f"{place}: {len(unread)} volumes are not read ({unread[0].name}, ...), expected each {_FORMS}"
         for place, unread in others.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec, randomise
+
+OVERLAP = 0.25  # of neighbouring windows, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,97 @@ class CaseScore:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, volume: Volume, roi: Sequence[int]) -> Tensor:
-    """Predict a volume by windows of ``roi`` voxels with 25 % overlap.
+def class_probabilities(models: Sequence[nn.Module], image: Tensor, roi: Sequence[int], overlap: float) -> Tensor:
+    """Probabilities of the classes, from windows that MONAI weights by a Gaussian around their centre.
+
+    Args:
+        models: At least one, all on one device; of several, the mean of their probabilities is taken. They are left in
+            eval mode.
+        image: (C, X, Y, Z), prepared as :class:`~tcurlora_ext.segmentation.preparation.Preparation` says.
+        roi: The window in voxels.
+        overlap: Of neighbouring windows, as a fraction of the window, from 0 to below 1.
 
     Returns:
-        Label values (X', Y', Z'), int64, on the grid of ``volume.truth`` and on the CPU. The model is left in eval
-        mode.
+        (classes, X, Y, Z) float32, on the CPU: of the image, only windows are on the models' device.
+    """
+    from monai.inferers.utils import sliding_window_inference
+
+    device = next(models[0].parameters()).device
+    total: Tensor | None = None
+    for model in models:
+        model.eval()
+        logits = sliding_window_inference(
+            _untracked(image)[None].cpu(), tuple(roi), 4, model, overlap=overlap, mode="gaussian",
+            sw_device=device, device="cpu",
+        )  # fmt: skip
+        assert isinstance(logits, Tensor)
+        probabilities = logits[0].softmax(0)
+        total = probabilities if total is None else total.add_(probabilities)
+    assert total is not None
+    return total if len(models) == 1 else total.div_(len(models))
+
+
+def class_maps(probabilities: Tensor, image: Tensor, like: Tensor) -> Iterator[Tensor]:
+    """Each class's probabilities, resampled from the grid of `image` to that of `like`.
+
+    One class after the other: for a large scan, MONAI's coordinates in float64 take more memory than a class does.
+
+    Args:
+        probabilities: (classes, X, Y, Z), on the grid of `image`.
+        image: (C, X, Y, Z), with MONAI's affine.
+        like: (C, X', Y', Z'), with MONAI's affine.
+
+    Yields:
+        (X', Y', Z'); linear interpolation, and beyond the outermost voxels of `image` the value there.
     """
     from monai.data.meta_tensor import MetaTensor
-    from monai.inferers.utils import sliding_window_inference
     from monai.transforms.spatial.array import ResampleToMatch
 
-    model.eval()
-    device = next(model.parameters()).device
-    image = torch.as_tensor(volume.image.as_tensor() if isinstance(volume.image, MetaTensor) else volume.image)
-    logits = sliding_window_inference(image[None].to(device), tuple(roi), 4, model, overlap=0.25, mode="gaussian")
-    assert isinstance(logits, Tensor)
-    probabilities = logits[0].softmax(0).cpu()
-    if probabilities.shape[1:] != volume.truth.shape[1:]:
-        found = MetaTensor(probabilities, affine=volume.image.affine)  # type: ignore[attr-defined]
-        probabilities = ResampleToMatch(mode="bilinear", padding_mode="border")(found, volume.truth).as_tensor()
-    return probabilities.argmax(0)
+    if _same_grid(image, like):
+        yield from probabilities
+        return
+    resample = ResampleToMatch(mode="bilinear", padding_mode="border")
+    for values in probabilities:
+        found = MetaTensor(values[None], affine=image.affine)  # type: ignore[attr-defined]
+        yield resample(found, like).as_tensor()[0]
+
+
+def _untracked(image: Tensor) -> Tensor:
+    """The same values without MONAI's metadata."""
+    from monai.data.meta_tensor import MetaTensor
+
+    return torch.as_tensor(image.as_tensor() if isinstance(image, MetaTensor) else image)
+
+
+def _same_grid(a: Tensor, b: Tensor) -> bool:
+    """Whether shapes are equal, and the affines where both have one."""
+    if a.shape[1:] != b.shape[1:]:
+        return False
+    affines = [tensor.affine for tensor in (a, b) if hasattr(tensor, "affine")]
+    return len(affines) < 2 or bool(torch.allclose(*affines, rtol=1e-5, atol=1e-4))  # of 0.1 micrometres
+
+
+def most_probable(maps: Iterable[Tensor]) -> Tensor:
+    """The index of the class with the largest value in each voxel, int64; the first of equal ones."""
+    best: Tensor | None = None
+    for index, values in enumerate(maps):
+        if best is None:
+            best, found = values.clone(), torch.zeros_like(values, dtype=torch.int64)
+        else:
+            found[values > best] = index
+            torch.maximum(best, values, out=best)
+    return found
+
+
+def predict(model: nn.Module, volume: Volume, roi: Sequence[int], overlap: float = OVERLAP) -> Tensor:
+    """Predict a volume by overlapping windows of ``roi`` voxels.
+
+    Returns:
+        Class indices (X', Y', Z'), int64, on the grid of ``volume.truth`` and on the CPU. The model is left in eval
+        mode.
+    """
+    probabilities = class_probabilities([model], volume.image, roi, overlap)
+    return most_probable(class_maps(probabilities, volume.image, volume.truth))
 
 
 def score(prediction: Tensor, volume: Volume, classes: int) -> CaseScore:
