@@ -132,26 +132,34 @@ def predict(model: nn.Module, volume: Volume, roi: Sequence[int], overlap: float
 
 def score(prediction: Tensor, volume: Volume, classes: int) -> CaseScore:
     """Dice and HD95 of predicted label values (X', Y', Z'); `classes` counts the background."""
-    pair = _one_hot_pair(prediction, volume, classes)
-    return CaseScore(volume.name, _dice(pair), _hd95(pair, volume.spacing))
+    pair = one_hot_pair(prediction, volume.truth, classes)
+    return CaseScore(volume.name, dice_scores(pair), hd95_scores(pair, volume.spacing))
 
 
-def _one_hot_pair(prediction: Tensor, volume: Volume, classes: int) -> tuple[Tensor, Tensor]:
-    """Prediction and truth, each (1, classes, X', Y', Z') of zeros and ones, as MONAI's metrics take them."""
+def one_hot_pair(prediction: Tensor, truth: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Class indices as (1, classes, X', Y', Z') of zeros and ones each, as MONAI's metrics take them.
+
+    Args:
+        prediction: (X', Y', Z').
+        truth: (1, X', Y', Z').
+        classes: How many, with the background.
+    """
     from monai.networks.utils import one_hot
 
-    labels = torch.as_tensor(prediction)[None, None], torch.as_tensor(volume.truth)[None]
+    labels = torch.as_tensor(prediction)[None, None], torch.as_tensor(truth)[None]
     found, wanted = (one_hot(values, classes) for values in labels)
     return found, wanted
 
 
-def _dice(pair: tuple[Tensor, Tensor]) -> tuple[float, ...]:
+def dice_scores(pair: tuple[Tensor, Tensor]) -> tuple[float, ...]:
+    """Dice of each foreground class, 0 to 1; NaN where the truth has no voxel of it."""
     from monai.metrics.meandice import DiceMetric
 
     return tuple(DiceMetric(include_background=False, reduction="none")(*pair)[0].tolist())
 
 
-def _hd95(pair: tuple[Tensor, Tensor], spacing: Sequence[float]) -> tuple[float, ...]:
+def hd95_scores(pair: tuple[Tensor, Tensor], spacing: Sequence[float]) -> tuple[float, ...]:
+    """HD95 of each foreground class in mm; NaN where truth or prediction has no voxel of it."""
     from monai.metrics.hausdorff_distance import HausdorffDistanceMetric
 
     metric = HausdorffDistanceMetric(include_background=False, percentile=95, reduction="none")
@@ -159,6 +167,23 @@ def _hd95(pair: tuple[Tensor, Tensor], spacing: Sequence[float]) -> tuple[float,
         warnings.simplefilter("ignore")
         distance = metric(*pair, spacing=[list(spacing)])[0]
     return tuple(value if math.isfinite(value) else math.nan for value in distance.tolist())
+
+
+def surface_dice_scores(pair: tuple[Tensor, Tensor], spacing: Sequence[float], tolerance: float) -> tuple[float, ...]:
+    """Surface Dice of each foreground class, 0 to 1; NaN where the truth has no voxel of it.
+
+    It is the share of both surfaces that lies within `tolerance` mm of the other one. Surfaces are made of elements
+    between voxels, as in Nikolov et al. (arXiv 1809.04430).
+    """
+    from monai.metrics.surface_dice import SurfaceDiceMetric
+
+    thresholds = [tolerance] * (pair[1].shape[1] - 1)
+    metric = SurfaceDiceMetric(thresholds, include_background=False, reduction="none", use_subvoxels=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an absent class, as for HD95
+        scores = metric(*pair, spacing=[list(spacing)])[0]
+    present = pair[1][0, 1:].flatten(1).any(1)
+    return tuple(torch.where(present.cpu(), scores.cpu(), torch.nan).tolist())
 
 
 def evaluate(model: nn.Module, volumes: Sequence[Volume], config: NetworkConfig) -> list[CaseScore]:
@@ -169,7 +194,8 @@ def evaluate(model: nn.Module, volumes: Sequence[Volume], config: NetworkConfig)
 def mean_dice(model: nn.Module, volumes: Sequence[Volume], config: NetworkConfig) -> float:
     """The "dice" of :func:`summarise`, without distances and so quick enough for a point of a learning curve."""
     cases = [
-        _dice(_one_hot_pair(predict(model, volume, config.roi), volume, config.out_channels)) for volume in volumes
+        dice_scores(one_hot_pair(predict(model, volume, config.roi), volume.truth, config.out_channels))
+        for volume in volumes
     ]
     return finite_mean([finite_mean(values) for values in zip(*cases, strict=True)])
 
