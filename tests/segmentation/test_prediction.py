@@ -330,7 +330,7 @@ def test_wrong_inputs_and_outputs_are_named_before_anything_is_predicted(tmp_pat
     for inputs, folder, error, message in cases:
         with pytest.raises(error, match=message):
             predict_scans(levels(), inputs, folder, PredictOptions(overwrite=True))
-    with pytest.raises(ValueError, match="overlap: found 1.0, expected a number from 0 to below 1"):
+    with pytest.raises(ValueError, match=r"overlap: found 1\.0, expected a number from 0 to below 1"):
         predict_scans(levels(), [scan], out, PredictOptions(overlap=1.0))
     assert not out.exists()
 

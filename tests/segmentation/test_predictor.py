@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.segmentation.methods import METHODS
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, save_weights
 from tcurlora_ext.segmentation.predictor import choose_method, choose_seeds, load_files, load_predictor, open_run
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted
@@ -91,18 +92,18 @@ def test_a_run_without_its_base_is_named(run: Path) -> None:
         load_predictor(run)
 
 
-@pytest.mark.parametrize("method", ["head", "decoder", "full", "lora", "tcur"])
 def test_an_adapter_file_of_every_method_gives_the_network_of_its_run(
-    method: str, settings: Callable[..., FinetuneSettings], tmp_path: Path
+    settings: Callable[..., FinetuneSettings], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    finetune(settings(methods=(method,), steps=1, train_list="one"), out)
-    predictor = load_files(out / method / "seed0" / "adapter.safetensors", out / "base.safetensors")
-    assert f"({method})" in predictor.title
-    assert predictor.labels == {0: "background", 1: "front", 2: "back"}
+    finetune(settings(methods=tuple(METHODS), steps=1, train_list="one"), out)
     image = torch.randn(1, 1, 16, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(predictor.models[0](image), load_adapted(out, method)(image))
+    for method in METHODS:
+        predictor = load_files(out / method / "seed0" / "adapter.safetensors", out / "base.safetensors")
+        assert f"({method})" in predictor.title
+        assert predictor.labels == {0: "background", 1: "front", 2: "back"}
+        with torch.no_grad():
+            assert torch.equal(predictor.models[0](image), load_adapted(out, method)(image)), method
 
 
 def test_a_base_with_a_head_for_other_classes_serves_an_adapter_with_its_own(

@@ -221,14 +221,12 @@ def test_what_cannot_be_scored_is_named_and_nothing_is_written(
         with pytest.raises(error, match=message):
             evaluate(settings, folder)
     (maps / "case_001.nii.gz").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"case_001\.nii\.gz: no such file; expected the label map of this case"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"case_001\.nii\.gz: no such file; expected the label map of this"):
         evaluate(EvaluateSettings(data=data, predictions=(maps,), case_list="all"), out)
     names = read_json(data / "dataset.json")
     names["labels"]["1"] = "another"
     (data / "dataset.json").write_text(json.dumps(names))
-    with pytest.raises(ValueError, match="found the classes .*another.*, expected .*front"):
+    with pytest.raises(ValueError, match=r"found the classes .*another.*, expected .*front"):
         evaluate(EvaluateSettings(finished_run, data), out)
     assert not out.exists()
 
