@@ -69,12 +69,12 @@ def predict(
         if method is not None or seed is not None:
             raise ValueError("found --method or --seed beside --adapter, expected them with a run folder alone")
         scans += [] if run is None else [run]
-        find_scans(scans)  # before networks are loaded
+        scans = [scan.path for scan in find_scans(scans)]  # before networks are loaded
         predictor = load_files(adapter, base, place)
     elif run is None:
         raise ValueError("found no run folder, expected one, or --adapter FILE --base FILE")
     else:
-        find_scans(scans)
+        scans = [scan.path for scan in find_scans(scans)]
         predictor = load_predictor(run, method, seed, place)
     display.say(predictor.title)
     predict_scans(predictor, scans, output, PredictOptions(overlap, probabilities, overlays, overwrite), display)

@@ -95,7 +95,7 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     entries = []
     for measure in MEASURES:
         values = {method: cases for (method, label), cases in case_values(rows, measure).items() if label == ALL}
-        pairs = []
+        pairs: list[dict[str, Any]] = []
         for method, other in combinations(values, 2):
             found = [values[method][case] - values[other].get(case, math.nan) for case in values[method]]
             differences = [value for value in found if not math.isnan(value)]

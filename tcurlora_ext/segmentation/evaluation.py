@@ -103,8 +103,9 @@ def _same_grid(a: Tensor, b: Tensor) -> bool:
     """Whether shapes are equal, and the affines where both have one."""
     if a.shape[1:] != b.shape[1:]:
         return False
-    affines = [tensor.affine for tensor in (a, b) if hasattr(tensor, "affine")]
-    return len(affines) < 2 or bool(torch.allclose(*affines, rtol=1e-5, atol=1e-4))  # of 0.1 micrometres
+    if not (hasattr(a, "affine") and hasattr(b, "affine")):
+        return True
+    return bool(torch.allclose(a.affine, b.affine, rtol=1e-5, atol=1e-4))  # 0.1 micrometres
 
 
 def most_probable(maps: Iterable[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tcurlora_ext.adapter.files.format import HEADER
+from tcurlora_ext.adapter.subspace.files import OF_ADAPTER
 from tcurlora_ext.io.records import read_json
 from tcurlora_ext.io.tensors import read_tensors
 from tcurlora_ext.segmentation.evaluation import finite_mean
@@ -224,7 +224,7 @@ def load_files(adapter: Path, base: Path, device: torch.device | str = "cpu") ->
     config = NetworkConfig.read(found / "network.json")
     spec = get_spec(config.network)
     header, tensors = read_tensors(adapter, "an adapter file")
-    name = PREFERRED if HEADER in header else _method_of(list(tensors), spec.head, spec.decoder)
+    name = PREFERRED if OF_ADAPTER in header else _method_of(list(tensors), spec.head, spec.decoder)
     heads = [t for key, t in tensors.items() if has_prefix(key.removeprefix("trained."), spec.head)]
     config = replace(config, out_channels=int(heads[0].shape[0]) if heads else config.out_channels)
     model = build_network(config)

@@ -150,7 +150,7 @@ def _check_numbers(path: Path) -> None:
     """Raise unless the voxels of a NIfTI file are real numbers: MONAI drops imaginary parts with a warning."""
     import nibabel as nib
 
-    dtype = nib.load(path).get_data_dtype()  # type: ignore[attr-defined]
+    dtype = nib.load(path).get_data_dtype()
     if dtype.kind not in "biuf":
         found = "colours (RGB)" if dtype.names else f"{dtype} numbers"
         raise _Refused(f"{path}: found voxels that are {found}, expected one real number each")
@@ -223,12 +223,12 @@ def write_volume(path: Path, values: NDArray[Any], scan: Path, affine: NDArray[A
     """
     import nibabel as nib
 
-    kind: Any = nib.Nifti1Image  # type: ignore[attr-defined]
+    kind: Any = nib.Nifti1Image
     header = None
     if scan.name.endswith(NIFTI):
-        like: Any = nib.load(scan)  # type: ignore[attr-defined]
+        like: Any = nib.load(scan)
         affine, header = like.affine, like.header.copy()
         kind = type(like)
         header.set_data_dtype(values.dtype)
         header["cal_min"] = header["cal_max"] = 0  # not set
-    write_with(path, partial(nib.save, kind(values, affine, header)))  # type: ignore[attr-defined]
+    write_with(path, partial(nib.save, kind(values, affine, header)))
