@@ -129,9 +129,9 @@ def predict_scans(
     if options.overlays:
         require_package("matplotlib")
     scans = find_scans([Path(path) for path in inputs])
-    origin = {**predictor.origin, "overlap": options.overlap}
-    _check_output(out, scans, origin, options.overwrite)
-    rows = _earlier_rows(out / "volumes.csv")
+    origin = {"source": predictor.title, **predictor.origin, "overlap": options.overlap}
+    alike = _check_output(out, scans, origin, options.overwrite)
+    rows = _earlier_rows(out / "volumes.csv") if alike else {}
     failures = []
     for number, scan in enumerate(scans, 1):
         place = f"[{number}/{len(scans)}] {scan.path.name}"
@@ -146,8 +146,11 @@ def predict_scans(
             display.say(f"{place}: not predicted")
             continue
         row = volumes(scan.name, prediction, predictor.labels)
-        if not (out / "prediction.json").is_file() or read_json(out / "prediction.json") != origin:
+        if not alike:
+            (out / "volumes.csv").unlink(missing_ok=True)  # its rows are of label maps that go now
+        if not alike or read_json(out / "prediction.json") != origin:
             write_json(out / "prediction.json", origin)
+            alike = True
         _write(out, scan, prediction, predictor.labels, options)
         rows[scan.name] = row
         write_csv(out / "volumes.csv", list(rows.values()))
@@ -201,8 +204,12 @@ def _earlier_rows(path: Path) -> dict[str, Row]:
     return {str(row["case"]): dict(row) for row in read_csv(path)} if path.is_file() else {}
 
 
-def _check_output(out: Path, scans: Sequence[Scan], origin: dict[str, Any], overwrite: bool) -> None:
-    """Raise ValueError unless label maps of these scans may be written to the folder, beside those in it."""
+def _check_output(out: Path, scans: Sequence[Scan], origin: dict[str, Any], overwrite: bool) -> bool:
+    """Raise ValueError unless label maps of these scans may be written to the folder, beside those in it.
+
+    Returns:
+        Whether those in it were made as these will be, so that the rows of volumes.csv stay.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: found a file, expected a folder or nothing")
     for scan in scans:
@@ -213,11 +220,12 @@ def _check_output(out: Path, scans: Sequence[Scan], origin: dict[str, Any], over
         there = next((scan.output for scan in scans if (out / scan.output).exists()), None)
         if there is not None and not overwrite:
             raise ValueError(f"{out}: found {there} but no prediction.json, expected another folder, or --overwrite")
-        return
+        return False
     earlier = read_json(record)
-    changed = [key for key in origin if not isinstance(earlier, dict) or earlier.get(key) != origin[key]]
+    made = [key for key in origin if key != "source"]  # the same weights may lie elsewhere
+    changed = [key for key in made if not isinstance(earlier, dict) or earlier.get(key) != origin[key]]
     if not changed:
-        return
+        return True
     others = sorted(set(_earlier_rows(out / "volumes.csv")) - {scan.name for scan in scans})
     if not overwrite or others:
         beside = f" for all scans in it ({others[0]} is not among these)" if others else ""
@@ -225,3 +233,4 @@ def _check_output(out: Path, scans: Sequence[Scan], origin: dict[str, Any], over
             f"{record}: the label maps in this folder have another {changed[0]} than now; expected another folder, or "
             f"--overwrite{beside}"
         )
+    return False

@@ -189,11 +189,9 @@ def _check_values(path: Path, image: Tensor) -> None:
         raise ValueError(
             f"{path}: found {broken} voxels that are NaN, infinite or beyond float32, expected finite intensities"
         )
-    for index, channel in enumerate(image):
-        low, high = float(channel.min()), float(channel.max())
-        if low == high:
-            of = f" of channel {index}" if len(image) > 1 else ""
-            raise ValueError(f"{path}: found {low + 0.0:g} in every voxel{of}, expected an image")  # 0 for -0
+    low, high = float(image.min()), float(image.max())
+    if low == high:
+        raise ValueError(f"{path}: found {low + 0.0:g} in every voxel, expected an image")  # 0 for -0
 
 
 def to_file_order(values: NDArray[Any], affine: NDArray[Any]) -> NDArray[Any]:

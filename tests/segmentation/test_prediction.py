@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import tracemalloc
 import weakref
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nibabel as nib
@@ -210,8 +214,10 @@ def test_label_maps_made_otherwise_do_not_mix(tmp_path: Path) -> None:
         predict_scans(levels(), [a], out, PredictOptions(overlap=0.5))
     with pytest.raises(ValueError, match="for all scans in it \\(b is not among these\\)"):
         predict_scans(levels(), [a], out, PredictOptions(overlap=0.5, overwrite=True))
-    predict_scans(levels(), [a, b], out, PredictOptions(overlap=0.5, overwrite=True))
-    assert read_json(out / "prediction.json")["overlap"] == 0.5
+    other = replace(levels(), labels={0: "background", 1: "x", 2: "y"}, origin={"base_sha256": "of others"})
+    predict_scans(other, [a, b], out, PredictOptions(overlap=0.5, overwrite=True))
+    assert read_json(out / "prediction.json") == {"source": "levels", "base_sha256": "of others", "overlap": 0.5}
+    assert [list(row) for row in read_csv(out / "volumes.csv")] == [["case", "x mm3", "y mm3"]] * 2
     (out / "prediction.json").unlink()
     with pytest.raises(ValueError, match=r"found a.nii but no prediction.json"):
         predict_scans(levels(), [a], out)
@@ -358,11 +364,7 @@ def test_nrrd_through_monais_reader_gets_the_labels_of_the_same_nifti(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MONAI's own code turns the header's axes; only the package that parses the file is replaced."""
-    from types import SimpleNamespace
-
     from monai.data import image_reader
-
-    from tcurlora_ext.segmentation import scans
 
     affine = oblique()
     voxels = blob(affine=affine)
@@ -371,37 +373,19 @@ def test_nrrd_through_monais_reader_gets_the_labels_of_the_same_nifti(
         "space": "left-posterior-superior", "sizes": np.array(SHAPE),
         "space directions": (flip @ affine[:3, :3]).T, "space origin": flip @ affine[:3, 3],
     }  # fmt: skip
-    fake = SimpleNamespace(read=lambda name, index_order: (voxels, dict(header)))
-    monkeypatch.setattr(image_reader, "nrrd", fake, raising=False)
+    package: Any = ModuleType("nrrd")
+    package.__spec__ = ModuleSpec("nrrd", None)
+    package.read = lambda name, index_order: (voxels, dict(header))
+    monkeypatch.setitem(sys.modules, "nrrd", package)
+    monkeypatch.setattr(image_reader, "nrrd", package)
     monkeypatch.setattr(image_reader, "has_nrrd", True)
-    monkeypatch.setattr(scans, "find_spec", lambda name: name == "nrrd" or None)
-    real = image_reader.NrrdReader
-    monkeypatch.setattr("monai.transforms.io.array.optional_import", lambda *a, **k: (None, False), raising=False)
     (tmp_path / "a.nrrd").touch()
     save(tmp_path / "b.nii.gz", voxels, affine)
-    from monai.transforms.io.array import LoadImage
-
-    monkeypatch.setattr(LoadImage, "__init__", _with_reader(LoadImage.__init__, real))
-    out = tmp_path / "out"
-    predict_scans(levels(), [tmp_path / "a.nrrd"], out, PredictOptions(overlays=False))
-    monkeypatch.undo()
-    predict_scans(levels(), [tmp_path / "b.nii.gz"], out, PredictOptions(overlays=False))
-    a, b = (nib.load(out / f"{name}.nii.gz") for name in "ab")
+    predict_scans(levels(), [tmp_path], tmp_path / "out", PredictOptions(overlays=False))
+    a, b = (nib.load(tmp_path / "out" / f"{name}.nii.gz") for name in "ab")
     np.testing.assert_allclose(a.affine, b.affine, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(a.dataobj), np.asarray(b.dataobj))
-
-
-def _with_reader(original: Any, reader: Any) -> Any:
-    """LoadImage's __init__, which also registers a reader whose package it has not found."""
-
-    def init(self: Any, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
-        self.register(reader.__new__(reader))
-        self.readers[-1].__dict__.update(
-            channel_dim=None, dtype=np.float32, index_order="F", affine_lps_to_ras=True, kwargs={}
-        )
-
-    return init
+    assert len(np.unique(np.asarray(a.dataobj))) == 3
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
