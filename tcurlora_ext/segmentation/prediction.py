@@ -146,11 +146,8 @@ def predict_scans(
             display.say(f"{place}: not predicted")
             continue
         row = volumes(scan.name, prediction, predictor.labels)
-        if not alike:
-            (out / "volumes.csv").unlink(missing_ok=True)  # its rows are of label maps that go now
-        if not alike or read_json(out / "prediction.json") != origin:
-            write_json(out / "prediction.json", origin)
-            alike = True
+        _record(out, origin, alike)
+        alike = True
         _write(out, scan, prediction, predictor.labels, options)
         rows[scan.name] = row
         write_csv(out / "volumes.csv", list(rows.values()))
@@ -161,6 +158,14 @@ def predict_scans(
         count = f"{len(failures)} of {len(scans)} scans are not predicted: " if len(scans) > 1 else ""
         raise ValueError(count + "; ".join(failures[:5]) + rest)
     return list(rows.values())
+
+
+def _record(out: Path, origin: dict[str, Any], alike: bool) -> None:
+    """Write prediction.json unless it is there; `alike` says whether volumes.csv is of label maps made alike."""
+    if not alike:
+        (out / "volumes.csv").unlink(missing_ok=True)
+    if not alike or read_json(out / "prediction.json") != origin:
+        write_json(out / "prediction.json", origin)
 
 
 def _predict_file(predictor: Predictor, scan: Scan, options: PredictOptions) -> Prediction:
