@@ -15,11 +15,13 @@ from typer.core import TyperGroup
 
 from tcurlora_ext.cli.bench import bench
 from tcurlora_ext.cli.doctor import doctor
+from tcurlora_ext.cli.evaluate import evaluate
 from tcurlora_ext.cli.finetune import finetune
 from tcurlora_ext.cli.inspect import inspect
 from tcurlora_ext.cli.learn_factors import learn_factors
 from tcurlora_ext.cli.merge import merge
 from tcurlora_ext.cli.plan import plan
+from tcurlora_ext.cli.predict import predict
 from tcurlora_ext.cli.pretrain import pretrain
 from tcurlora_ext.cli.to_lora import to_lora
 
@@ -77,6 +79,8 @@ for _command, _summary in (
     (finetune, "Adapt a pretrained segmentation network by several methods."),
     (pretrain, "Train a segmentation network from random weights."),
     (learn_factors, "Learn on some cases the factors of adapters to others."),
+    (predict, "Write label maps of new scans by an adapted network."),
+    (evaluate, "Score an adapted network, or label maps, on labelled cases."),
     (plan, "Count what an adapter costs on a model, from shapes alone."),
     (inspect, "Show which features an adapter selected, and its deltas."),
     (merge, "Write the base model with the adapter merged."),

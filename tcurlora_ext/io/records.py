@@ -27,13 +27,18 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows` to `path` atomically, with the first row's keys as header. Floats read back as the same values."""
+def csv_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """`rows` as a CSV file in UTF-8, with the first row's keys as header. Floats read back as the same values."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+    return text.getvalue().encode()
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `rows` to `path` as CSV, atomically."""
+    write_bytes(path, csv_bytes(rows))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

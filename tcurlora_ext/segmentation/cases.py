@@ -99,6 +99,34 @@ def choose_cases(
     return train, val
 
 
+def labelled_cases(root: Path, description: dict[str, Any], list_name: str | None) -> tuple[Case, ...]:
+    """Cases that have a label: those of a list of splits.json, or all of them in the order of names.
+
+    Args:
+        root: The data set's folder.
+        description: The content of dataset.json; empty where there is none.
+        list_name: The list; None for all cases.
+
+    Raises:
+        FileNotFoundError: A file, folder or list is missing.
+        ValueError: A list has another form than expected, or a case is not unique.
+    """
+    entries = description.get("training")
+    files = _files_by_name(root) if entries is None else _paired_files(root, entries)
+    if list_name is not None:
+        return _listed(root / "splits.json", list_name, files)
+    if not files.labels:
+        raise ValueError(f"{files.label_source}: found no labels, expected at least one, {_FORMS}")
+    return _all_cases(files)
+
+
+def _all_cases(files: _Files) -> tuple[Case, ...]:
+    return tuple(
+        Case(name, _find(name, files.images, files.image_source, str(files.labels[name])), files.labels[name])
+        for name in sorted(files.labels)
+    )
+
+
 def _refuse_shared(source: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
     """Raise ValueError, naming them, where two images pair with one label or two labels with one image.
 
@@ -181,7 +209,7 @@ def _suffix(path: Path) -> str:
     return "".join(path.suffixes[-2:]) if packed else path.suffix
 
 
-def _other_volumes(folder: Path) -> list[Path]:
+def other_volumes(folder: Path) -> list[Path]:
     """Files that hold volumes and are not read: of other formats, or with a suffix in capitals."""
     return [
         path
@@ -192,7 +220,7 @@ def _other_volumes(folder: Path) -> list[Path]:
     ]
 
 
-def _contents(folder: Path) -> str:
+def contents(folder: Path) -> str:
     """What a folder holds, by suffix: "2 .mha, 1 folder"."""
     kinds = Counter(
         "folders" if path.is_dir() else _suffix(path) or "without a suffix"
@@ -222,9 +250,7 @@ def _similar(folder: Path, wanted: str) -> str:
     """What there is in place of a missing file: nnU-Net's form of its name, or another format."""
     if (path := next(iter(sorted(folder.glob(f"{wanted}_0000.*"))), None)) is not None:
         return f"; found {path.name}, nnU-Net's form with a number for the channel (_0000), which is not read"
-    if (
-        path := next((path for path in _other_volumes(folder) if path.name.startswith(f"{wanted}.")), None)
-    ) is not None:
+    if (path := next((path for path in other_volumes(folder) if path.name.startswith(f"{wanted}.")), None)) is not None:
         return f"; found {path.name}, expected {_FORMS}"
     return ""
 
@@ -283,18 +309,14 @@ def _random_split(files: _Files, fraction: float, seed: int) -> tuple[tuple[Case
     """All cases that have a label, with a `fraction` of them drawn for validation; (training, validation)."""
     if not 0 < fraction < 1:
         raise ValueError(f"val-fraction: found {fraction}, expected a number between 0 and 1")
-    names = sorted(files.labels)
     place = files.label_source
-    if len(names) < 2:
-        there = f" (the folder holds {_contents(place)})" if place.is_dir() else ""
+    if len(files.labels) < 2:
+        there = f" (the folder holds {contents(place)})" if place.is_dir() else ""
         raise ValueError(
-            f"{place}: found {len(names)} labels{there}, expected at least 2 to split into training and validation, "
-            f"each {_FORMS}"
+            f"{place}: found {len(files.labels)} labels{there}, expected at least 2 to split into training and "
+            f"validation, each {_FORMS}"
         )
-    cases = [
-        Case(name, _find(name, files.images, files.image_source, str(files.labels[name])), files.labels[name])
-        for name in names
-    ]
+    cases = _all_cases(files)
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(cases))
     count = min(max(1, round(fraction * len(cases))), len(cases) - 1)
     chosen = set(order[:count].tolist())
@@ -311,7 +333,7 @@ def _unused(files: _Files, cases: Sequence[Case]) -> list[str]:
     lines = []
     if alone:
         lines.append(f"{files.image_source}: {len(alone)} images have no label and are not used ({alone[0].name}, ...)")
-    others = {place: _other_volumes(place) for place in (files.image_source, files.label_source) if place.is_dir()}
+    others = {place: other_volumes(place) for place in (files.image_source, files.label_source) if place.is_dir()}
     lines += [
         f"{place}: {len(unread)} volumes are not read ({unread[0].name}, ...), expected each {_FORMS}"
         for place, unread in others.items()

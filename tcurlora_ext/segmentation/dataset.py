@@ -12,12 +12,10 @@ expected. All chosen volumes are held in memory at once.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tcurlora_ext.io.records import read_json
@@ -26,6 +24,7 @@ from tcurlora_ext.segmentation.cases import choose_cases
 from tcurlora_ext.segmentation.classes import check_foreground, declared_classes, observed_classes
 from tcurlora_ext.segmentation.integrity import check_case
 from tcurlora_ext.segmentation.packages import require_package
+from tcurlora_ext.segmentation.preparation import Preparation
 
 
 @dataclass(frozen=True)
@@ -126,53 +125,27 @@ def read_dataset(
 
 
 def load_volumes(cases: Sequence[Case], spacing: Sequence[float] | None) -> list[Volume]:
-    """Read and prepare cases with MONAI: RAS orientation, resampled to `spacing` in mm unless it is None, normalised.
-
-    Intensities are clipped to the 0.5th and 99.5th percentile and normalised to mean 0 and standard deviation 1, per
-    volume and channel: scanners share no intensity scale (maxima from 112 to 1.7e6 within one real data set).
+    """Read cases with MONAI and prepare them as :class:`Preparation` says.
 
     Args:
         cases: Checked, as those of :func:`read_dataset` are.
-        spacing: Voxel size in mm.
+        spacing: Voxel size in mm that volumes are resampled to; None leaves them as they are.
 
     Raises:
         ValueError: Normalisation overflows float32.
     """
     require_package("monai")
-    from monai.transforms import (
-        Compose,
-        EnsureTyped,
-        LoadImaged,
-        NormalizeIntensityd,
-        Orientationd,
-        ScaleIntensityRangePercentilesd,
-        Spacingd,
-    )
+    from monai.transforms.io.dictionary import LoadImaged
 
-    keys = ["image", "label"]
+    load = LoadImaged(["image", "label"], ensure_channel_first=True)
+    preparation = Preparation(spacing, label=True)
     volumes = []
-    with (
-        warnings.catch_warnings()
-    ):  # MONAI warns that a default for axis names will change; "RAS" means the same in both
-        warnings.simplefilter("ignore")
-        load = LoadImaged(keys, ensure_channel_first=True)
-        orient = Orientationd(keys, axcodes="RAS")
-        scale = [
-            ScaleIntensityRangePercentilesd("image", 0.5, 99.5, 0.0, 1.0, clip=True, channel_wise=True),
-            NormalizeIntensityd("image", channel_wise=True),
-            EnsureTyped(keys, dtype=torch.float32, track_meta=True),
-        ]
-        if spacing is not None:
-            scale.insert(0, Spacingd(keys, pixdim=tuple(spacing), mode=("bilinear", "nearest")))
-        prepare = Compose(scale)
-        for case in cases:
-            data = load({"image": str(case.image), "label": str(case.label)})
-            data["label"].affine = data["image"].affine  # equal but for rounding, as check_case has seen to
-            data = orient(data)
-            truth = data["label"].clone()
-            data = prepare(data)
-            if not bool(torch.isfinite(data["image"]).all()):
-                raise ValueError(f"{case.image}: found intensities that cannot be normalised, expected a smaller range")
-            own = tuple(float(value) for value in truth.pixdim[:3])
-            volumes.append(Volume(case.name, data["image"], data["label"], truth, own))
+    for case in cases:
+        data = load({"image": str(case.image), "label": str(case.label)})
+        data["label"].affine = data["image"].affine  # equal but for rounding, as check_case has seen to
+        data = preparation.orient(data)
+        truth = data["label"].clone()
+        data = preparation.prepare(data, case.image)
+        own = tuple(float(value) for value in truth.pixdim[:3])
+        volumes.append(Volume(case.name, data["image"], data["label"], truth, own))
     return volumes

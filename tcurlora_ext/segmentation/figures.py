@@ -124,3 +124,51 @@ def draw_overlays(out: Path, volumes: Sequence[Volume], predictions: Mapping[str
     figure.legend(handles=patches, loc="outside lower center", ncols=len(classes), frameon=False, fontsize=9)
     write_with(out / "overlays.png", lambda path: figure.savefig(path, dpi=130))
     plt.close(figure)
+
+
+def draw_contours(
+    path: Path, grey: NDArray[Any], labels: NDArray[Any], spacing: Sequence[float], classes: Mapping[int, str],
+    title: str,
+) -> None:  # fmt: skip
+    """Draw the contours of label values on the three slices with most foreground, one along each axis.
+
+    Args:
+        path: The PNG to write.
+        grey: (X, Y, Z), oriented to RAS.
+        labels: (X, Y, Z) on the same grid.
+        spacing: Voxel size in mm.
+        classes: Names by label value; 0 is not drawn.
+        title: Above the picture.
+    """
+    plt = pyplot()
+    from matplotlib.lines import Line2D
+
+    low, high = np.percentile(grey, (1, 99))
+    colours = {value: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i, value in enumerate(v for v in classes if v)}
+    # drawn left to right and bottom to top: (axis that is cut, axis to the right, axis upwards)
+    views = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
+    sizes = [(spacing[across] * grey.shape[across], spacing[up] * grey.shape[up]) for _, _, across, up in views]
+    figure, axes = plt.subplots(
+        1, 3, figsize=(9, 0.9 + 9 * max(h for _, h in sizes) / sum(w for w, _ in sizes)),
+        width_ratios=[width for width, _ in sizes], layout="constrained", facecolor="white",
+    )  # fmt: skip
+    for axis, (name, cut, across, up) in zip(axes, views, strict=True):
+        others = tuple(other for other in range(3) if other != cut)
+        foreground = (labels > 0).sum(others)
+        index = int(foreground.argmax()) if foreground.any() else labels.shape[cut] // 2
+        plane, shown = (np.take(volume, index, axis=cut).T for volume in (labels, grey))
+        window = {"vmin": low, "vmax": max(high, low + 1e-6)}
+        axis.imshow(shown, cmap="gray", origin="lower", aspect=spacing[up] / spacing[across], **window)
+        for value, colour in colours.items():
+            if (plane == value).any() and min(plane.shape) > 1:
+                axis.contour(plane == value, levels=[0.5], colors=[colour], linewidths=1.3)
+        if across == 0:
+            axis.invert_xaxis()  # the subject's left on the viewer's right
+        axis.set(xticks=[], yticks=[], xlabel=f"{name}, slice {index}")
+    found = [value for value in colours if (labels == value).any()]
+    figure.suptitle(title if found else f"{title}: nothing but background was found", fontsize=10)
+    if found:
+        lines = [Line2D([], [], color=colours[value], label=classes[value]) for value in found]
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 5), frameon=False, fontsize=9)
+    write_with(path, lambda target: figure.savefig(target, dpi=110))
+    plt.close(figure)

@@ -14,7 +14,7 @@ from tcurlora_ext.cli import app as module
 from tcurlora_ext.cli.app import app, main
 from tcurlora_ext.operator.backends import native
 
-COMMANDS = ("finetune", "pretrain", "plan", "inspect", "merge", "to-lora", "bench", "doctor")
+COMMANDS = ("finetune", "pretrain", "predict", "evaluate", "plan", "inspect", "merge", "to-lora", "bench", "doctor")
 
 
 def test_the_module_is_the_command() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from tcurlora_ext.io.records import write_json
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
-from tcurlora_ext.segmentation.run import FinetuneSettings
+from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
 
 SIZES = {"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "features": 4}
 NAMES = [f"case_{index:03d}" for index in range(5)]
@@ -74,3 +74,15 @@ def settings(pristine_data: Path, base: Path) -> Callable[..., FinetuneSettings]
         return replace(small, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(pristine_data: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the methods head and tcur, two seeds each; tests do not change it."""
+    folder = tmp_path_factory.mktemp("finetune") / "run"
+    finetune(
+        FinetuneSettings(
+            pristine_data, base, methods=("head", "tcur"), seeds=2, steps=6, rank=4, spacing=(2.5, 2.5, 2.5)
+        ), folder,
+    )  # fmt: skip
+    return folder

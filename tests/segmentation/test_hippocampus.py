@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.dataset import read_dataset
+from tcurlora_ext.segmentation.prediction import PredictOptions, predict_scans
+from tcurlora_ext.segmentation.predictor import load_predictor
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
 
@@ -35,3 +39,17 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     )
     assert summary["trained_numbers"] < 1000
     assert (tmp_path / "run/report.html").is_file()
+    # new scans: the label map is the same, voxel by voxel, however the scan's voxels are stored
+    image = nib.load(ROOT / "images" / "hippocampus_006.nii.gz")
+    turned = np.array([[2, -1], [0, 1], [1, -1]], dtype=float)
+    nib.save(image.as_reoriented(turned), tmp_path / "turned.nii.gz")
+    for name, path in (("own", ROOT / "images" / "hippocampus_006.nii.gz"), ("turned", tmp_path / "turned.nii.gz")):
+        options = PredictOptions(probabilities=True)  # so short a run may find nothing but background
+        predict_scans(load_predictor(tmp_path / "run"), [path], tmp_path / name, options)
+    for folder in ("", "probabilities"):
+        own = nib.load(tmp_path / "own" / folder / "hippocampus_006.nii.gz")
+        other = np.asarray(nib.load(tmp_path / "turned" / folder / "turned.nii.gz").dataobj)
+        assert own.shape[:3] == image.shape
+        np.testing.assert_array_equal(own.affine, image.affine)
+        np.testing.assert_allclose(np.asarray(own.as_reoriented(turned).dataobj), other, atol=1e-6)
+    assert np.asarray(own.dataobj)[..., 1].std() > 1e-3
