@@ -31,17 +31,16 @@ def saved_key(stack: str, kind: str) -> str:
     return f"base_model.tcurlora_{kind}.{stack}"
 
 
+def layers_of(model: nn.Module, stack: TCURStack) -> list[TcurLoraLinear]:
+    """The layers of an adapter's stack."""
+    return [layer for layer in model.modules() if isinstance(layer, TcurLoraLinear) and layer.slices_in(stack)]
+
+
 def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tensor:
     """The present base weights (S, out, in) of a stack's layers, without any merged adapter."""
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, TcurLoraLinear)
-        and adapter_name in layer.slices
-        and layer.slices[adapter_name].stack is stack
-    ]
     return stacked_in_order(
-        (layer.slices[adapter_name].first_slice, layer.weight_slices(adapter_name)) for layer in layers
+        (layer.slices[adapter_name].first_slice, layer.weight_slices(adapter_name))
+        for layer in layers_of(model, stack)
     )
 
 
