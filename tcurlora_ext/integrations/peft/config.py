@@ -172,7 +172,9 @@ class TcurLoraConfig(PeftConfig):
             ValueError: It is no file of a subspace, or factors are not learned.
         """
         if self.subspace is not None and self.factors == WEIGHTS:
-            raise ValueError("a subspace is given and factors is 'weights', expected 'learned' or 'learned_rows' with it")
+            raise ValueError(
+                "a subspace is given and factors is 'weights', expected 'learned' or 'learned_rows' with it"
+            )
         if isinstance(self.subspace, (str, os.PathLike)) and not re.fullmatch("[0-9a-f]{64}", str(self.subspace)):
             self.subspace = Subspace.load(self.subspace)
         return self.subspace

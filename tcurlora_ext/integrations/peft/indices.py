@@ -39,8 +39,7 @@ def layers_of(model: nn.Module, stack: TCURStack) -> list[TcurLoraLinear]:
 def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tensor:
     """The present base weights (S, out, in) of a stack's layers, without any merged adapter."""
     return stacked_in_order(
-        (layer.slices[adapter_name].first_slice, layer.weight_slices(adapter_name))
-        for layer in layers_of(model, stack)
+        (layer.slices[adapter_name].first_slice, layer.weight_slices(adapter_name)) for layer in layers_of(model, stack)
     )
 
 

@@ -346,7 +346,8 @@ def _build(
         stack = _blank(members, of_stack)
         stack.row.fill_(torch.nan)
         stack.col.fill_(torch.nan)
-        return stack.to(members[0].weight.device)
+        # PEFT may create all parameters on meta, for values that are assigned.
+        return stack.to("meta" if stack.core.is_meta else members[0].weight.device)
     if config.selection == "activation" and not config.calibration:
         if config.calibration is None:
             raise ValueError(
