@@ -169,8 +169,8 @@ def _train(
     losses: list[float] = []
     reached: set[int] = set()
     for index in range(steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1.0, (index + 1) / ramp)
+        for of_optimizer, rate in zip(optimizer.param_groups, rates, strict=True):
+            of_optimizer["lr"] = rate * min(1.0, (index + 1) / ramp)
         loss = turns[index % len(turns)](model)
         losses.append(_value(loss, index))
         for parameter in (*trained, *wide):

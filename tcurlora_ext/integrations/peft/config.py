@@ -91,9 +91,9 @@ class TcurLoraConfig(PeftConfig):
 
     Raises:
         FileNotFoundError: There is no file of a subspace at this path.
-        ValueError: A value is unknown or out of range; a subspace is given and factors are not learned; options exclude each other as in
-            :class:`tcurlora_ext.TCURConfig`; ``layers_pattern`` is given without ``layers_to_transform``; or
-            ``layers_to_transform`` is given with a regex for ``target_modules``.
+        ValueError: A value is unknown or out of range; a subspace is given and factors are not learned; options exclude
+            each other as in :class:`tcurlora_ext.TCURConfig`; ``layers_pattern`` is given without
+            ``layers_to_transform``; or ``layers_to_transform`` is given with a regex for ``target_modules``.
     """
 
     r: Rank = 8

@@ -46,10 +46,12 @@ def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tenso
 def without_factors(
     model: nn.Module, stacks: dict[str, TCURStack], adapter_name: str, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state to save, with a fingerprint of the base weights in place of C and R."""
+    """The state to save, with a fingerprint of the base weights in place of C and R that the base gives."""
     state = dict(state)
     for name, stack in stacks.items():
         base = base_weights(model, stack, adapter_name)
+        if stack.options.orthonormal and not stack.is_of(base):
+            continue  # a sum of adapters: two orthonormal factors side by side are not what the base gives
         for kind in FACTORS:
             state.pop(stack_key(adapter_name, name, kind), None)
         for kind, value in zip(BASE, (fingerprint(base), torch.empty(0, dtype=base.dtype)), strict=True):

@@ -18,7 +18,7 @@ from .config import TcurLoraConfig
 from .targets import find_groups, rank_pattern
 
 COMBINATIONS = ("linear", "cat")
-OF_THE_CORE = ("transform", "frequencies", "core_domain")
+OF_THE_CORE = ("transform", "frequencies", "core_domain", "orthonormal")
 
 Part = tuple[str, float, TCURStack]  # an adapter, its weight, its stack
 
