@@ -128,11 +128,15 @@ def learn_stacks(
             found, values = _train(model, chosen, beside, turns, steps, make, ramp)
         changes |= found
         losses += values
-    about = {
-        "learned by": "a warm-up of the whole weights", "steps": steps, "learning rate": lr, "tasks": len(turns),
+    return subspace_of(groups, config, changes, bits, about(steps, lr, len(turns), parts, losses))
+
+
+def about(steps: int, lr: float, tasks: int, parts: int, losses: Sequence[float]) -> dict[str, Any]:
+    """What a subspace's file says of the warm-up that made it."""
+    return {
+        "learned by": "a warm-up of the whole weights", "steps": steps, "learning rate": lr, "tasks": tasks,
         "parts": parts, "first loss": losses[0], "last loss": losses[-1],
     }  # fmt: skip
-    return subspace_of(groups, config, changes, bits, about)
 
 
 def _check(config: TCURConfig, steps: int, lr: float, ramp: int, bits: int, parts: int) -> None:

@@ -1,4 +1,4 @@
-"""Adapters over learned factors in all that is made of an adapted model: LoRA, copies, exports, compiled and recomputed."""
+"""Adapters over learned factors in what is made of an adapted model: LoRA, copies, exports, compiled, recomputed."""
 
 from __future__ import annotations
 
@@ -100,8 +100,7 @@ def test_recomputed_in_the_backward_pass(model: Model, x: Tensor, reentrant: boo
         found.append([core.grad.clone() for core in cores])
         for core in cores:
             core.grad = None
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    assert_close(*found, rtol=1e-5, atol=1e-5)  # reentrant passes add the gradients of a shared core in another order
 
 
 def test_the_gradient_is_that_of_the_dense_change(model: Model, x: Tensor) -> None:
