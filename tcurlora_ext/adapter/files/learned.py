@@ -84,7 +84,8 @@ def find_subspace(
     if not found:
         raise ValueError(
             f"{path}: the adapter is the cores over the subspace {header['subspace'][:12]}, which is not in the file; "
-            "expected that subspace beside it: load_adapter(model, path, subspace=Subspace.load(file))"
+            "expected that subspace beside it: load_adapter(model, path, subspace=Subspace.load(file)); for a command, "
+            "--subspace FILE"
         )
     raise ValueError(
         f"{path}: the adapter is over the subspace {header['subspace'][:12]}, found {found[-1].digest[:12]}"
