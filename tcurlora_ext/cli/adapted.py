@@ -96,9 +96,9 @@ def open_adapted(
         found = Subspace.load(source)
         over = None if base is None else inject(base, subspace=found)
         return Adapted(f"{source}{on}", source.parent, over, None, source, found, of_subspace=True)
-    given = None if subspace is None else Subspace.load(subspace)
-    file = read_adapter(source, (given,))
-    loaded = None if base is None else load_adapter(base, source, given)
+    beside = None if subspace is None else Subspace.load(subspace)
+    file = read_adapter(source, (beside,))
+    loaded = None if base is None else load_adapter(base, source, beside)
     return Adapted(f"{file.path}{on}", file.path.parent, loaded, file, source, file.subspace)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,7 +65,7 @@ def inspect(
     directions = [one for one in directions if not stack or one.name in stack]
     shown = terminal()
     shown.print(adapted.title, highlight=False, soft_wrap=True)
-    content = {"source": adapted.title, "stacks": [one.to_json() for one in found]}
+    content: dict[str, Any] = {"source": adapted.title, "stacks": [one.to_json() for one in found]}
     if adapted.subspace is not None:
         _show_directions(adapted.subspace, directions, shown)
         content["subspace"] = subspace_json(adapted.subspace, directions)
