@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tcurlora_ext.adapter.options import LEARNED_ROWS, WEIGHTS
+from tcurlora_ext.adapter.options import LEARNED, LEARNED_ROWS, WEIGHTS
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.factors import take_factors
 from tcurlora_ext.adapter.subspace import Subspace
@@ -113,13 +113,25 @@ def with_learned(tuner: TcurLoraModel, adapter_name: str, state: dict[str, Tenso
             coded[f"{side}.{key.removeprefix(start)}"] = state.pop(key)
     if text is None:
         return state
+    decoded = dict(tuner.subspaces)
     tuner.subspaces[adapter_name] = subspace = _subspace(tuner, adapter_name, text, coded)
+    same = [other for other, known in decoded.items() if known.digest == subspace.digest]
     for name, stack in tuner.stacks(adapter_name).items():
-        keys = {kind: stack_key(adapter_name, name, kind) for kind in FACTORS}
         columns = state.get(stack_key(adapter_name, name, "columns"), stack.columns)
-        for kind, factor in _factors(tuner, adapter_name, stack, columns, subspace).items():
-            state.setdefault(keys[kind], factor)
+        present = _decoded_already(stack, [one for other in same for one in tuner.stacks(other).values()])
+        factors = present or _factors(tuner, adapter_name, stack, columns, subspace)
+        for kind, factor in factors.items():
+            state.setdefault(stack_key(adapter_name, name, kind), factor)
     return state
+
+
+def _decoded_already(stack: TCURStack, others: list[TCURStack]) -> dict[str, Tensor] | None:
+    """C and R of the first other stack over the same subspace that has them; None where C is not learned."""
+    for other in others:
+        alike = (other.names, other.rank, other.row.dtype) == (stack.names, stack.rank, stack.row.dtype)
+        if alike and stack.options.factors == other.options.factors == LEARNED and not other.row.is_meta:
+            return {kind: getattr(other, kind) for kind in FACTORS}
+    return None
 
 
 def _subspace(tuner: TcurLoraModel, adapter_name: str, text: Tensor, coded: dict[str, Tensor]) -> Subspace:
