@@ -36,7 +36,8 @@ class BaseInspection:
         base_norms: ``|W_l|_F`` per slice.
         delta_energy: The energy per frequency; the sum is ``sum_l |dW_l|^2``. Empty for the identity.
         column_scores: The scores of all input features (in,) under the rule "norm", whichever rule chose.
-        row_scores: The scores of all output features (out,) under the rule "norm", on the chosen columns.
+        row_scores: The scores of all output features (out,) under the rule "norm", on the chosen columns; empty where
+            C is learned.
     """
 
     shape: tuple[int, int]
@@ -58,9 +59,9 @@ class StackInspection:
         transform: The name of the slice transform.
         selection: The name of the rule that chose columns and rows.
         scale: The factor of C * U * R.
-        columns: The chosen input features, best first.
+        columns: The chosen input features, best first; none where C is learned.
         column_scores: Their scores under the rule.
-        rows: The chosen output features, best first.
+        rows: The chosen output features, best first; none where R is learned.
         row_scores: Their scores under the rule.
         core_norms: ``|U_l|_F`` per slice.
         core_energy: ``|U_k|^2`` per frequency; the sum is ``|U|^2``. Empty for the identity.
@@ -138,7 +139,7 @@ def _against_base(stack: TCURStack, weights: Tensor) -> BaseInspection:
         base_norms=[float(weight.double().norm()) for weight in weights],
         delta_energy=delta_energy(stack).tolist(),
         column_scores=scores.tolist(),
-        row_scores=row_scores(weights, stack.columns).tolist(),
+        row_scores=row_scores(weights, stack.columns).tolist() if len(stack.columns) else [],
     )
 
 

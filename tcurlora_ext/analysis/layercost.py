@@ -45,13 +45,17 @@ class RidingCost(LayerSizes):
         """FLOPs of the frozen layer in forward; its dx in backward takes as many."""
         return self.n * self._call.base_product()
 
+    def _core_product(self) -> int:
+        """FLOPs of the stack's cores times the matrices that make the chosen columns orthonormal, in each call."""
+        return 2 * self.S * self.c * self.c * self.r if self.config.orthonormal else 0
+
     def forward(self) -> int:
         """FLOPs of the adapter in forward."""
-        return self.n * self._call.forward()
+        return self.n * (self._call.forward() + self._core_product())
 
     def backward(self) -> int:
         """FLOPs of the adapter in backward."""
-        return self.n * self._call.backward((True, True, False))
+        return self.n * (self._call.backward((True, True, False)) + self._core_product())
 
     def saved(self) -> tuple[int, bool]:
         """The number of elements that the layer saves for backward, in the dtype of x; it does not save x."""
@@ -60,7 +64,11 @@ class RidingCost(LayerSizes):
 
     def saved_casts(self, size: int) -> int:
         """Bytes saved in at least float32: with dropout h, scale * diag(gain) U, and scale * gain."""
-        return self.n * (self.T * self.r + self.c * self.r + self.c) * max(4, size) if self._drops else 0
+        if self._drops:
+            saved = self.T * self.r + self.c * self.r + self.c
+        else:  # with orthonormal columns the cores between the chosen columns themselves, and ones in place of a gain
+            saved = self.S * self.c * self.r + self.c if self.config.orthonormal else 0
+        return self.n * saved * max(4, size)
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,17 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.learning.warmup import CODED_BITS
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
+from tcurlora_ext.adapter.options import WEIGHTS, positive
 from tcurlora_ext.io.table import text_table
+from tcurlora_ext.maths.coding import BITS
 
 from .filesize import file_bytes, stack_file_bytes
 from .layercost import LayerSizes, layer_cost
+from .learned import LearnedPlan, plan_learned
 
 # Projections that usually have the same tensor as input: autograd saves it once for all of them.
 _SIBLINGS = re.compile(r"(?:(?P<attention>(to_)?[qkv](_proj)?|query|key|value)|(?P<gated>gate_proj|up_proj))")
@@ -118,7 +122,10 @@ class StackPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plans of all stacks and their totals. ``str()`` formats them as a table, :meth:`rows` as records."""
+    """The plans of all stacks and their totals. ``str()`` formats them as a table, :meth:`rows` as records.
+
+    ``learned`` is the plan of learned factors; None where they are columns and rows of the weights.
+    """
 
     stacks: tuple[StackPlan, ...]
     base: Cost
@@ -126,6 +133,7 @@ class Plan:
     lora: Cost
     lora_rank: int
     dtype: str
+    learned: LearnedPlan | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """One record per stack and method, then one per method for all stacks, whose ``stack`` is "total".
@@ -186,6 +194,8 @@ def plan(
     tokens: int | Mapping[str, Call] = 2048,
     lora_rank: int = 8,
     dtype: torch.dtype | None = None,
+    bits: int = CODED_BITS,
+    parts: int = 4,
 ) -> Plan:
     """The cost of an adapter in one training step, and that of LoRA in the same modules for comparison.
 
@@ -196,6 +206,8 @@ def plan(
             parent that are named as q, k and v, or as gate and up, count as layers with the same input.
         lora_rank: The rank of LoRA.
         dtype: The dtype of weights and activations; None: the weights'.
+        bits: Where factors are learned, the bits of an entry of their directions.
+        parts: In how many parts their warm-up may be, for the counts of its memory.
 
     Raises:
         ValueError: Nothing matches, the model is already adapted, a rank does not fit, or a layer was not called.
@@ -203,6 +215,9 @@ def plan(
     config = config or TCURConfig()
     if isinstance(tokens, int) and tokens < 1:
         raise ValueError(f"tokens is {tokens}, expected a positive whole number")
+    positive("parts", parts)
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}")
     if lora_rank < 1:
         raise ValueError(f"lora_rank is {lora_rank}, expected a positive whole number")
     refuse_adapted(model)
@@ -214,9 +229,10 @@ def plan(
         calls = [_call(target, tokens) for target in members]
         stacks.append(_stack(name, members, ranks[name], calls, config, lora_rank, dtype, kept))
     base, tcur, lora = (sum((getattr(s, kind) for s in stacks), Cost()) for kind in ("base", "tcur", "lora"))
-    tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups, ranks)}))
+    tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups, ranks, bits)}))
+    learned = None if config.factors == WEIGHTS else plan_learned(config, groups, ranks, bits, parts)
     found = dtype or next(iter(groups.values()))[0].weight.dtype
-    return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."))
+    return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."), learned)
 
 
 def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: Any) -> dict[str, Call]:

@@ -11,7 +11,10 @@ from torch import nn
 
 from tcurlora_ext.adapter.files.format import AdapterFile, read_adapter
 from tcurlora_ext.adapter.files.loading import load_adapter
-from tcurlora_ext.adapter.model.structure import stacks
+from tcurlora_ext.adapter.model.inject import inject
+from tcurlora_ext.adapter.model.structure import require_adapted, stacks
+from tcurlora_ext.adapter.subspace import Subspace
+from tcurlora_ext.adapter.subspace.files import is_subspace
 from tcurlora_ext.cli.model_source import load_model
 
 
@@ -22,25 +25,49 @@ class Adapted:
     Attributes:
         title: What was opened, for the first line of the output.
         folder: Where results go by default.
-        model: The adapted model. None for an adapter file without its base.
-        file: The adapter file. None for a run folder.
+        model: The adapted model. None for a file without its base.
+        file: The adapter file. None for a run folder, and for the file of a subspace.
+        source: The folder or file, as it was given.
+        subspace: What learned factors come from.
+        of_subspace: Whether this is the file of a subspace; then ``model`` is its base, adapted over it.
     """
 
     title: str
     folder: Path
     model: nn.Module | None
     file: AdapterFile | None
+    source: Path
+    subspace: Subspace | None = None
+    of_subspace: bool = False
+
+    def require_adapter(self) -> nn.Module:
+        """The adapted model. Raises ValueError where there is no adapter, or no base."""
+        if self.of_subspace:
+            raise ValueError(f"{self.title}: found the file of a subspace, expected an adapter over it")
+        if self.model is None:
+            assert self.file is not None
+            raise ValueError(
+                f"{self.source}: an adapter file alone holds no base weights, expected --model and --weights beside it"
+            )
+        return self.model
 
 
 def open_adapted(
-    source: Path, method: str, seed: int, model: str | None, kwargs: Mapping[str, Any], weights: Path | None
+    source: Path,
+    method: str,
+    seed: int,
+    model: str | None,
+    kwargs: Mapping[str, Any],
+    weights: Path | None,
+    subspace: Path | None = None,
 ) -> Adapted:
-    """Read a run folder of ``finetune``, or an adapter file, or a folder with adapter.safetensors in it.
+    """Read a run folder of ``finetune``, an adapter file or its folder, or the file of a subspace.
 
     Args:
         source: The folder or file.
         method, seed: Which adapter of a run folder.
-        model, kwargs, weights: The base of an adapter file: what :func:`load_model` takes.
+        model, kwargs, weights: The base of a file: what :func:`load_model` takes.
+        subspace: The file of the subspace that an adapter file names by its digest alone.
 
     Raises:
         ValueError, OSError: Saying what was found and what was expected.
@@ -53,18 +80,26 @@ def open_adapted(
     if (source / "network.json").is_file():
         if model is not None:
             raise ValueError(f"{source}: a run folder holds its base, expected no --model and no --weights")
+        if subspace is not None:
+            raise ValueError(f"{source}: a run folder holds its adapters whole, expected no --subspace")
         return _of_run(source, method, seed)
     if source.is_dir() and not (source / "adapter.safetensors").is_file():
         raise FileNotFoundError(
             f"{source}: found neither network.json nor adapter.safetensors in this folder, expected a run of finetune "
             "or an adapter file"
         )
-    file = read_adapter(source)
-    if model is None or weights is None:
-        return Adapted(str(file.path), file.path.parent, None, file)
-    return Adapted(
-        f"{file.path} on {model}", file.path.parent, load_adapter(load_model(model, kwargs, weights), source), file
-    )
+    base = None if model is None or weights is None else load_model(model, kwargs, weights)
+    on = "" if base is None else f" on {model}"
+    if source.is_file() and is_subspace(source):
+        if subspace is not None:
+            raise ValueError(f"{source}: found the file of a subspace, expected an adapter with --subspace")
+        found = Subspace.load(source)
+        over = None if base is None else inject(base, subspace=found)
+        return Adapted(f"{source}{on}", source.parent, over, None, source, found, of_subspace=True)
+    beside = None if subspace is None else Subspace.load(subspace)
+    file = read_adapter(source, (beside,))
+    loaded = None if base is None else load_adapter(base, source, beside)
+    return Adapted(f"{file.path}{on}", file.path.parent, loaded, file, source, file.subspace)
 
 
 def _of_run(folder: Path, method: str, seed: int) -> Adapted:
@@ -73,4 +108,5 @@ def _of_run(folder: Path, method: str, seed: int) -> Adapted:
     network = load_adapted(folder, method, seed)
     if not stacks(network):
         raise ValueError(f"{folder}: method '{method}' has no stacks, expected a run of tCUR such as 'tcur'")
-    return Adapted(f"{folder}, {method}, seed {seed}", folder, network, None)
+    subspace = require_adapted(network).container.subspace
+    return Adapted(f"{folder}, {method}, seed {seed}", folder, network, None, folder, subspace)

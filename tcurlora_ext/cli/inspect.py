@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,8 @@ from tcurlora_ext.io.table import rich_table, terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tcurlora_ext.adapter.subspace import Subspace
+    from tcurlora_ext.analysis.directions import DirectionsInspection
     from tcurlora_ext.analysis.inspection import StackInspection
 
 
@@ -23,6 +25,7 @@ def inspect(
     model: options.BaseModel = None,
     kwargs: options.Kwargs = None,
     weights: options.Weights = None,
+    subspace: options.SubspaceFile = None,
     stack: Annotated[list[str] | None, typer.Option(help="Only the stack of this name; may be repeated.")] = None,
     output: Annotated[
         Path | None,
@@ -32,8 +35,11 @@ def inspect(
 ) -> None:
     """Show the selected features and their scores, and the norm of dW per layer and its energy per frequency.
 
-    dW needs the base weights, so an adapter file without --model and --weights shows the core U alone.
+    dW needs the base weights, so an adapter file without --model and --weights shows the core U alone. Of learned
+    factors, and of a subspace's own file, it shows how much of the learned change they hold, how large it was beside
+    the weights and, with the base weights, where the directions lie beside the weights' own leading singular vectors.
     """
+    from tcurlora_ext.analysis.directions import inspect_subspace, subspace_json
     from tcurlora_ext.analysis.inspection import inspect_file, inspect_model
     from tcurlora_ext.cli.adapted import open_adapted
     from tcurlora_ext.io.atomic import write_with
@@ -44,22 +50,29 @@ def inspect(
         require_package("matplotlib")
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"{output}: found a file, expected a folder or nothing")
-    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights)
-    if adapted.model is not None:
-        found = inspect_model(adapted.model)
-    else:
-        assert adapted.file is not None
+    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights, subspace)
+    found = []
+    if adapted.file is not None and adapted.model is None:
         found = inspect_file(adapted.file)
-    unknown = sorted(set(stack or ()) - {one.name for one in found})
+    elif adapted.model is not None and not adapted.of_subspace:
+        found = inspect_model(adapted.model)
+    directions = [] if adapted.subspace is None else inspect_subspace(adapted.subspace, adapted.model)
+    names = [one.name for one in (directions if adapted.of_subspace else found)]
+    unknown = sorted(set(stack or ()) - set(names))
     if unknown:
-        raise ValueError(f"stack: found {', '.join(unknown)}, expected among {', '.join(one.name for one in found)}")
+        raise ValueError(f"stack: found {', '.join(unknown)}, expected among {', '.join(names)}")
     found = [one for one in found if not stack or one.name in stack]
+    directions = [one for one in directions if not stack or one.name in stack]
     shown = terminal()
     shown.print(adapted.title, highlight=False, soft_wrap=True)
+    content: dict[str, Any] = {"source": adapted.title, "stacks": [one.to_json() for one in found]}
+    if adapted.subspace is not None:
+        _show_directions(adapted.subspace, directions, shown)
+        content["subspace"] = subspace_json(adapted.subspace, directions)
     for one in found:
         _show(one, shown)
     folder = output or adapted.folder / "inspect"
-    write_json(folder / "inspection.json", {"source": adapted.title, "stacks": [one.to_json() for one in found]})
+    write_json(folder / "inspection.json", content)
     names = ["inspection.json"]
     if pictures:
         from tcurlora_ext.cli.pictures import draw
@@ -69,6 +82,34 @@ def inspect(
                 names.append(f"{one.name}_{kind}.png")
                 write_with(folder / names[-1], figure.savefig)
     typer.echo(f"\nwritten to {folder}: {', '.join(names[:7])}{' ...' if len(names) > 7 else ''}")
+
+
+def _show_directions(subspace: Subspace, found: list[DirectionsInspection], shown: Console) -> None:
+    """The table of a subspace: a line for each stack."""
+    shown.print(f"\n{subspace}", highlight=False, soft_wrap=True)
+    about = ", ".join(f"{name} {value}" for name, value in subspace.about.items())
+    shown.print(f"{about}\n", highlight=False, markup=False, soft_wrap=True)
+    lines, angles = [], any(one.left_cosines for one in found)
+    for one in found:
+        more = f" and {len(one.names) - 1} more" if len(one.names) > 1 else ""
+        cells = [
+            f"{one.shape[0]} x {one.shape[1]}",
+            "{}, {}".format(*one.rank),
+            f"{one.energy:.1%}",
+            f"{one.change:.3g}",
+        ]
+        if angles:
+            cells += [f"{max(cosines):.3f}" if cosines else "-" for cosines in (one.left_cosines, one.right_cosines)]
+        lines.append([one.name, one.names[0] + more, *cells])
+    header = ["stack", "modules", "out x in", "c, r", "energy", "|change| / |W|"]
+    header += ["cosine, left", "cosine, right"] if angles else []
+    shown.print(rich_table(tuple(header), lines, left=(0, 1)))
+    shown.print("Energy: the share of the learned change within the directions.", markup=False)
+    if angles:
+        shown.print(
+            "Cosine: of the smallest angle to as many leading singular vectors of W, the largest of all frequencies.",
+            markup=False,
+        )
 
 
 def _show(one: StackInspection, shown: Console) -> None:
@@ -81,14 +122,8 @@ def _show(one: StackInspection, shown: Console) -> None:
         f"selection {one.selection}, scale {one.scale:.4g}", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
-    selected = []
-    for index in range(max(c, r)):
-        cells = []
-        for ids, scores in ((one.columns, one.column_scores), (one.rows, one.row_scores)):
-            cells += [str(ids[index]), f"{scores[index]:.4g}"] if index < len(ids) else ["", ""]
-        selected.append([str(index + 1), *cells])
-    shown.print(rich_table(("order", "input feature", "score", "output feature", "score"), selected))
-    shown.print("Every slice has the same features; [b] is the b-th block of rows of a fused module.\n", markup=False)
+    if one.columns or one.rows:
+        _show_selected(one, shown)
 
     layers = []
     for index, name in enumerate(one.names):
@@ -107,6 +142,18 @@ def _show(one: StackInspection, shown: Console) -> None:
         header = ("frequency", "share of |U|^2", "share of |dW|^2")
         shown.print()
         shown.print(rich_table(header[: len(shares[0])], shares))
+
+
+def _show_selected(one: StackInspection, shown: Console) -> None:
+    """The table of the selected features."""
+    selected = []
+    for index in range(max(len(one.columns), len(one.rows))):
+        cells = []
+        for ids, scores in ((one.columns, one.column_scores), (one.rows, one.row_scores)):
+            cells += [str(ids[index]), f"{scores[index]:.4g}"] if index < len(ids) else ["", ""]
+        selected.append([str(index + 1), *cells])
+    shown.print(rich_table(("order", "input feature", "score", "output feature", "score"), selected))
+    shown.print("Every slice has the same features; [b] is the b-th block of rows of a fused module.\n", markup=False)
 
 
 def _share(part: float, parts: list[float]) -> str:

@@ -26,6 +26,7 @@ def merge(
     model: options.BaseModel = None,
     kwargs: options.Kwargs = None,
     weights: options.Weights = None,
+    subspace: options.SubspaceFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")] = False,
 ) -> None:
     """Write the base model with W + dW in place of W, and what was trained beside; report the rounding loss."""
@@ -38,12 +39,9 @@ def merge(
         raise ValueError(f"{output}: found a folder, expected the name of a file to write")
     if output.exists() and not overwrite:
         raise ValueError(f"{output}: the file exists; expected a new one, or --overwrite")
-    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights)
-    if adapted.model is None:
-        raise ValueError(
-            f"{source}: an adapter file alone holds no base weights, expected --model and --weights beside it"
-        )
-    state, losses = merged_state(adapted.model, dtype)
+    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights, subspace)
+    network = adapted.require_adapter()
+    state, losses = merged_state(network, dtype)
     write_bytes(output, safetensors.torch.save(state, {"format": "pt"}))
     name = str(dtype).removeprefix("torch.")
     _show(losses, name)

@@ -160,3 +160,7 @@ Kwargs = Annotated[
     typer.Option(parser=json_object, metavar="JSON", help="Sizes of a preset, or arguments of a function."),
 ]
 Weights = Annotated[Path | None, typer.Option(help="The base weights for --model: safetensors, a file or a folder.")]
+SubspaceFile = Annotated[
+    Path | None,
+    typer.Option("--subspace", help="The file of the subspace, for an adapter file that names it by digest alone."),
+]

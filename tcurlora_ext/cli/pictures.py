@@ -18,11 +18,15 @@ CORE, DELTA = r"$\|U_l\|_F$", r"$\|\Delta W_l\|_F$"
 
 
 def draw(one: StackInspection) -> Iterator[tuple[str, Figure]]:
-    """Pairs of a picture's kind and the picture: "layers", "frequencies" (not for the identity transform), "scores"."""
+    """Pairs of a picture's kind and the picture: "layers", "frequencies", "scores".
+
+    There are no frequencies of the identity transform, and no scores where factors are learned.
+    """
     yield "layers", _layers(one)
     if one.core_energy:
         yield "frequencies", _frequencies(one)
-    yield "scores", _scores(one)
+    if one.columns and one.rows:
+        yield "scores", _scores(one)
 
 
 def _figure(width: float, height: float, title: str) -> Figure:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TOKENS = 2048
+LEARNED_NOTES = (
+    "The warm-up of learned factors holds this beside the model and its activations: gradients of the whole weights, "
+    "the optimizer's moments (Adam: two for each weight; factored: one for each row and column), copies of the weights."
+)
 KEYS = ("stack", "method", "layout")  # columns that say what a line is about
 NOTES = (
     "T > dW: from this number of tokens T on, a materialised dW takes fewer forward FLOPs. The rows of tcur and lora "
@@ -35,7 +39,11 @@ def plan(
     ],
     kwargs: options.Kwargs = None,
     preset: Annotated[
-        str, typer.Option(help="paper: coupled stacks; light: a core for each layer, which rides on the base product.")
+        str,
+        typer.Option(
+            help="paper: coupled stacks; light: a core for each layer, which rides on the base product; learned: a "
+            "core for each layer over learned factors."
+        ),
     ] = "paper",
     rank: Annotated[
         Any,
@@ -89,6 +97,13 @@ def plan(
     ] = None,
     trainable: Annotated[str, typer.Option(help="What trains: core, or all for C, U and R.")] = "core",
     core_domain: Annotated[str, typer.Option(help="What the core's parameters are: fourier or slice.")] = "fourier",
+    factors: Annotated[
+        str | None,
+        typer.Option(help="weights, learned or learned_rows. Default: the preset's, weights or learned."),
+    ] = None,
+    orthonormal: Annotated[bool, typer.Option("--orthonormal", help="Orthonormal columns and rows.")] = False,
+    bits: Annotated[int, typer.Option(help="Bits of an entry of learned directions.")] = 4,
+    parts: Annotated[int, typer.Option(help="In how many parts the warm-up of learned factors may be.")] = 4,
     tokens: Annotated[
         int | None,
         typer.Option(help=f"Tokens that every layer reads. Default: those of a preset's window, else {TOKENS}."),
@@ -139,27 +154,30 @@ def plan(
     if batch < 1:
         raise ValueError(f"batch: found {batch}, expected a positive whole number")
     chosen: dict[str, Any] = {
-        "rank": rank, "stack_by": stack_by, "transform": transform, "split_fused": dict(split) if split else None
+        "rank": rank, "stack_by": stack_by, "transform": transform, "split_fused": dict(split) if split else None,
+        "factors": factors,
     }  # fmt: skip
     config = TCURConfig.preset(
         preset, target_modules=target_regex or target or None, exclude_modules=exclude or None,
         rank_pattern=dict(rank_pattern or ()), stack_blocks=stack_blocks, frequencies=frequencies,
-        dropout=dropout, trainable=trainable, core_domain=core_domain,
+        dropout=dropout, trainable=trainable, core_domain=core_domain, orthonormal=orthonormal,
         **{name: value for name, value in chosen.items() if value is not None},
     )  # fmt: skip
     built = build_model(model, arguments)
     example = None if tokens is not None else preset_input(model, arguments, batch)
     if example is not None:
-        found = count(built, config, trace_calls(built, config, example), lora_rank, dtype)
+        found = count(built, config, trace_calls(built, config, example), lora_rank, dtype, bits, parts)
         rows = f"{batch} window(s) of {'x'.join(map(str, example.shape[2:]))} voxels"
     else:
         number = TOKENS if tokens is None else tokens
-        found = count(built, config, number, lora_rank, dtype)
+        found = count(built, config, number, lora_rank, dtype, bits, parts)
         rows = f"{number} tokens a layer"
     shown_rank = ",".join(map(str, config.rank)) if isinstance(config.rank, tuple) else config.rank
     heading = f"{model}: {rows}, {found.dtype}, tCUR of rank {shown_rank} beside LoRA of rank {lora_rank}"
     content: dict[str, Any] = {"model": model, "tokens": rows, "dtype": found.dtype, "lora_rank": lora_rank,
                "config": config.to_json(), "rows": found.rows()}  # fmt: skip
+    if found.learned is not None:
+        content["learned"] = found.learned.to_json()
     costs = None if ranks is None else rank_costs(built, found, ranks, rates, dtype)
     if costs is not None:
         content |= {"rates": {"flops": flops, "bandwidth": bandwidth}, "ranks": rank_rows(costs)}
@@ -171,6 +189,8 @@ def plan(
     if json is not None:
         write_json(json, content)
     _show(found.table(), str(found), heading, NOTES)
+    if found.learned is not None:
+        typer.echo(f"\n{found.learned}\n\n{LEARNED_NOTES}")
     if costs is not None:
         _show(
             rank_table(costs),

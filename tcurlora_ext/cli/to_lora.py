@@ -20,6 +20,7 @@ def to_lora(
     model: options.BaseModel = None,
     kwargs: options.Kwargs = None,
     weights: options.Weights = None,
+    subspace: options.SubspaceFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a LoRA adapter in the folder.")] = False,
 ) -> None:
     """Write the adapter as an exact LoRA adapter in PEFT's file format, which engines that serve LoRA read."""
@@ -28,12 +29,9 @@ def to_lora(
 
     if (output / CONFIG).exists() and not overwrite:
         raise ValueError(f"{output}: the folder has an {CONFIG}; expected a new folder, or --overwrite")
-    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights)
-    if adapted.model is None:
-        raise ValueError(
-            f"{source}: an adapter file alone holds no base weights, expected --model and --weights beside it"
-        )
-    to_lora(adapted.model, output, max_rank)
+    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights, subspace)
+    network = adapted.require_adapter()
+    to_lora(network, output, max_rank)
     config = json.loads((output / CONFIG).read_text())
     size = (output / WEIGHTS).stat().st_size / 2**20
     typer.echo(f"{adapted.title}: LoRA adapter of rank {config['r']}, {size:,.1f} MiB written to {output}")

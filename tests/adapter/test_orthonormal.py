@@ -86,6 +86,20 @@ def test_files_and_states(
     assert torch.equal(other(x), model(x))
 
 
+def test_a_file_of_the_other_kind_onto_an_adapted_model(
+    network: nn.Module, config: tcur.TCURConfig, train: Callable[..., Any], x: Tensor, tmp_path: Path
+) -> None:
+    base = copy.deepcopy(network)
+    configs = config, replace(config, orthonormal=False)
+    for own, other in (configs, configs[::-1]):
+        saved = train(tcur.inject(copy.deepcopy(base), other))
+        model = train(tcur.inject(copy.deepcopy(base), own))
+        tcur.load_adapter(model, tcur.save_adapter(saved, tmp_path / "adapter.safetensors"))
+        torch.testing.assert_close(model(x), saved(x), rtol=1e-6, atol=1e-6)
+        for name, stack in tcur.stacks(model).items():
+            assert stack.rides == tcur.stacks(saved)[name].rides
+
+
 def test_a_bank_of_them_computes_what_each_alone_does(
     network: nn.Module, config: tcur.TCURConfig, train: Callable[..., Any], x: Tensor
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,9 +167,15 @@ def added(
     return forward, backward, saved
 
 
+def learned(config: tcur.TCURConfig, model: nn.Module, **options: Any) -> tcur.Subspace:
+    x = torch.linspace(-2, 2, 4 * 3 * 32).view(4, 3, 32).sin()
+    step = lambda model: getattr(model, "blocks", model)(x).square().mean()  # noqa: E731
+    return tcur.learn_factors(model, config, step, 3, **options)
+
+
 def inject_with(config: tcur.TCURConfig) -> Callable[[nn.Module], object]:
     def adapt(model: nn.Module) -> object:
-        tcur.inject(model, config)
+        tcur.inject(model, config, subspace=None if config.factors == "weights" else learned(config, model))
         for stack in tcur.stacks(model).values():
             nn.init.normal_(stack.core)
         return model
@@ -190,6 +197,12 @@ CONFIGS = {
     "all-keeps-x": {"trainable": "all", "rank": 6},
 }
 CONFIGS |= {f"dropout-{name}": {"dropout": 0.5} | CONFIGS[name] for name in ("plain", "dct", "identity", "all-keeps-x")}
+CONFIGS["orthonormal"] = {"orthonormal": True}
+CONFIGS["orthonormal, riding"] = {"orthonormal": True, "transform": "identity"}
+CONFIGS["orthonormal, riding, dropout"] = {"orthonormal": True, "transform": "identity", "dropout": 0.5}
+CONFIGS["learned"] = {"factors": "learned"}
+CONFIGS["learned, own cores"] = {"factors": "learned", "transform": "identity", "stack_by": "none"}
+CONFIGS["learned rows, riding"] = {"factors": "learned_rows", "transform": "identity", "stack_by": "none"}
 LOW = ("plain", "roles", "all-keeps-x", "dropout-plain")
 CONFIGS |= {f"low-{name}": {"frequencies": 2} | CONFIGS[name] for name in LOW}
 CONFIGS["dropout-slice-domain"] = {"dropout": 0.5, "core_domain": "slice", "rank": 6}
@@ -386,3 +399,73 @@ def test_wrong_input(change: dict[str, Any], message: str) -> None:
 def test_an_adapted_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.attn\.qkv of Sequential is adapted already"):
         plan(tcur.inject(build(), tcur.TCURConfig(rank=2)))
+
+
+LEARNED: dict[str, dict[str, Any]] = {
+    "coupled": {"factors": "learned"},
+    "own cores": {"factors": "learned", "transform": "identity", "stack_by": "none", "rank": 8},
+    "rows alone": {"factors": "learned_rows", "transform": "identity", "stack_by": "none", "rank": 8},
+    "trained factors": {"factors": "learned", "trainable": "all"},
+}
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("options", LEARNED.values(), ids=LEARNED)
+def test_files_of_learned_factors_are_those_written(options: dict[str, Any], bits: int, tmp_path: Path) -> None:
+    config = tcur.TCURConfig(**{"rank": 2, "target_modules": "|".join([r".*\.linear1", r".*out_proj"])} | options)
+    expected = plan(meta(depth=8), config, TOKENS, bits=bits)
+    subspace = learned(config, build(depth=8), bits=bits)
+    model = tcur.inject(build(depth=8), subspace=subspace)
+    for stack in tcur.stacks(model).values():
+        nn.init.normal_(stack.core)
+    assert expected.tcur.trained == tcur.summary(model).trained
+    assert expected.learned is not None
+    whole = tcur.save_adapter(model, tmp_path / "adapter.safetensors").stat().st_size
+    cores = tcur.save_adapter(model, tmp_path / "cores.safetensors", include_subspace=False).stat().st_size
+    alone = subspace.save(tmp_path / "subspace.safetensors").stat().st_size
+    assert expected.tcur.file == expected.learned.adapter_file == pytest.approx(whole, rel=0.03)
+    assert expected.learned.cores_file == pytest.approx(cores, rel=0.03)
+    assert expected.learned.subspace_file == pytest.approx(alone, rel=0.03)
+    factors = sum(b.nbytes for n, b in model.named_buffers() if n.endswith((".col", ".row")))
+    assert expected.tcur.factors == factors
+    assert plan(meta(), tcur.TCURConfig(rank=2), TOKENS).learned is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_a_warm_up_is_that_of_its_optimizer(dtype: torch.dtype) -> None:
+    config = tcur.TCURConfig.preset("learned", rank=2)
+    found = plan(meta().to(dtype), config, TOKENS, parts=3).learned
+    assert found is not None
+    x = torch.linspace(-2, 2, 4 * 3 * 32).view(4, 3, 32).sin().to(dtype)
+    made: list[torch.optim.Optimizer] = []
+    gradients: list[int] = []
+
+    def step(model: nn.Module) -> Tensor:
+        held = [p.grad for p in model.parameters() if p.grad is not None]
+        copies = [p.grad for group in made[-1].param_groups for p in group["params"] if p.grad is not None]
+        gradients.append(sum({t.data_ptr(): t.nbytes for t in (*held, *copies)}.values()))
+        return model(x).float().square().mean()
+
+    def measured(kind: Any, parts: int) -> tuple[int, int]:
+        made.clear()
+        gradients.clear()
+
+        def make(parameters: Any) -> torch.optim.Optimizer:
+            made.append(kind(parameters, lr=1e-3))
+            return made[-1]
+
+        tcur.learn_factors(build().to(dtype), config, step, 3, optimizer=make, parts=parts)
+        states = [[t for s in opt.state.values() for t in s.values() if t.numel() > 1] for opt in made]
+        return max(gradients), max(sum(t.nbytes for t in state) for state in states)
+
+    for name, kind, parts in (
+        ("Adam, all layers at once", torch.optim.Adam, 1),
+        ("Adam, in 3 parts", torch.optim.Adam, 3),
+        ("factored moments, all at once", torch.optim.Adafactor, 1),
+        ("factored moments, in 3 parts", torch.optim.Adafactor, 3),
+    ):
+        warmup = found.warmups[name]
+        assert (warmup.gradients, warmup.moments) == measured(kind, parts), name
+        assert name in str(found)
+    weights = sum(p.numel() for n, p in build().named_parameters() if n.endswith("weight"))
+    assert found.warmups["Adam, all layers at once"].moments == 2 * weights * 4

@@ -19,7 +19,7 @@ class Entry(Protocol):
     """What users do with an adapter. Models may be changed in place; use the returned model afterwards."""
 
     def adapt(self, model: nn.Module, head: str | None = None, **options: Any) -> nn.Module:
-        """``head``: a module that also trains. ``options``: rank, and options of TCURConfig that both entries have."""
+        """``head``: a module that also trains. ``options``: rank, subspace, and options that both entries have."""
 
     def stacks(self, model: nn.Module) -> dict[str, tcur.TCURStack]: ...
 
@@ -39,8 +39,10 @@ class Entry(Protocol):
 
 
 class Inject:
-    def adapt(self, model: nn.Module, head: str | None = None, **options: Any) -> nn.Module:
-        tcur.inject(model, tcur.TCURConfig(**options))
+    def adapt(
+        self, model: nn.Module, head: str | None = None, subspace: tcur.Subspace | None = None, **options: Any
+    ) -> nn.Module:
+        tcur.inject(model, tcur.TCURConfig(**options), subspace=subspace)
         return tcur.unfreeze(model, head) if head else model
 
     def stacks(self, model: nn.Module) -> dict[str, tcur.TCURStack]:

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.layer.carried import TCURCarried
 
+from .peft.test_quantised import plain
 from .peft.test_riding import WIDTH, by_eight_bits, by_four_bits, by_torchao
 
 KINDS: dict[str, Callable[[], nn.Sequential]] = {
@@ -115,6 +116,33 @@ def test_as_a_lora_adapter(make: Callable[[], nn.Sequential], tmp_path: Path) ->
     model, x = adapted(make, **CONFIGS["light"]), torch.randn(5, WIDTH)
     loaded = PeftModel.from_pretrained(make(), tcur.to_lora(model, tmp_path)).eval()
     assert_close(loaded(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@kinds
+@pytest.mark.parametrize("factors", ["learned", "learned_rows"])
+def test_factors_learned_on_the_float_model(make: Callable[[], nn.Sequential], factors: str, tmp_path: Path) -> None:
+    x = torch.linspace(-1, 1, 3 * WIDTH).view(3, WIDTH).sin()
+
+    def step(model: nn.Module) -> torch.Tensor:
+        return (model(x) - x.flip(0)).square().sum()
+
+    config = tcur.TCURConfig.preset("learned", rank=4, target_modules=["0", "2"], factors=factors)
+    subspace = tcur.learn_factors(plain(), config, step, steps=6)
+    with pytest.raises(ValueError, match="is quantised, and its weight cannot train"):
+        tcur.learn_factors(make(), config, step)
+    model = tcur.inject(make(), subspace=subspace)
+    first = float(step(model).detach())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        step(model).backward()
+        optimizer.step()
+    assert float(step(model).detach()) < 0.95 * first
+    expected = model.eval()(x)
+    whole = tcur.save_adapter(model, tmp_path / "whole.safetensors")
+    assert torch.equal(tcur.load_adapter(make(), whole).eval()(x), expected)
+    cores = tcur.save_adapter(model, tmp_path / "cores.safetensors", include_subspace=False)
+    assert torch.equal(tcur.load_adapter(make(), cores, subspace).eval()(x), expected)
 
 
 def test_summary_counts_weights_not_bytes() -> None:

@@ -113,7 +113,7 @@ class AdapterBank:
         Args:
             sources: Name -> cores.
         """
-        checked = {name: files.cores_of(name, source, self._stacks) for name, source in sources.items()}
+        checked = {name: self._files.cores_of(name, source) for name, source in sources.items()}
         return self._held.add(checked)
 
     def replace(self, name: str, source: Source) -> None:
@@ -126,7 +126,7 @@ class AdapterBank:
         Raises:
             ValueError: There is no such adapter, or the cores do not fit. Nothing is changed.
         """
-        self._held.replace(name, files.cores_of(name, source, self._stacks))
+        self._held.replace(name, self._files.cores_of(name, source))
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Batches that run keep its cores.

@@ -2,8 +2,8 @@
 
 The file of many is a safetensors file. Tensors: ``cores.<stack>`` (N, S, c, r), ``rows.<stack>``, ``columns.<stack>``;
 ``col.<stack>`` and ``row.<stack>`` where they are not those of the base. Header: ``tcurlora_bank`` -> format version,
-the N names, transform and core domain, for every stack its slices, scale, and the dtype and fingerprint of its base
-weights; and the digest, SHA-256 of all of it.
+the N names, transform, core domain and, where factors are learned or orthonormal, which and the subspace's digest; for
+every stack its slices, scale, and the dtype and fingerprint of its base weights; and the digest, SHA-256 of all of it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.files.format import read_adapter
-from tcurlora_ext.adapter.model.structure import base_weights, stacks
+from tcurlora_ext.adapter.model.structure import base_weights, require_adapted, stacks
+from tcurlora_ext.adapter.options import LEARNED, WEIGHTS, StackOptions
 from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.subspace import Subspace
 from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.described import description, digest
 from tcurlora_ext.io.tensors import not_finite, read_tensors
@@ -31,38 +33,14 @@ from .store import Cores
 
 FORMAT = 1
 HEADER = "tcurlora_bank"
+# What a file does not state: files before learned factors have none of it.
+BEFORE_LEARNED = {"factors": WEIGHTS, "orthonormal factors": False, "subspace": None}
 ADAPTER_FILE = "adapter.safetensors"  # as save_adapter names the file in a folder
 
 
-def cores_of(
-    name: str, source: Mapping[str, Tensor] | nn.Module | None, stacks_: Mapping[str, TCURStack]
-) -> Cores | None:
-    """The cores of a source, checked; None for zeros.
-
-    Raises:
-        ValueError: They do not fit the stacks, or are not finite.
-    """
-    if source is None:
-        return None
-    if isinstance(source, nn.Module):
-        found = stacks(source)
-        _require_same_names(name, found, stacks_)
-        for stack_name, stack in found.items():
-            here = stacks_[stack_name]
-            _require_same(name, stack_name, _layout(stack), _layout(here))
-        source = {stack_name: stack.core.detach() for stack_name, stack in found.items()}
-    _require_same_names(name, source, stacks_)
-    for stack_name, core in source.items():
-        expected = tuple(stacks_[stack_name].core.shape)
-        if tuple(core.shape) != expected or not core.is_floating_point():
-            raise ValueError(
-                f"adapter {name!r}: the core of stack {stack_name} is {core.dtype} {tuple(core.shape)}, expected "
-                f"floating numbers {expected}"
-            )
-    broken = not_finite(source)
-    if broken:
-        raise ValueError(f"adapter {name!r}: the core of stack {broken[0]} has NaN or infinite values")
-    return source
+def subspace_of(model: nn.Module) -> Subspace | None:
+    """The subspace of an adapted model's learned factors."""
+    return require_adapted(model).container.subspace
 
 
 class Checks:
@@ -75,39 +53,69 @@ class Checks:
 
     def __init__(self, model: nn.Module, stacks_: Mapping[str, TCURStack]) -> None:
         self._model, self._stacks = model, stacks_
+        self._subspace = subspace_of(model)
         self._bases: dict[str, tuple[Tensor, torch.dtype, bool]] = {}
+
+    def cores_of(self, name: str, source: Mapping[str, Tensor] | nn.Module | None) -> Cores | None:
+        """The cores of a source, checked; None for zeros.
+
+        Raises:
+            ValueError: They do not fit the stacks, or are not finite.
+        """
+        if source is None:
+            return None
+        if isinstance(source, nn.Module):
+            found = stacks(source)
+            _require_same_names(name, found, self._stacks)
+            for stack_name, stack in found.items():
+                here = self._stacks[stack_name]
+                _require_same(name, stack_name, _layout(stack, subspace_of(source)), _layout(here, self._subspace))
+            source = {stack_name: stack.core.detach() for stack_name, stack in found.items()}
+        _require_same_names(name, source, self._stacks)
+        for stack_name, core in source.items():
+            expected = tuple(self._stacks[stack_name].core.shape)
+            if tuple(core.shape) != expected or not core.is_floating_point():
+                raise ValueError(
+                    f"adapter {name!r}: the core of stack {stack_name} is {core.dtype} {tuple(core.shape)}, expected "
+                    f"floating numbers {expected}"
+                )
+        broken = not_finite(source)
+        if broken:
+            raise ValueError(f"adapter {name!r}: the core of stack {broken[0]} has NaN or infinite values")
+        return source
 
     def read(self, path: str | os.PathLike[str]) -> tuple[Cores, str]:
         """The cores of an adapter file, and the name that its file or folder gives it."""
-        file = read_adapter(path)
+        file = read_adapter(path, (self._subspace,))
         beside = sorted([*file.under("trained"), *file.under("state")])
         if beside:
             raise ValueError(
                 f"{file.path} has {', '.join(beside[:4])} ({len(beside)} in all) beside the cores: the samples of a "
                 "batch would share them, a bank takes adapters of cores alone"
             )
-        options = {"transform": file.config.transform, "core domain": file.config.core_domain}
+        options = _options(file.config.stack_options(), file.subspace)
         self._require(file.path, file.stacks, file.tensors, options)
         named_by_folder = file.path.name == ADAPTER_FILE and file.path.parent.name
         return file.under("core"), file.path.parent.name if named_by_folder else file.path.stem
 
     def _require(
-        self, path: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Mapping[str, str]
+        self, path: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> None:
         """Raise ValueError, naming the stack, unless the file's stacks are those of the model."""
         _require_same_names(str(path), described, self._stacks)
         for name, stack in self._stacks.items():
             there = described[name]
             indices = {kind: tensors[f"{kind}.{name}"] for kind in ("rows", "columns")}
+            core = tensors[f"core.{name}" if f"core.{name}" in tensors else f"cores.{name}"]
             found = {
                 "layers": there["names"],
-                "rank": (len(indices["columns"]), len(indices["rows"])),
-                "blocks": tensors.get(f"core.{name}", tensors.get(f"cores.{name}", torch.empty(0))).shape[-3],
+                "rank": tuple(core.shape[-2:]),
+                "blocks": core.shape[-3],
                 **options,
                 "scale": there["scale"],
                 **indices,
             }
-            _require_same(str(path), name, found, _layout(stack))
+            _require_same(str(path), name, found, _layout(stack, self._subspace))
             factors = {kind: tensors[f"{kind}.{name}"] for kind in ("col", "row") if f"{kind}.{name}" in tensors}
             for kind, factor in factors.items():
                 here = getattr(stack, kind).detach().cpu()
@@ -160,7 +168,7 @@ class Checks:
         options = next(iter(self._stacks.values())).options
         header = {
             "format": FORMAT, "names": list(adapters), "stacks": described,
-            "options": {"transform": options.transform, "core domain": options.core_domain},
+            "options": {k: v for k, v in _options(options, self._subspace).items() if v != BEFORE_LEARNED.get(k)},
         }  # fmt: skip
         write_bytes(path, safetensors.torch.save(tensors, {HEADER: description(header, tensors)}))
         return path
@@ -182,20 +190,30 @@ class Checks:
             raise ValueError(f"{path}: found format {version!r} of a bank, expected {FORMAT}")
         if stated != digest(header, tensors):
             raise ValueError(f"{path}: the file is damaged: its content has another digest than the one that it states")
-        self._require(path, described, tensors, options)
+        self._require(path, described, tensors, BEFORE_LEARNED | options)
         return {
             adapter: {name: tensors[f"cores.{name}"][at] for name in self._stacks} for at, adapter in enumerate(names)
         }
 
 
-def _layout(stack: TCURStack) -> dict[str, Any]:
+def _options(options: StackOptions, subspace: Subspace | None) -> dict[str, Any]:
+    """What all stacks of an adapter have in common, as far as it decides what cores mean."""
+    return {
+        "transform": options.transform,
+        "core domain": options.core_domain,
+        "factors": options.factors,
+        "orthonormal factors": options.orthonormal and options.factors != LEARNED,  # learned ones are in any case
+        "subspace": None if subspace is None else subspace.digest,
+    }
+
+
+def _layout(stack: TCURStack, subspace: Subspace | None) -> dict[str, Any]:
     """What the cores of a stack mean, in the order in which differences are reported."""
     return {
         "layers": stack.names,
         "rank": stack.rank,
         "blocks": stack.blocks,
-        "transform": stack.options.transform,
-        "core domain": stack.options.core_domain,
+        **_options(stack.options, subspace),
         **_indices(stack),
         "scale": stack.scale,
     }

@@ -3,9 +3,9 @@
 Such a file has format 2. What a file of format 1 says of each stack, its subspace says once for all adapters over it.
 
 Tensors:  ``cores``, all cores one after another, flat; ``scales`` (stacks,) float64; with ``factors="learned_rows"``
-``columns`` (columns,) int64 and ``column_scores``, flat, too; with ``trainable="all"`` ``col.<stack>`` and
-``row.<stack>``; ``trained.<name>`` and ``state.<name>`` as in format 1; ``directions.<name>`` where the file holds its
-subspace.
+``columns`` (columns,) int64 and ``column_scores``, flat, too; ``col.<stack>`` and ``row.<stack>`` with
+``trainable="all"``, and ``col.<stack>`` where C is columns of quantised weights; ``trained.<name>`` and
+``state.<name>`` as in format 1; ``directions.<name>`` where the file holds its subspace.
 Header:   format, the digest of the subspace and perhaps, as ``directions``, its header, the options in which the
 adapter's configuration differs from that of the subspace, the stacks' names and their ranks.
 """
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.distributed.dtensor import whole
+from tcurlora_ext.adapter.layer.carried import TCURCarried
 from tcurlora_ext.adapter.options import LEARNED_ROWS
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.subspace import Subspace
@@ -39,16 +41,24 @@ def over_subspace(
         "stacks": _short(list(stacks), list(subspace.stacks)), "ranks": _short([list(s.rank) for s in stacks.values()]),
     }  # fmt: skip
     tensors = {
-        "cores": torch.cat([stack.core.detach().flatten() for stack in stacks.values()]),
+        "cores": torch.cat([whole(stack.core.detach()).flatten() for stack in stacks.values()]),
         "scales": torch.tensor([stack.scale for stack in stacks.values()], dtype=torch.float64),
     }
     if config.factors == LEARNED_ROWS:
         tensors["columns"] = torch.cat([stack.columns for stack in stacks.values()])
         scores = [score for stack in stacks.values() for score in stack.column_scores]
         tensors["column_scores"] = torch.tensor(scores, dtype=torch.float64)
-    if config.trainable == "all":
-        tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("col", "row") for name, stack in stacks.items()}
+    for name, stack in stacks.items():
+        if config.trainable == "all":
+            tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("col", "row")}
+        elif config.factors == LEARNED_ROWS and is_of_quantised(stack):
+            tensors[f"col.{name}"] = stack.col
     return header, tensors
+
+
+def is_of_quantised(stack: TCURStack) -> bool:
+    """Whether layers of a stack are quantised: another loading of the base need not quantise it to the same bits."""
+    return any(isinstance(layer, TCURCarried) for layer in stack.layers.values())
 
 
 def _short(values: list[Any], default: list[Any] | None = None) -> Any:
@@ -74,7 +84,8 @@ def find_subspace(
     if not found:
         raise ValueError(
             f"{path}: the adapter is the cores over the subspace {header['subspace'][:12]}, which is not in the file; "
-            "expected that subspace beside it: load_adapter(model, path, subspace=Subspace.load(file))"
+            "expected that subspace beside it: load_adapter(model, path, subspace=Subspace.load(file)); for a command, "
+            "--subspace FILE"
         )
     raise ValueError(
         f"{path}: the adapter is over the subspace {header['subspace'][:12]}, found {found[-1].digest[:12]}"

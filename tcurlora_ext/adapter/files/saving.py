@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import sharded_parameter, whole
 from tcurlora_ext.adapter.distributed.first import write_in_first
-from tcurlora_ext.adapter.layer.carried import TCURCarried
 from tcurlora_ext.adapter.model.effect import warn_without_effect
 from tcurlora_ext.adapter.model.structure import (
     Adapted,
@@ -33,7 +32,7 @@ from tcurlora_ext.io.tensors import not_finite
 from tcurlora_ext.maths.fingerprint import fingerprint
 
 from .format import FORMAT
-from .learned import over_subspace
+from .learned import is_of_quantised, over_subspace
 
 
 def save_adapter(
@@ -113,9 +112,7 @@ def _with_stacks(adapted: Adapted, include_factors: bool) -> tuple[dict[str, Any
     for name, stack in stacks(model).items():
         tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("core", "rows", "columns")}
         base = base_weights(model, stack)
-        # Another loading of the base need not quantise it to the same bits.
-        quantised = any(isinstance(layer, TCURCarried) for layer in stack.layers.values())
-        if include_factors or quantised or stack.options.trainable == "all" or not stack.is_of(base):
+        if include_factors or is_of_quantised(stack) or stack.options.trainable == "all" or not stack.is_of(base):
             tensors |= {f"{kind}.{name}": getattr(stack, kind) for kind in ("col", "row")}
         described[name] = {
             "names": stack.names,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def factors_of_change(
     if not given:
         raise ValueError("change is an empty list, expected one or more changed models")
     targets = find_targets(model, config)
+    groups = group(targets, config)
     total: dict[str, Tensor] = {}
     for one in given:
         for name, part in _changes(model, targets, one).items():
@@ -63,22 +64,25 @@ def factors_of_change(
                 part = part / norm
             total[name] = total[name] + part if name in total else part
     about = {"learned by": "a given change", "changes": [_title(one) for one in given]}
-    return subspace_of(model, config, total, bits, about)
+    return subspace_of(groups, config, total, bits, about)
 
 
 def subspace_of(
-    model: nn.Module, config: TCURConfig, changes: Mapping[str, Tensor], bits: int, about: Mapping[str, Any]
+    groups: Mapping[str, Sequence[Target]],
+    config: TCURConfig,
+    changes: Mapping[str, Tensor],
+    bits: int,
+    about: Mapping[str, Any],
 ) -> Subspace:
     """The subspace of the changes of a model's layers.
 
     Args:
-        model: The base model.
+        groups: The targets of every stack.
         config: The configuration.
         changes: Name of a target -> its change (slices, out, in).
         bits: Bits of an entry.
         about: How it was learned.
     """
-    groups = group(find_targets(model, config), config)
     ranks = stack_ranks(groups, config)
     stacks = {}
     for name, members in groups.items():

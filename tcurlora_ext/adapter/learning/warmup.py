@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.quantised import is_quantised
 from tcurlora_ext.adapter.model.inject import parameters_named
 from tcurlora_ext.adapter.model.structure import refuse_adapted
-from tcurlora_ext.adapter.model.targets import Target, find_targets
+from tcurlora_ext.adapter.model.targets import Target, find_targets, group
 from tcurlora_ext.adapter.options import WEIGHTS, positive
 from tcurlora_ext.adapter.subspace import Subspace
 from tcurlora_ext.maths.coding import BITS
@@ -78,7 +78,36 @@ def learn_factors(
     _check(config, steps, lr, ramp, bits, parts)
     refuse_sharded(model, "call learn_factors before it is sharded")
     refuse_adapted(model)
-    targets = find_targets(model, config)
+    groups = group(find_targets(model, config), config)
+    return learn_stacks(
+        model, config, groups, step, steps, unfreeze=unfreeze, lr=lr, ramp=ramp, bits=bits, optimizer=optimizer,
+        parts=parts,
+    )  # fmt: skip
+
+
+def learn_stacks(
+    model: nn.Module,
+    config: TCURConfig,
+    groups: Mapping[str, Sequence[Target]],
+    step: Step | Sequence[Step],
+    steps: int = STEPS,
+    *,
+    unfreeze: Sequence[str] | str = (),
+    lr: float = LR,
+    ramp: int = RAMP,
+    bits: int = CODED_BITS,
+    optimizer: MakeOptimizer | None = None,
+    parts: int = 1,
+) -> Subspace:
+    """As :func:`learn_factors`, for stacks whose targets are known.
+
+    Args:
+        model, config, step, steps: As there; the configuration gives the ranks of these stacks.
+        groups: The targets of every stack, by its name.
+        unfreeze, lr, ramp, bits, optimizer, parts: As there.
+    """
+    _check(config, steps, lr, ramp, bits, parts)
+    targets = [target for members in groups.values() for target in members]
     quantised = next((target.name for target in targets if is_quantised(target.module)), None)
     if quantised is not None:
         raise ValueError(
@@ -99,11 +128,15 @@ def learn_factors(
             found, values = _train(model, chosen, beside, turns, steps, make, ramp)
         changes |= found
         losses += values
-    about = {
-        "learned by": "a warm-up of the whole weights", "steps": steps, "learning rate": lr, "tasks": len(turns),
+    return subspace_of(groups, config, changes, bits, about(steps, lr, len(turns), parts, losses))
+
+
+def about(steps: int, lr: float, tasks: int, parts: int, losses: Sequence[float]) -> dict[str, Any]:
+    """What a subspace's file says of the warm-up that made it."""
+    return {
+        "learned by": "a warm-up of the whole weights", "steps": steps, "learning rate": lr, "tasks": tasks,
         "parts": parts, "first loss": losses[0], "last loss": losses[-1],
     }  # fmt: skip
-    return subspace_of(model, config, changes, bits, about)
 
 
 def _check(config: TCURConfig, steps: int, lr: float, ramp: int, bits: int, parts: int) -> None:
@@ -140,8 +173,8 @@ def _train(
     losses: list[float] = []
     reached: set[int] = set()
     for index in range(steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1.0, (index + 1) / ramp)
+        for of_optimizer, rate in zip(optimizer.param_groups, rates, strict=True):
+            of_optimizer["lr"] = rate * min(1.0, (index + 1) / ramp)
         loss = turns[index % len(turns)](model)
         losses.append(_value(loss, index))
         for parameter in (*trained, *wide):

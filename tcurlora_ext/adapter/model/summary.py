@@ -50,6 +50,7 @@ class Summary:
         adapted: How many linear layers are adapted.
         coverage: The share of the linear layers' weights that they have, 0 to 1.
         left_out: The names of the linear layers that are not adapted.
+        factors: What learned factors are, for people; "" where they are columns and rows of the weights.
     """
 
     stacks: tuple[StackSummary, ...]
@@ -58,6 +59,7 @@ class Summary:
     adapted: int
     coverage: float
     left_out: tuple[str, ...]
+    factors: str = ""
 
     @property
     def trained(self) -> int:
@@ -76,6 +78,7 @@ class Summary:
             f"{text_table(header, rows)}\n"
             f"trained: {self.trained:,} of {self.trained + self.frozen:,} parameters ({share:.3%}), "
             f"{self.trained - self.trained_beside:,} in stacks, {self.trained_beside:,} outside them\n{self.covered}"
+            + (f"\n{self.factors}" if self.factors else "")
         )
 
     @property
@@ -101,7 +104,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         ValueError: The model is not adapted.
     """
-    require_adapted(model)
+    subspace = require_adapted(model).container.subspace
     described = []
     for name, stack in stacks(model).items():
         trained = sum(p.numel() for p in stack.parameters() if p.requires_grad)
@@ -127,6 +130,7 @@ def summary(model: nn.Module) -> Summary:
         adapted=len(layers),
         coverage=covered / (covered + sum(weight.numel() for weight in others.values())),
         left_out=tuple(others),
+        factors="" if subspace is None else str(subspace),
     )
 
 

@@ -162,7 +162,10 @@ class StackState(nn.Module):
         weights = self.layers.weights(self)
         if weights is None or weights[0].is_meta or len(set(self.columns.tolist())) < len(self.columns):
             return
-        taken = self._taken(weights)
+        try:
+            taken = self._taken(weights)
+        except ValueError:  # C came with a file, and the columns here depend on each other
+            return
         self.gain = taken.gain.to(self.core.device, torch.promote_types(self.core.dtype, torch.float32))
         self.rides = torch.equal(taken.col, held) and torch.equal(taken.row, self.row)
         if self.rides and not self.keeps_columns:
@@ -285,7 +288,10 @@ class StackState(nn.Module):
         """
         if self.options.factors == LEARNED:
             return True
-        taken = self._taken(weights)
+        try:
+            taken = self._taken(weights)
+        except ValueError:  # columns that depend on each other, which cannot be made orthonormal
+            return False
         own = self.held_col is None and torch.equal(taken.gain.to(self._gain()), self._gain())
         return (own or torch.equal(taken.col, self.col)) and torch.equal(taken.row, self.row)
 
@@ -346,3 +352,4 @@ class StackState(nn.Module):
         self.load_state_dict(other.state_dict())
         self.options = other.options
         self._keep_scores(other.selection)
+        self.ride()  # loading tried it with the options before

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -32,6 +33,15 @@ def write_subspace(subspace: Subspace, path: Path) -> Path:
     tensors = subspace.tensors()
     write_bytes(path, safetensors.torch.save(tensors, {HEADER: description(subspace.header(), tensors)}))
     return path
+
+
+def is_subspace(path: Path) -> bool:
+    """Whether this is the file of a subspace, and not that of an adapter, a damaged one or another."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return HEADER in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
 
 
 def read_subspace(path: Path) -> Subspace:

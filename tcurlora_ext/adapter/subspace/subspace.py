@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.options import WEIGHTS
+from tcurlora_ext.adapter.options import LEARNED, WEIGHTS
 from tcurlora_ext.adapter.stack.factors import LearnedFactors
 from tcurlora_ext.io.described import digest
 from tcurlora_ext.maths import coding
@@ -73,6 +73,18 @@ class Subspace:
         """How many parameters the cores of an adapter over all of it have."""
         blocks = (self.config.blocks(len(stack.names)) for stack in self.stacks.values())
         return sum(b * stack.rank[0] * stack.rank[1] for b, stack in zip(blocks, self.stacks.values(), strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the coded directions."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def __str__(self) -> str:
+        kind = "both factors" if self.config.factors == LEARNED else "R"
+        return (
+            f"learned {kind}: subspace {self.digest[:12]}, in {self.bits} bits, {len(self.stacks)} stacks, "
+            f"{self.nbytes / 1024:,.1f} KiB"
+        )
 
     @cached_property
     def digest(self) -> str:

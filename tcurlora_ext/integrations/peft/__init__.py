@@ -4,9 +4,10 @@ from .calibration import calibrate
 from .config import TcurLoraConfig
 from .hotswap import hotswap_adapter
 from .layer import TcurLoraLinear
+from .learning import learn_factors
 from .model import TcurLoraModel
 from .registration import register
 
-__all__ = ["TcurLoraConfig", "TcurLoraLinear", "TcurLoraModel", "calibrate", "hotswap_adapter"]
+__all__ = ["TcurLoraConfig", "TcurLoraLinear", "TcurLoraModel", "calibrate", "hotswap_adapter", "learn_factors"]
 
 register()

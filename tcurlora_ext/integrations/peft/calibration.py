@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.model.calibration import input_sizes
 
 from .config import TcurLoraConfig
-from .targets import default_names, find_targets
+from .targets import find_targets, with_names
 
 
 def calibrate(model: nn.Module, config: TcurLoraConfig, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -35,9 +34,7 @@ def calibrate(model: nn.Module, config: TcurLoraConfig, batches: Iterable[Any]) 
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             return calibrate(model.get_base_model(), config, batches)
-    config = copy.copy(config)
-    if config.target_modules is None:
-        config.target_modules = default_names(model)
+    config = with_names(config, model)
     targets = find_targets(model, config)
     if not targets:
         raise ValueError(f"target_modules {config.target_modules!r} match no module of {type(model).__name__}")

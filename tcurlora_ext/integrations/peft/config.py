@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +17,8 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.options import Rank, StackOptions, explains_lora_names
+from tcurlora_ext.adapter.options import WEIGHTS, Rank, StackOptions, explains_lora_names
+from tcurlora_ext.adapter.subspace import Subspace
 from tcurlora_ext.io.atomic import write_bytes
 
 if not hasattr(BaseTuner, "_get_adapter_state_dict"):
@@ -65,10 +68,14 @@ class TcurLoraConfig(PeftConfig):
         fan_in_fan_out: Whether weights are stored as (in, out). The types of the layers decide it: a different value
             is corrected, with a warning.
         save_projection: Whether C and R are saved. If not, their indices and a fingerprint of the base weights are
-            saved. Loading then takes C and R from the base weights, and refuses weights with another fingerprint.
+            saved. Loading then takes C and R from the base weights, and refuses weights with another fingerprint. Where
+            factors are learned: whether the subspace is saved, coded; if not, its digest is, and loading needs it.
         stack_by, stack_blocks, split_fused, selection, scale: As in :class:`tcurlora_ext.TCURConfig`.
         transform, frequencies, core_domain, backend, seed: As in :class:`tcurlora_ext.TCURConfig`.
         factors, orthonormal: As in :class:`tcurlora_ext.TCURConfig`.
+        subspace: Learned factors, a :class:`tcurlora_ext.Subspace` or the path of its file; required for a new adapter
+            where ``factors`` are learned, refused otherwise. It may be set after :func:`learn_factors`, which takes
+            this configuration. A saved configuration has its digest in this place, and the checkpoint has the rest.
         dropout: Share of the adapter's input that is set to zero in training, as LoRA's ``lora_dropout``.
         rank_stabilised: Make the first optimizer step equally long at every rank, as ``use_rslora`` does for LoRA.
         budget: Parameter budget of all cores together, in place of ``r``. When the adapter is added to a model, the
@@ -83,9 +90,10 @@ class TcurLoraConfig(PeftConfig):
         was_saved: Whether this is the configuration of a saved adapter.
 
     Raises:
-        ValueError: A value is unknown or out of range; options exclude each other as in
-            :class:`tcurlora_ext.TCURConfig`; ``layers_pattern`` is given without ``layers_to_transform``; or
-            ``layers_to_transform`` is given with a regex for ``target_modules``.
+        FileNotFoundError: There is no file of a subspace at this path.
+        ValueError: A value is unknown or out of range; a subspace is given and factors are not learned; options exclude
+            each other as in :class:`tcurlora_ext.TCURConfig`; ``layers_pattern`` is given without
+            ``layers_to_transform``; or ``layers_to_transform`` is given with a regex for ``target_modules``.
     """
 
     r: Rank = 8
@@ -116,6 +124,7 @@ class TcurLoraConfig(PeftConfig):
     frequencies: int | None = None
     factors: str = "weights"
     orthonormal: bool = False
+    subspace: Subspace | str | None = field(default=None, repr=False, compare=False)
     calibration: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
@@ -141,6 +150,7 @@ class TcurLoraConfig(PeftConfig):
         if self.bias not in BIAS:
             raise ValueError(f"bias is {self.bias!r}, expected one of {', '.join(map(repr, BIAS))}")
         replace(self.for_stack(self.r, self.alpha), rank_pattern=self.rank_pattern, budget=self.budget)
+        self.read_subspace()
 
     def for_stack(self, rank: Rank, alpha: float) -> TCURConfig:
         """The configuration of a stack.
@@ -154,9 +164,33 @@ class TcurLoraConfig(PeftConfig):
         """
         return TCURConfig(rank=rank, alpha=alpha, **{name: getattr(self, name) for name in _OF_STACKS})
 
+    def read_subspace(self) -> Subspace | str | None:
+        """The subspace, read from its file where the field is a path; a digest where that is all that is known.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no file of a subspace, or factors are not learned.
+        """
+        if self.subspace is not None and self.factors == WEIGHTS:
+            raise ValueError(
+                "a subspace is given and factors is 'weights', expected 'learned' or 'learned_rows' with it"
+            )
+        if isinstance(self.subspace, (str, os.PathLike)) and not re.fullmatch("[0-9a-f]{64}", str(self.subspace)):
+            self.subspace = Subspace.load(self.subspace)
+        return self.subspace
+
+    @property
+    def subspace_digest(self) -> str | None:
+        """The digest of the subspace; None where there is none."""
+        found = self.read_subspace()
+        return found.digest if isinstance(found, Subspace) else found
+
     def to_dict(self) -> dict[str, Any]:
-        """The values to save: all except the calibration inputs."""
-        return super().to_dict() | {"calibration": None if self.calibration is None else {}}
+        """The values to save: all except the calibration inputs, and the subspace's digest in place of it."""
+        saved = copy.copy(self)
+        saved.subspace = self.subspace_digest
+        saved.calibration = None if self.calibration is None else {}
+        return PeftConfig.to_dict(saved)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As in PEFT, but the model card also gets the import line without which the adapter cannot be loaded.

@@ -12,6 +12,7 @@ from tcurlora_ext.adapter.model.targets import slice_names
 from tcurlora_ext.adapter.stack import TCURStack
 
 from .config import TcurLoraConfig
+from .directions import without_directions
 from .indices import BASE, saved_key
 from .layer import TcurLoraLinear
 from .sharing import FACTORS
@@ -58,7 +59,10 @@ def hotswap_adapter(
                 f"{model_name_or_path}, expected the same"
             )
     state = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)
-    set_peft_model_state_dict(model, _at_scale_of(stacks, state, model_name_or_path), adapter_name)
+    of_stacks = without_directions(state)
+    beside = {key: value for key, value in state.items() if key not in of_stacks}
+    of_stacks = _at_scale_of(stacks, of_stacks, model_name_or_path)
+    set_peft_model_state_dict(model, beside | of_stacks, adapter_name)
 
 
 def _at_scale_of(stacks: dict[str, TCURStack], state: dict[str, Tensor], path: str) -> dict[str, Tensor]:

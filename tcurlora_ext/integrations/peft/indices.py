@@ -31,27 +31,27 @@ def saved_key(stack: str, kind: str) -> str:
     return f"base_model.tcurlora_{kind}.{stack}"
 
 
+def layers_of(model: nn.Module, stack: TCURStack) -> list[TcurLoraLinear]:
+    """The layers of an adapter's stack."""
+    return [layer for layer in model.modules() if isinstance(layer, TcurLoraLinear) and layer.slices_in(stack)]
+
+
 def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tensor:
     """The present base weights (S, out, in) of a stack's layers, without any merged adapter."""
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, TcurLoraLinear)
-        and adapter_name in layer.slices
-        and layer.slices[adapter_name].stack is stack
-    ]
     return stacked_in_order(
-        (layer.slices[adapter_name].first_slice, layer.weight_slices(adapter_name)) for layer in layers
+        (layer.slices[adapter_name].first_slice, layer.weight_slices(adapter_name)) for layer in layers_of(model, stack)
     )
 
 
 def without_factors(
     model: nn.Module, stacks: dict[str, TCURStack], adapter_name: str, state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state to save, with a fingerprint of the base weights in place of C and R."""
+    """The state to save, with a fingerprint of the base weights in place of C and R that the base gives."""
     state = dict(state)
     for name, stack in stacks.items():
         base = base_weights(model, stack, adapter_name)
+        if stack.options.orthonormal and not stack.is_of(base):
+            continue  # a sum of adapters: two orthonormal factors side by side are not what the base gives
         for kind in FACTORS:
             state.pop(stack_key(adapter_name, name, kind), None)
         for kind, value in zip(BASE, (fingerprint(base), torch.empty(0, dtype=base.dtype)), strict=True):

@@ -21,12 +21,15 @@ from tcurlora_ext.adapter.model.inject import build_stack
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.model.targets import Target, placed, slice_names
-from tcurlora_ext.adapter.options import pair_of
+from tcurlora_ext.adapter.options import LEARNED, WEIGHTS, pair_of
 from tcurlora_ext.adapter.stack import TCURStack
+from tcurlora_ext.adapter.stack.factors import LearnedFactors
 from tcurlora_ext.adapter.stack.slices import LayerSlices
+from tcurlora_ext.adapter.subspace import Subspace
 from tcurlora_ext.maths.selection import Selection
 
 from .config import TcurLoraConfig
+from .directions import new_subspace, require_factors, with_learned, with_subspace
 from .effect import note_call, warn_without_effect
 from .indices import with_factors, without_factors
 from .layer import TcurLoraLinear
@@ -48,6 +51,8 @@ class TcurLoraModel(BaseTuner):
             the layers use them by reference.
         called: Whether the model has been called through a PeftModel with an adapter enabled.
         loaded: The adapters whose values were loaded, or computed from those of others.
+        subspaces: Adapter -> its subspace, where its factors are learned; an adapter whose checkpoint is still to bring
+            it is not there.
     """
 
     prefix = "tcurlora_"
@@ -58,6 +63,7 @@ class TcurLoraModel(BaseTuner):
     tcurlora_core: nn.ModuleDict
     called: bool
     loaded: set[str]
+    subspaces: dict[str, Subspace]
 
     def stacks(self, adapter_name: str) -> dict[str, TCURStack]:
         """An adapter's stacks by name.
@@ -71,7 +77,7 @@ class TcurLoraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: TcurLoraConfig, adapter_name: str) -> None:
         self.tcurlora_core = nn.ModuleDict()
-        self.called, self.loaded = False, set()
+        self.called, self.loaded, self.subspaces = False, set(), {}
         self.layer_replication, self._replicated = config.layer_replication, False
 
     def inject_adapter(
@@ -95,6 +101,7 @@ class TcurLoraModel(BaseTuner):
         except Exception:
             if adapter_name in self.tcurlora_core:
                 del self.tcurlora_core[adapter_name]
+            self.subspaces.pop(adapter_name, None)
             raise
         finally:
             del self._injected, self._slices
@@ -115,7 +122,10 @@ class TcurLoraModel(BaseTuner):
         self._replicate_layers(peft_config, model)
         groups = find_groups(model, peft_config)
         configs = stack_configs(groups, peft_config)
-        stacks = {name: _build(name, groups[name], configs[name], peft_config, on_meta) for name in groups}
+        subspace = new_subspace(peft_config, self.subspaces)
+        stacks = {name: _build(name, groups[name], configs[name], peft_config, on_meta, subspace) for name in groups}
+        if subspace is not None:
+            self.subspaces[adapter_name] = subspace
         self.share_with_the_others(stacks)
         for name, members in groups.items():
             for target, first in placed(members):
@@ -180,7 +190,12 @@ class TcurLoraModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast cores to the base's dtype unless ``autocast_adapter_dtype``, for which they are float32 already."""
+        """Cast cores to the base's dtype unless ``autocast_adapter_dtype``, for which they are float32 already.
+
+        PEFT calls it when an adapter was added, and again when its values are loaded: tensors that were assigned are
+        shared then.
+        """
+        self.share_with_the_others(self.stacks(adapter_name))
         if not autocast_adapter_dtype:
             for stack in self.stacks(adapter_name).values():
                 stack.core.data = stack.core.data.to(stack.row.dtype)
@@ -193,6 +208,7 @@ class TcurLoraModel(BaseTuner):
         """
         super().delete_adapter(adapter_name)
         self.loaded.discard(adapter_name)
+        self.subspaces.pop(adapter_name, None)
         del self.tcurlora_core[adapter_name]
 
     def add_weighted_adapter(
@@ -251,6 +267,10 @@ class TcurLoraModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
+        if len(self.subspaces) < len(self.peft_config):
+            for name in dict.fromkeys(adapter_names or self.active_adapters):
+                if name in self.peft_config:
+                    require_factors(self.peft_config[name], name, self.subspaces.get(name))
         mixed = adapter_names is not None
         with rows_for_adapters(self, adapter_names, kwargs.get("num_beams")) if mixed else nullcontext():
             yield
@@ -274,23 +294,25 @@ class TcurLoraModel(BaseTuner):
         cls, model: nn.Module, config: TcurLoraConfig, adapter_name: str, *rest: Any, **named: Any
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, *rest, **named)
-        warn_without_effect(cls._tuner_in(model), [adapter_name], state)
+        tuner = cls._tuner_in(model)
+        warn_without_effect(tuner, [adapter_name], state)
+        if config.factors != WEIGHTS:
+            require_factors(config, adapter_name, tuner.subspaces.get(adapter_name))
+            return with_subspace(tuner, adapter_name, state, config.save_projection)
         if config.save_projection:
             return state
-        return without_factors(model, cls._stacks_in(model, adapter_name), adapter_name, state)
+        return without_factors(model, tuner.stacks(adapter_name), adapter_name, state)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: TcurLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        cls._tuner_in(model).loaded.add(adapter_name)
-        return with_factors(model, cls._stacks_in(model, adapter_name), adapter_name, state)
-
-    @classmethod
-    def _stacks_in(cls, model: nn.Module, adapter_name: str) -> dict[str, TCURStack]:
-        """An adapter's stacks in a model that PEFT has wrapped."""
-        return cls._tuner_in(model).stacks(adapter_name)
+        tuner = cls._tuner_in(model)
+        tuner.loaded.add(adapter_name)
+        if config.factors != WEIGHTS:
+            return with_learned(tuner, adapter_name, state)
+        return with_factors(model, tuner.stacks(adapter_name), adapter_name, state)
 
     @classmethod
     def _tuner_in(cls, model: nn.Module) -> Self:
@@ -306,10 +328,26 @@ class TcurLoraModel(BaseTuner):
         return f"{head}tcurlora_{kind}.{stack}"
 
 
-def _build(name: str, members: list[Target], of_stack: TCURConfig, config: TcurLoraConfig, on_meta: bool) -> TCURStack:
-    """Build a stack of these targets; with ``on_meta`` on the meta device, for values that are loaded later."""
+def _build(
+    name: str,
+    members: list[Target],
+    of_stack: TCURConfig,
+    config: TcurLoraConfig,
+    on_meta: bool,
+    subspace: Subspace | None,
+) -> TCURStack:
+    """Build a stack of these targets; with ``on_meta`` on the meta device, for values that are loaded later.
+
+    So are the values of learned factors where the subspace is not known yet: they are NaN.
+    """
     if on_meta:
-        return _blank(members, of_stack)
+        return _blank(members, of_stack).to("meta")
+    if subspace is None and of_stack.factors != WEIGHTS:
+        stack = _blank(members, of_stack)
+        stack.row.fill_(torch.nan)
+        stack.col.fill_(torch.nan)
+        # PEFT may create all parameters on meta, for values that are assigned.
+        return stack.to("meta" if stack.core.is_meta else members[0].weight.device)
     if config.selection == "activation" and not config.calibration:
         if config.calibration is None:
             raise ValueError(
@@ -317,19 +355,28 @@ def _build(name: str, members: list[Target], of_stack: TCURConfig, config: TcurL
                 "calibrate(model, config, batches)"
             )
         of_stack = replace(of_stack, selection="norm")  # the indices that "activation" chose are loaded afterwards
-    stack = build_stack(name, members, of_stack, calibration=config.calibration or None)
+    stack = build_stack(name, members, of_stack, calibration=config.calibration or None, subspace=subspace)
     if not config.init_weights:
         nn.init.normal_(stack.core, std=RANDOM_CORE)
     return stack
 
 
 def _blank(members: list[Target], config: TCURConfig) -> TCURStack:
-    """A stack of the right shapes on the meta device, built without reading the base weights."""
+    """A stack of the right shapes, built without reading the base weights."""
     slices = sum(target.slices for target in members)
     ones = torch.ones((), dtype=members[0].weight.dtype).expand(slices, *members[0].shape)
     c, r = pair_of(config.rank)
-    first = Selection(torch.arange(r), torch.arange(c), torch.zeros(r), torch.zeros(c))
-    return TCURStack(ones, first, config.stack_options(), slice_names(members)).to("meta")
+    learned, options = None, config.stack_options()
+    columns = 0 if config.factors == LEARNED else c
+    rows = r if config.factors == WEIGHTS else 0
+    if config.factors != WEIGHTS:
+        out_features, in_features = members[0].shape
+        learned = LearnedFactors(torch.ones(slices, out_features, c), torch.ones(slices, r, in_features))
+    first = Selection(torch.arange(rows), torch.arange(columns), torch.zeros(rows), torch.zeros(columns))
+    # Equal columns cannot be made orthonormal.
+    stack = TCURStack(ones, first, replace(options, orthonormal=False), slice_names(members), learned)
+    stack.options = options
+    return stack
 
 
 def _note_layout(config: TcurLoraConfig, target: nn.Module) -> None:

@@ -15,6 +15,8 @@ FACTORS = ("col", "row")
 def share_factors(stack: TCURStack, others: Iterable[TCURStack]) -> None:
     """Let ``stack`` use C and R of the first other stack where they are equal. They are frozen; cores stay separate."""
     for other in others:
+        if all(getattr(stack, name) is getattr(other, name) for name in FACTORS):
+            return
         pairs = [(getattr(stack, name), getattr(other, name)) for name in FACTORS]
         if all(own.device == its.device and not own.is_meta and torch.equal(own, its) for own, its in pairs):
             for name in FACTORS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -134,6 +135,17 @@ def _leave_out(model: nn.Module, config: TcurLoraConfig) -> None:
         f"layers): {why}",
         stacklevel=2,
     )
+
+
+def with_names(config: TcurLoraConfig, model: nn.Module) -> TcurLoraConfig:
+    """A copy of a configuration whose ``target_modules`` are given, for what finds them before an adapter is added.
+
+    Raises ValueError where the default matches no module.
+    """
+    config = copy.copy(config)
+    if config.target_modules is None:
+        config.target_modules = default_names(model)
+    return config
 
 
 def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Target]]:

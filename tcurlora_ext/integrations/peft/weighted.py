@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tcurlora_ext.adapter.model.targets import slice_names
-from tcurlora_ext.adapter.options import fitting_pair
+from tcurlora_ext.adapter.options import WEIGHTS, fitting_pair
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.maths import folding
 
@@ -18,7 +18,7 @@ from .config import TcurLoraConfig
 from .targets import find_groups, rank_pattern
 
 COMBINATIONS = ("linear", "cat")
-OF_THE_CORE = ("transform", "frequencies", "core_domain")
+OF_THE_CORE = ("transform", "frequencies", "core_domain", "orthonormal")
 
 Part = tuple[str, float, TCURStack]  # an adapter, its weight, its stack
 
@@ -56,6 +56,11 @@ def weighted_sum(
         (name, weight, stack) for name, weight in zip(adapters, weights, strict=True) for stack in stacks[name].values()
     ]
     first = configs[adapters[0]]
+    if combination_type == "cat" and first.factors != WEIGHTS:
+        raise ValueError(
+            f"adapter {adapters[0]} has learned factors, whose sums are 'linear': 'cat' would need the directions of "
+            "both adapters in one subspace"
+        )
     config = replace(
         first,
         target_modules={name.partition("[")[0] for *_, stack in parts for name in stack.names},
@@ -80,6 +85,13 @@ def require_same(configs: dict[str, TcurLoraConfig]) -> None:
     """Raise ValueError where options differ that decide what a core means, for configurations by adapter name."""
     first, *others = configs
     for other in others:
+        for field in ("factors", "subspace_digest"):
+            here, there = (getattr(configs[name], field) for name in (first, other))
+            if here != there:
+                kind = "factors" if field == "factors" else "the subspace"
+                raise ValueError(
+                    f"{kind} is {str(here)[:12]} in adapter {first} and {str(there)[:12]} in {other}, expected the same"
+                )
         for field in (*OF_THE_CORE, "scale"):
             here, there = (getattr(configs[name], field) for name in (first, other))
             # Two numbers may differ: cores are multiplied by the ratio. None beside a number may not: the same indices

@@ -54,6 +54,8 @@ DIFFERENT = [
     ({"frequencies": 1}, {"frequencies": 1, "r": 3}),
     ({"scale": 1.0}, {"scale": 0.5, "selection": "uniform"}),
     ({"core_domain": "slice"}, {"core_domain": "slice", "r": 3}),
+    ({"orthonormal": True}, {"orthonormal": True, "r": 3}),
+    ({"orthonormal": True, "selection": "uniform"}, {"orthonormal": True, "r": 3}),
     ({"target_modules": ["q_proj"]}, {"target_modules": ["down_proj"]}),
     ({"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["q_proj"], "r": 3}),
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from . import ddp, fsdp, trainer  # noqa: F401  # their cases
+from . import ddp, fsdp, learned, trainer  # noqa: F401  # their cases
 from .cases import CASES
 
 
