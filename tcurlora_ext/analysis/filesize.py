@@ -16,7 +16,7 @@ from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.files import learned
 from tcurlora_ext.adapter.files.format import FORMAT
 from tcurlora_ext.adapter.learning.warmup import CODED_BITS as BITS
-from tcurlora_ext.adapter.learning.warmup import about
+from tcurlora_ext.adapter.learning.warmup import WarmUp, about
 from tcurlora_ext.adapter.model.targets import Target, slice_names
 from tcurlora_ext.adapter.options import LEARNED_ROWS, WEIGHTS
 from tcurlora_ext.adapter.subspace import StackDirections, Subspace
@@ -128,7 +128,7 @@ def _subspace(config: TCURConfig, groups: Groups, ranks: Ranks, bits: int) -> Su
         prints = torch.full((len(names), 1 + PROBES), _FLOAT, dtype=torch.float64)
         dtype = str(members[0].weight.dtype).removeprefix("torch.")
         stacks[name] = StackDirections(names, members[0].shape, ranks[name], none, none, _FLOAT, _FLOAT, dtype, prints)
-    return Subspace(config, bits, stacks, about(60, 1e-3, 1, 1, [_FLOAT, _FLOAT]))
+    return Subspace(config, bits, stacks, about(WarmUp(), 1, [_FLOAT, _FLOAT]))
 
 
 def _blocks(config: TCURConfig, members: Sequence[Target]) -> int:

@@ -15,7 +15,7 @@ from tcurlora_ext.segmentation.dataset import load_volumes
 from tcurlora_ext.segmentation.methods.tcur import prefixes_beside
 from tcurlora_ext.segmentation.networks import get_spec, randomise
 from tcurlora_ext.segmentation.pretraining import check_positive, pick_device
-from tcurlora_ext.segmentation.run import FinetuneSettings, load_pretrained, read_data
+from tcurlora_ext.segmentation.run import FinetuneSettings, beside_rate, load_pretrained, read_data
 from tcurlora_ext.segmentation.terminal import Display
 
 # A subspace for a family of tasks is learned once, on more cases than one adapter has: docs/learned.md.
@@ -72,7 +72,7 @@ def learn(settings: LearnSettings, output: Path, display: Display | None = None)
     with display.bar(f"learning factors of {spec.name}", settings.steps) as on_step:
         subspace = tcur.learn_factors(
             model.to(device), settings.config, _counted(step, on_step), settings.steps, unfreeze=beside,
-            lr=settings.lr, bits=settings.bits,
+            unfreeze_lr=beside_rate(base, spec.also_train), lr=settings.lr, bits=settings.bits,
         )  # fmt: skip
     subspace.save(output)
     display.say(

@@ -355,7 +355,12 @@ def _plan(job: _Job, method: Method, options: MethodOptions) -> training.Plan:
     )
     if not method.adapter:
         return plan
-    return replace(plan, beside=beside(spec, options), beside_lr=settings.lr[options.also_train])
+    return replace(plan, beside=beside(spec, options), beside_lr=beside_rate(settings, spec.also_train))
+
+
+def beside_rate(settings: FinetuneSettings, spec_default: str) -> float:
+    """The learning rate of what trains beside an adapter: that which it has alone."""
+    return learning_rate(METHODS[settings.also_train or spec_default], settings.lr)
 
 
 def _predictions(job: _Job, methods: Sequence[Method], cases: int = 3) -> dict[str, list[torch.Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,42 @@ from .restoring import put_back
 Step = Callable[[nn.Module], Tensor]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 # Chosen on the embedded brains and on hippocampus volumes: docs/learned.md.
-STEPS, LR, RAMP, CODED_BITS = 60, 1e-3, 5, 4
+STEPS, LR, RAMP, CODED_BITS = 120, 1e-3, 5, 4
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How the whole weights train: the options of :func:`learn_factors`, where they are described.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    steps: int = STEPS
+    unfreeze: Sequence[str] | str = ()
+    unfreeze_lr: float | None = None
+    lr: float = LR
+    ramp: int = RAMP
+    bits: int = CODED_BITS
+    optimizer: MakeOptimizer | None = None
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "ramp", "parts"):
+            positive(name, getattr(self, name))
+        if self.bits not in BITS:
+            raise ValueError(f"bits is {self.bits!r}, expected one of {', '.join(map(str, BITS))}")
+        for name in ("lr", "unfreeze_lr"):
+            rate = getattr(self, name)
+            if rate is not None and (isinstance(rate, bool) or not (math.isfinite(rate) and rate > 0)):
+                raise ValueError(f"{name} is {rate!r}, expected a number above 0")
+
+    def make_optimizer(self, weights: Sequence[nn.Parameter], beside: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Adam, or the caller's optimizer, for the layers' weights and what trains beside them."""
+        if self.optimizer is not None:
+            return self.optimizer([*weights, *beside])
+        groups = [{"params": list(weights)}, {"params": list(beside), "lr": self.unfreeze_lr or self.lr}]
+        return torch.optim.Adam([group for group in groups if group["params"]], lr=self.lr)
 
 
 def learn_factors(
@@ -36,6 +71,7 @@ def learn_factors(
     steps: int = STEPS,
     *,
     unfreeze: Sequence[str] | str = (),
+    unfreeze_lr: float | None = None,
     lr: float = LR,
     ramp: int = RAMP,
     bits: int = CODED_BITS,
@@ -58,11 +94,12 @@ def learn_factors(
         steps: How many steps.
         unfreeze: Also train these parameters, which will train beside the adapter too, such as a head: prefixes of
             names or regexes, as for :func:`unfreeze`.
+        unfreeze_lr: Their learning rate; None: ``lr``. A head should have the one that it will have beside the adapter.
         lr: Learning rate of Adam.
-        ramp: Over how many first steps the learning rate rises to it.
+        ramp: Over how many first steps the learning rates rise to theirs.
         bits: Bits in which an entry of the directions is stored: 1 (signs), 2, 4, 8, 16 or 32.
-        optimizer: Makes another optimizer for a list of parameters, for example one with 8-bit or factored moments. The
-            ramp applies to it too.
+        optimizer: Makes another optimizer for a list of parameters, for example one with 8-bit or factored moments, in
+            place of Adam at these learning rates. The ramp applies to it too.
         parts: Train the layers in this many parts, one after another, each from the base weights and for ``steps``
             steps. Gradients and moments take a ``parts``-th of the memory.
 
@@ -75,14 +112,11 @@ def learn_factors(
             finite; a layer got no gradient; or a layer's change has too low a rank. The model is as it was.
     """
     config = config or TCURConfig.preset("learned")
-    _check(config, steps, lr, ramp, bits, parts)
+    warm_up = WarmUp(steps, unfreeze, unfreeze_lr, lr, ramp, bits, optimizer, parts)
+    _require_learned(config)
     refuse_sharded(model, "call learn_factors before it is sharded")
     refuse_adapted(model)
-    groups = group(find_targets(model, config), config)
-    return learn_stacks(
-        model, config, groups, step, steps, unfreeze=unfreeze, lr=lr, ramp=ramp, bits=bits, optimizer=optimizer,
-        parts=parts,
-    )  # fmt: skip
+    return learn_stacks(model, config, group(find_targets(model, config), config), step, warm_up)
 
 
 def learn_stacks(
@@ -90,23 +124,17 @@ def learn_stacks(
     config: TCURConfig,
     groups: Mapping[str, Sequence[Target]],
     step: Step | Sequence[Step],
-    steps: int = STEPS,
-    *,
-    unfreeze: Sequence[str] | str = (),
-    lr: float = LR,
-    ramp: int = RAMP,
-    bits: int = CODED_BITS,
-    optimizer: MakeOptimizer | None = None,
-    parts: int = 1,
+    warm_up: WarmUp,
 ) -> Subspace:
     """As :func:`learn_factors`, for stacks whose targets are known.
 
     Args:
-        model, config, step, steps: As there; the configuration gives the ranks of these stacks.
+        model, step: As there.
+        config: The configuration, which gives the ranks of these stacks.
         groups: The targets of every stack, by its name.
-        unfreeze, lr, ramp, bits, optimizer, parts: As there.
+        warm_up: How the weights train.
     """
-    _check(config, steps, lr, ramp, bits, parts)
+    _require_learned(config)
     targets = [target for members in groups.values() for target in members]
     quantised = next((target.name for target in targets if is_quantised(target.module)), None)
     if quantised is not None:
@@ -114,40 +142,33 @@ def learn_stacks(
             f"{quantised} is quantised, and its weight cannot train: learn the factors on the model before it is "
             "quantised, or from a LoRA by factors_of_change"
         )
-    beside = [p for _, p in parameters_named(model, unfreeze)] if unfreeze else []
+    beside = [p for _, p in parameters_named(model, warm_up.unfreeze)] if warm_up.unfreeze else []
     turns = [step] if callable(step) else list(step)
     if not turns:
         raise ValueError("step is an empty list, expected one or more functions")
-    make = optimizer or partial(torch.optim.Adam, lr=lr)
     changes: dict[str, Tensor] = {}
     losses: list[float] = []
-    size = -(-len(targets) // parts)
+    size = -(-len(targets) // warm_up.parts)
     for first in range(0, len(targets), size):
         chosen = targets[first : first + size]
         with put_back(model, [*(target.parameter for target in chosen), *beside]):
-            found, values = _train(model, chosen, beside, turns, steps, make, ramp)
+            found, values = _train(model, chosen, beside, turns, warm_up)
         changes |= found
         losses += values
-    return subspace_of(groups, config, changes, bits, about(steps, lr, len(turns), parts, losses))
+    return subspace_of(groups, config, changes, warm_up.bits, about(warm_up, len(turns), losses))
 
 
-def about(steps: int, lr: float, tasks: int, parts: int, losses: Sequence[float]) -> dict[str, Any]:
+def about(warm_up: WarmUp, tasks: int, losses: Sequence[float]) -> dict[str, Any]:
     """What a subspace's file says of the warm-up that made it."""
     return {
-        "learned by": "a warm-up of the whole weights", "steps": steps, "learning rate": lr, "tasks": tasks,
-        "parts": parts, "first loss": losses[0], "last loss": losses[-1],
+        "learned by": "a warm-up of the whole weights", "steps": warm_up.steps, "learning rate": warm_up.lr,
+        "tasks": tasks, "parts": warm_up.parts, "first loss": losses[0], "last loss": losses[-1],
     }  # fmt: skip
 
 
-def _check(config: TCURConfig, steps: int, lr: float, ramp: int, bits: int, parts: int) -> None:
+def _require_learned(config: TCURConfig) -> None:
     if config.factors == WEIGHTS:
         raise ValueError("factors is 'weights', expected 'learned' or 'learned_rows': TCURConfig.preset('learned')")
-    for name, value in (("steps", steps), ("ramp", ramp), ("parts", parts)):
-        positive(name, value)
-    if bits not in BITS:
-        raise ValueError(f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}")
-    if isinstance(lr, bool) or not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr is {lr!r}, expected a number above 0")
 
 
 def _train(
@@ -155,9 +176,7 @@ def _train(
     targets: Sequence[Target],
     beside: Sequence[nn.Parameter],
     turns: Sequence[Step],
-    steps: int,
-    make: MakeOptimizer,
-    ramp: int,
+    warm_up: WarmUp,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train the targets' weights; return the change of each, (slices, out, in) in at least float32, and the losses."""
     weights = [target.parameter for target in targets]
@@ -168,13 +187,13 @@ def _train(
     # Steps of 1e-3 are lost in bfloat16: shorter dtypes train as float32 copies.
     wide = [p if p.element_size() >= 4 else nn.Parameter(p.detach().float()) for p in trained]
     before = [p.detach().clone() for p in wide[: len(weights)]]
-    optimizer = make(wide)
+    optimizer = warm_up.make_optimizer(wide[: len(weights)], wide[len(weights) :])
     rates = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
     reached: set[int] = set()
-    for index in range(steps):
+    for index in range(warm_up.steps):
         for of_optimizer, rate in zip(optimizer.param_groups, rates, strict=True):
-            of_optimizer["lr"] = rate * min(1.0, (index + 1) / ramp)
+            of_optimizer["lr"] = rate * min(1.0, (index + 1) / warm_up.ramp)
         loss = turns[index % len(turns)](model)
         losses.append(_value(loss, index))
         for parameter in (*trained, *wide):

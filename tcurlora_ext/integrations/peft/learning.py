@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
-from tcurlora_ext.adapter.learning.warmup import STEPS, Step, learn_stacks
+from tcurlora_ext.adapter.learning.warmup import STEPS, Step, WarmUp, learn_stacks
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.options import pair_of
 from tcurlora_ext.adapter.subspace import Subspace
@@ -34,7 +34,7 @@ def learn_factors(
             changed.
         step: Called with the model, of a PeftModel the base model, once a step; it returns the loss.
         steps: How many steps.
-        **options: ``unfreeze``, ``lr``, ``ramp``, ``bits``, ``optimizer`` and ``parts``, as there.
+        **options: ``unfreeze``, ``unfreeze_lr``, ``lr``, ``ramp``, ``bits``, ``optimizer`` and ``parts``, as there.
 
     Returns:
         The subspace.
@@ -58,4 +58,4 @@ def learn_factors(
         target_modules="|".join(map(re.escape, names)),
         rank_pattern={} if set(ranks.values()) == {pair_of(config.r)} else rank_pattern(groups, ranks),
     )
-    return learn_stacks(model, of_all, groups, step, steps, **options)
+    return learn_stacks(model, of_all, groups, step, WarmUp(steps, **options))

@@ -37,7 +37,8 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     else:
         subspace = tcur.learn_factors(
             model, config, loss_step(task.volumes, task.plan), METHOD.option(options, "warm_up"),
-            unfreeze=prefixes_beside(spec, options), bits=METHOD.option(options, "bits"),
+            unfreeze=prefixes_beside(spec, options), unfreeze_lr=task.plan.beside_lr,
+            bits=METHOD.option(options, "bits"),
         )  # fmt: skip
     if not path.is_file():
         subspace.save(path)
