@@ -106,7 +106,7 @@ def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, 
     if not carried.is_file():
         learn(LearnSettings(on_others, TCURConfig.preset("learned"), OTHER_STEPS), carried, display)
     finetune(on_others, lora, resume=(lora / "run.json").is_file(), display=display)
-    # Not the file of its own seed, which has other draws: a change that all seeds share is what a base brings along.
+    # Of the same seed: the full fine-tuning of this run.
     full = work / "table" / "full" / "seed{seed}" / "adapter.safetensors"
     methods = [
         "head", "norms", "full", "lora", "lora:rank=1", f"lora:bits={CODED_BITS}",
@@ -116,6 +116,8 @@ def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, 
         *(f"tcur-carried:factors={carried}:rank={rank}" for rank in (8, 4, 2, 1)),
     ]  # fmt: skip
     wanted = [name for name in methods if not only or any(word in name for word in only.split(","))]
+    if "full" not in wanted:  # from which this one takes its directions
+        wanted = [name for name in wanted if "change=" not in name]
     settings = FinetuneSettings(
         setting.target.folder, setting.base, tuple(wanted), seeds, steps=STEPS, lr=setting.lr,
         train_list=setting.target.train, val_list=setting.target.val,
