@@ -115,8 +115,8 @@ def rows(tokens: int, rounds: int, device: torch.device) -> list[dict[str, str]]
     for training in (False, True):
         frozen = layers(device)
         if training:
-            frozen[0].bias.requires_grad_(True)
-        beside = [frozen[0].bias] if training else []
+            frozen.get_parameter("0.bias").requires_grad_(True)
+        beside = [frozen.get_parameter("0.bias")] if training else []
         calls: dict[str, Call] = {"frozen, ": partial(step, frozen, x, beside)}
         memory = {}
         for form, config in FORMS.items():

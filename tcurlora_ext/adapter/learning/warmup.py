@@ -60,8 +60,10 @@ class WarmUp:
         """Adam, or the caller's optimizer, for the layers' weights and what trains beside them."""
         if self.optimizer is not None:
             return self.optimizer([*weights, *beside])
-        groups = [{"params": list(weights)}, {"params": list(beside), "lr": self.unfreeze_lr or self.lr}]
-        return torch.optim.Adam([group for group in groups if group["params"]], lr=self.lr)
+        groups: list[dict[str, Any]] = [{"params": list(weights)}]
+        if beside:
+            groups.append({"params": list(beside), "lr": self.unfreeze_lr or self.lr})
+        return torch.optim.Adam(groups, lr=self.lr)
 
 
 def learn_factors(

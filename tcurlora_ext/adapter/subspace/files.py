@@ -19,7 +19,7 @@ from tcurlora_ext.io.tensors import read_tensors
 from tcurlora_ext.maths.coding import BITS
 from tcurlora_ext.maths.fingerprint import PROBES
 
-from .subspace import StackDirections, Subspace
+from .subspace import StackDirections, Subspace, require_whole
 
 HEADER = "tcurlora_subspace"
 OF_ADAPTER = "tcurlora"  # the header of an adapter's file
@@ -85,8 +85,7 @@ def from_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Te
         raise ValueError(f"{path}: found format {version!r} of a subspace, expected 1")
     if stated != digest(header, tensors):
         raise ValueError(f"{path}: the subspace is damaged: it has another digest than the one that is stated")
-    for name in stacks:
-        subspace.require_whole(name)
+    require_whole(subspace)
     return subspace
 
 

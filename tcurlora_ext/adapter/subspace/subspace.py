@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ class StackDirections:
         energy: The share of the learned change's energy within the directions before they were coded, 0 to 1.
         change: The Frobenius norm of the learned change over that of the weights.
         base_dtype: The dtype of the weights on which they were learned.
-        fingerprint: The weights' fingerprint (:mod:`tcurlora_ext.maths.fingerprint`), (S, 5) float64.
+        fingerprint: The weights' fingerprint, as adapter files have it, (S, 5) float64.
     """
 
     names: tuple[str, ...]
@@ -86,10 +85,13 @@ class Subspace:
             f"{self.nbytes / 1024:,.1f} KiB"
         )
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """SHA-256 of its file's content, as hexadecimal digits: the name by which adapters refer to it."""
-        return digest(self.header(), self.tensors())
+        """The name by which adapters refer to it, which is the SHA-256 of its file's content as hexadecimal digits."""
+        known: str | None = self.__dict__.get("_digest")  # taken once: a subspace does not change
+        if known is None:
+            known = self.__dict__["_digest"] = digest(self.header(), self.tensors())
+        return known
 
     def header(self) -> dict[str, Any]:
         """The description in its file, without the digest: values that JSON can hold."""
@@ -204,16 +206,18 @@ class Subspace:
         right = coding.decode(stack.right, self.bits, (blocks, in_features, r))
         return left, right
 
-    def require_whole(self, name: str) -> None:
-        """Raise ValueError where the coded directions of a stack are not of the size that its description says."""
-        try:
-            self._directions(name)
-        except ValueError as error:
-            raise ValueError(f"directions of stack {name}: {error}") from None
-
     def _outline(self) -> str:
         first = [stack.names[0] for stack in self.stacks.values()]
         return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
+
+
+def require_whole(subspace: Subspace) -> None:
+    """Raise ValueError where the coded directions of a stack are not of the size that its description says."""
+    for name in subspace.stacks:
+        try:
+            subspace._directions(name)
+        except ValueError as error:
+            raise ValueError(f"directions of stack {name}: {error}") from None
 
 
 def require_usable(subspace: Subspace, config: TCURConfig) -> None:
