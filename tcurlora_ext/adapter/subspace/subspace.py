@@ -213,11 +213,12 @@ class Subspace:
 
 def require_whole(subspace: Subspace) -> None:
     """Raise ValueError where the coded directions of a stack are not of the size that its description says."""
-    for name in subspace.stacks:
-        try:
+    name = ""
+    try:
+        for name in subspace.stacks:
             subspace._directions(name)
-        except ValueError as error:
-            raise ValueError(f"directions of stack {name}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"directions of stack {name}: {error}") from None
 
 
 def require_usable(subspace: Subspace, config: TCURConfig) -> None:
