@@ -54,7 +54,9 @@ def methods_table(rows: Sequence[Row]) -> list[list[str]]:
     Args:
         rows: One per method and seed, of a run's metrics.csv.
     """
-    header = ["form", "trained parameters beside the head", "file, KB", "warm-up, steps", "Dice %", "minus LoRA r=8"]
+    header = [
+        "form", "trained parameters beside the head", "file, KB", "warm-up, steps", "seeds", "Dice %", "minus LoRA r=8",
+    ]  # fmt: skip
     runs: dict[str, dict[str, Row]] = {}
     for row in rows:
         runs.setdefault(row["method"], {})[row["seed"]] = row
@@ -67,6 +69,7 @@ def methods_table(rows: Sequence[Row]) -> list[list[str]]:
         size = statistics.mean(float(row["adapter_bytes"]) for row in seeds.values()) / 1e3
         lines.append([
             title(method), f"{trained:,}", f"{size:,.1f}", f"{int(first['warm_up_steps']) or ''}",
+            str(len(seeds)),
             _with_spread(dice), "" if method == RIVAL else _difference(seeds, runs.get(RIVAL, {})),
         ])  # fmt: skip
     return lines

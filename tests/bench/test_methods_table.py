@@ -28,10 +28,10 @@ ROWS = [
 def test_differences_are_taken_seed_by_seed() -> None:
     table = methods_table(ROWS)
     assert table[1:] == [
-        ["output head alone", "0", "4.0", "", "66.0", "-6.00"],
-        ["LoRA r=8", "98,304", "4.0", "", "73.0 ± 1.4", ""],
-        ["learned r=8", "2,304", "4.0", "60", "73.0 ± 2.1", "+0.00 ± 0.71"],
-        ["carried r=4", "576", "4.0", "", "74.0", "+0.00"],
+        ["output head alone", "0", "4.0", "", "1", "66.0", "-6.00"],
+        ["LoRA r=8", "98,304", "4.0", "", "2", "73.0 ± 1.4", ""],
+        ["learned r=8", "2,304", "4.0", "60", "2", "73.0 ± 2.1", "+0.00 ± 0.71"],
+        ["carried r=4", "576", "4.0", "", "1", "74.0", "+0.00"],
     ]
     assert all(len(line) == len(table[0]) for line in table)
 
@@ -54,5 +54,5 @@ def test_titles(method: str, expected: str) -> None:
 def test_a_page_gets_it_with_its_origin(tmp_path: Path) -> None:
     write_csv(tmp_path / "metrics.csv", ROWS)
     text = fill("<!-- table: methods metrics.csv -->\n<!-- end -->\n", tmp_path)
-    assert "| learned r=8 | 2,304 | 4.0 | 60 | 73.0 ± 2.1 | +0.00 ± 0.71 |" in text
+    assert "| learned r=8 | 2,304 | 4.0 | 60 | 2 | 73.0 ± 2.1 | +0.00 ± 0.71 |" in text
     assert "`metrics.csv`, measured by `python -m tcurlora_ext.bench.learned`; 2 seeds." in text
