@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +23,11 @@ import typer
 from rich.console import Console
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.learning.warmup import CODED_BITS
+from tcurlora_ext.adapter.learning import warmup
 from tcurlora_ext.bench.entry import run_command
 from tcurlora_ext.bench.hippocampus import prepare, publish
-from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.bench.reading.methods import RIVAL
+from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
 from tcurlora_ext.segmentation.learning import LearnSettings, learn
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
@@ -109,7 +110,7 @@ def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, 
     # Of the same seed: the full fine-tuning of this run.
     full = work / "table" / "full" / "seed{seed}" / "adapter.safetensors"
     methods = [
-        "head", "norms", "full", "lora", "lora:rank=1", f"lora:bits={CODED_BITS}",
+        "head", "norms", "full", "lora", "lora:rank=1", f"lora:bits={warmup.CODED_BITS}",
         f"lora:init={lora / 'lora' / 'seed0' / 'adapter.safetensors'}", "tcur", "tcur:orthonormal=true",
         "tcur-light:rank=8", "tcur-light", "tcur-learned", "tcur-learned:bits=1", "tcur-learned:bits=32",
         "tcur-learned:rank=4", "tcur-learned:rows_only=true", f"tcur-learned:change={full}",
@@ -122,9 +123,15 @@ def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, 
         setting.target.folder, setting.base, tuple(wanted), seeds, steps=STEPS, lr=setting.lr,
         train_list=setting.target.train, val_list=setting.target.val,
     )  # fmt: skip
-    run = work / "table"
+    run, longer = work / "table", work / "as-many-steps"
     finetune(settings, run, resume=(run / "run.json").is_file(), display=display)
+    # LoRA with as many steps as a warm-up and the steps after it take together.
+    settings = replace(settings, methods=(RIVAL,), steps=STEPS + warmup.STEPS)
+    finetune(settings, longer, resume=(longer / "run.json").is_file(), display=display)
     publish(run, results)
+    rows = read_csv(longer / "metrics.csv")
+    name = f"{RIVAL}, {settings.steps} steps"
+    write_csv(results / "metrics.csv", [*read_csv(run / "metrics.csv"), *({**row, "method": name} for row in rows)])
 
 
 def choose(setting: Setting, work: Path, results: Path, seeds: int, display: Display) -> None:

@@ -36,6 +36,9 @@ def title(method: str) -> str:
     """
     if method in TITLES:
         return TITLES[method]
+    if ", " in method:  # of a run of other steps
+        name, _, rest = method.partition(", ")
+        return f"{title(name)}, {rest}"
     base, _, options = method.partition(":")
     given = dict(option.split("=", 1) for option in options.split(":") if "=" in option)
     if base == "tcur-carried":

@@ -24,7 +24,7 @@ def learn_factors(
     steps: Annotated[int, typer.Option(help="Steps of training whole weights, which are put back.")] = 240,
     batch: options.Batch = 2,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
-    bits: Annotated[int, typer.Option(help="Bits of an entry of the directions: 1, 2, 4, 8, 16 or 32.")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits of an entry of the directions: 1, 2, 4, 8, 16 or 32.")] = 2,
     also_train: Annotated[
         str | None,
         typer.Option(help="What trains beside an adapter: head or decoder. Default: head for vit, else decoder."),

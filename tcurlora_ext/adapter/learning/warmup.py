@@ -26,7 +26,7 @@ from .restoring import put_back
 Step = Callable[[nn.Module], Tensor]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 # Chosen on the embedded brains and on hippocampus volumes: docs/learned.md.
-STEPS, LR, RAMP, CODED_BITS = 120, 1e-3, 5, 4
+STEPS, LR, RAMP, CODED_BITS = 120, 1e-3, 5, 2
 
 
 @dataclass(frozen=True)
