@@ -28,6 +28,7 @@ from tcurlora_ext.bench.entry import run_command
 from tcurlora_ext.bench.hippocampus import prepare, publish
 from tcurlora_ext.bench.reading.methods import RIVAL
 from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
+from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.segmentation.learning import LearnSettings, learn
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
@@ -110,7 +111,7 @@ def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, 
     # Of the same seed: the full fine-tuning of this run.
     full = work / "table" / "full" / "seed{seed}" / "adapter.safetensors"
     methods = [
-        "head", "norms", "full", "lora", "lora:rank=1", f"lora:bits={warmup.CODED_BITS}",
+        "head", "norms", "full", "lora", "lora:rank=1", f"lora:bits={CODED_BITS}",
         f"lora:init={lora / 'lora' / 'seed0' / 'adapter.safetensors'}", "tcur", "tcur:orthonormal=true",
         "tcur-light:rank=8", "tcur-light", "tcur-learned", "tcur-learned:bits=1", "tcur-learned:bits=32",
         "tcur-learned:rank=4", "tcur-learned:rows_only=true", f"tcur-learned:change={full}",

@@ -15,7 +15,6 @@ import torch
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.files import learned
 from tcurlora_ext.adapter.files.format import FORMAT
-from tcurlora_ext.adapter.learning.warmup import CODED_BITS as BITS
 from tcurlora_ext.adapter.learning.warmup import WarmUp, about
 from tcurlora_ext.adapter.model.targets import Target, slice_names
 from tcurlora_ext.adapter.options import LEARNED_ROWS, WEIGHTS
@@ -24,6 +23,7 @@ from tcurlora_ext.adapter.subspace.files import HEADER as OF_SUBSPACE
 from tcurlora_ext.adapter.subspace.files import INSIDE
 from tcurlora_ext.adapter.subspace.files import OF_ADAPTER as HEADER
 from tcurlora_ext.io.described import description
+from tcurlora_ext.maths.coding import CODED_BITS as BITS
 from tcurlora_ext.maths.fingerprint import PROBES
 
 Ranks = Mapping[str, tuple[int, int]]

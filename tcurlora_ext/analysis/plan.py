@@ -36,13 +36,12 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.adapter.learning.warmup import CODED_BITS
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
 from tcurlora_ext.adapter.options import WEIGHTS, positive
 from tcurlora_ext.io.table import text_table
-from tcurlora_ext.maths.coding import BITS
+from tcurlora_ext.maths.coding import BITS, CODED_BITS
 
 from .filesize import file_bytes, stack_file_bytes
 from .layercost import LayerSizes, layer_cost

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.learning import warmup
+from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.segmentation import training
 from tcurlora_ext.segmentation.dataset import load_volumes
 from tcurlora_ext.segmentation.methods.tcur import prefixes_beside
@@ -39,7 +40,7 @@ class LearnSettings:
     config: tcur.TCURConfig
     steps: int = STEPS
     lr: float = warmup.LR
-    bits: int = warmup.CODED_BITS
+    bits: int = CODED_BITS
     seed: int = 0
 
 

@@ -20,13 +20,14 @@ from tcurlora_ext.adapter.options import WEIGHTS
 from tcurlora_ext.adapter.subspace import Subspace
 from tcurlora_ext.adapter.subspace.subspace import directions_of
 from tcurlora_ext.io.tensors import match_names, read_weights
+from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.maths.learned import leading_directions
 
 Change = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 def factors_of_change(
-    model: nn.Module, config: TCURConfig | None, change: Change | list[Change], bits: int = 4
+    model: nn.Module, config: TCURConfig | None, change: Change | list[Change], bits: int = CODED_BITS
 ) -> Subspace:
     """The factors that span a given change of a model's weights, in place of a warm-up of :func:`learn_factors`.
 

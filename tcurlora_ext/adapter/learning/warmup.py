@@ -18,7 +18,7 @@ from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group
 from tcurlora_ext.adapter.options import WEIGHTS, positive
 from tcurlora_ext.adapter.subspace import Subspace
-from tcurlora_ext.maths.coding import BITS
+from tcurlora_ext.maths.coding import BITS, CODED_BITS
 
 from .change import subspace_of
 from .restoring import put_back
@@ -26,7 +26,7 @@ from .restoring import put_back
 Step = Callable[[nn.Module], Tensor]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 # Chosen on the embedded brains and on hippocampus volumes: docs/learned.md.
-STEPS, LR, RAMP, CODED_BITS = 120, 1e-3, 5, 2
+STEPS, LR, RAMP = 120, 1e-3, 5
 
 
 @dataclass(frozen=True)

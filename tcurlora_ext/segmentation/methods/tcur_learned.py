@@ -6,6 +6,7 @@ from torch import nn
 
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.learning import warmup
+from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.segmentation.networks import NetworkSpec
 from tcurlora_ext.segmentation.training import loss_step
 
@@ -51,6 +52,6 @@ def _warm_up(options: MethodOptions) -> int:
 
 METHOD = Method(
     "tcur-learned", "tCUR over learned factors", _prepare, 1e-2, save, load, "#a50f15", adapter=True,
-    options={"rank": 8, "alpha": 1.0, "bits": warmup.CODED_BITS, "warm_up": warmup.STEPS, "rows_only": False,
+    options={"rank": 8, "alpha": 1.0, "bits": CODED_BITS, "warm_up": warmup.STEPS, "rows_only": False,
              "change": ""}, warm_up=_warm_up,
 )  # fmt: skip
