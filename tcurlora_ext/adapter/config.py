@@ -11,11 +11,13 @@ from torch import nn
 
 from tcurlora_ext.maths.selection import RULES
 
-from .options import Rank, StackOptions, explains_lora_names, one_of, pair_of, positive, warn_of_lora_alpha
+from .options import WEIGHTS, Rank, StackOptions, explains_lora_names, one_of, pair_of, positive, warn_of_lora_alpha
 
 # The row blocks of the fused projections of MONAI and GPT-2.
 DEFAULT_SPLIT = {"qkv": 3, "c_attn": 3}
 STACK_BY = ("shape", "role", "none")
+# Options that the first files of format 1 do not have, and what they stand for.
+LATER = {"factors": WEIGHTS, "orthonormal": False}
 # A fused projection as one slice needs one changed input and one base product; its parts as slices one of each a part.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -137,10 +139,14 @@ class TCURConfig(StackOptions):
         options = {option.name: getattr(self, option.name) for option in fields(StackOptions)}
         return StackOptions(**(options | {"rank": rank or self.rank}))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, every: bool = True) -> dict[str, Any]:
         """The options as values that JSON can hold: numbers, strings, lists and dicts.
 
         A function for ``stack_by`` is replaced by its name: an adapter file also records the stacks themselves.
+
+        Args:
+            every: Whether options that came after the first file format are among them also where they have their
+                default; earlier versions refuse files that have them.
         """
         values = asdict(self)
         for name in ("split_fused", "rank_pattern"):
@@ -150,7 +156,7 @@ class TCURConfig(StackOptions):
                 values[name] = list(values[name])
         if callable(self.stack_by):
             values["stack_by"] = getattr(self.stack_by, "__name__", repr(self.stack_by))
-        return values
+        return {name: value for name, value in values.items() if every or name not in LATER or value != LATER[name]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TCURConfig:

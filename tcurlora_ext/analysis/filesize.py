@@ -108,7 +108,7 @@ def _described(config: TCURConfig, groups: Groups, ranks: Ranks, bits: int | Non
                 "column_scores": [_FLOAT] * c, "base_dtype": str(members[0].weight.dtype).removeprefix("torch."),
                 "fingerprint": [[_FLOAT] * (1 + PROBES)] * len(names),
             }  # fmt: skip
-        return {"format": FORMAT, "config": config.to_json(), "stacks": described}
+        return {"format": FORMAT, "config": config.to_json(every=False), "stacks": described}
     pairs = [list(ranks[name]) for name in groups]
     header = {
         "format": learned.FORMAT, "subspace": "0" * 64, "config": {}, "stacks": None,

@@ -15,7 +15,7 @@ from tcurlora_ext.adapter.subspace.files import OF_ADAPTER
 from tcurlora_ext.io.records import read_json
 from tcurlora_ext.io.tensors import read_tensors
 from tcurlora_ext.segmentation.evaluation import finite_mean
-from tcurlora_ext.segmentation.methods import METHODS, get_methods
+from tcurlora_ext.segmentation.methods import METHODS, folder_name, get_methods
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
@@ -83,7 +83,11 @@ def open_run(folder: Path) -> Run:
     command = description.get("command") if isinstance(description, dict) else None
     if command != "finetune":
         raise ValueError(f"{folder}: found a run of '{command}', expected one of 'finetune', which makes adapters")
-    seeds = {name: _finished(folder / name) for name in METHODS}
+    settings = description.get("settings", {})
+    given = {"factors": settings.get("factors") or "given"}
+    with_options = get_methods(settings["methods"], given) if settings.get("methods") else []
+    folders = {method.name: method.folder for method in (*METHODS.values(), *with_options)}
+    seeds = {name: _finished(folder / own) for name, own in folders.items()}
     finished = {name: numbers for name, numbers in seeds.items() if numbers}
     if not finished:
         raise ValueError(
@@ -117,9 +121,11 @@ def choose_method(run: Run, method: str | None) -> tuple[str, str]:
         ValueError: The method is unknown, or no seed of it has finished.
     """
     if method is not None:
-        (chosen,) = get_methods([method])
+        if method in run.seeds:
+            return method, "as asked for"
+        (chosen,) = get_methods([method], {"factors": "given"})
         if chosen.name not in run.seeds:
-            begun = (run.folder / chosen.name).is_dir()
+            begun = (run.folder / chosen.folder).is_dir()
             what = "is not finished" if begun else "was not part of it"
             raise ValueError(f"{run.folder}: the method '{method}' {what}, expected one of {', '.join(run.seeds)}")
         return chosen.name, "as asked for"
@@ -133,7 +139,7 @@ def choose_method(run: Run, method: str | None) -> tuple[str, str]:
 
 
 def _dice(run: Run, method: str, seed: int) -> float:
-    return float(read_json(run.folder / method / f"seed{seed}" / "result.json")["dice"])
+    return float(read_json(run.folder / folder_name(method) / f"seed{seed}" / "result.json")["dice"])
 
 
 def choose_seeds(run: Run, method: str, seeds: str | Sequence[int] | None) -> tuple[int, ...]:
@@ -184,7 +190,7 @@ def load_predictor(
     name, why = choose_method(run, method)
     chosen = choose_seeds(run, name, seeds)
     config = NetworkConfig.read(run.folder / "network.json")
-    files = [run.folder / name / f"seed{seed}" / "adapter.safetensors" for seed in chosen]
+    files = [run.folder / folder_name(name) / f"seed{seed}" / "adapter.safetensors" for seed in chosen]
     models = tuple(load_adapted(run.folder, name, seed).to(device) for seed in chosen)
     several = f"seeds {', '.join(map(str, chosen))}, mean of their probabilities" if len(chosen) > 1 else ""
     title = f"{run.folder}: method {name} ({why}), {several or f'seed {chosen[0]}'}"

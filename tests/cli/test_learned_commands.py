@@ -81,7 +81,7 @@ def written(folder: Path) -> dict[str, object]:
 def test_inspect_a_subspace(made: Made) -> None:
     done = call("inspect", "subspace.safetensors", "--no-pictures", "--output", "out")
     assert done.exit_code == 0, done.output
-    assert f"subspace {made.subspace.digest[:12]}, in 4 bits, 2 stacks" in done.output
+    assert f"subspace {made.subspace.digest[:12]}, in 2 bits, 2 stacks" in done.output
     assert "a warm-up of the whole weights, steps 4" in done.output
     assert "layers.1.mlp.fc1" in done.output
     assert "cosine" not in done.output
@@ -158,7 +158,7 @@ def test_plan_counts_files_and_the_warm_up(made: Made) -> None:
     done = call("plan", "learned_networks:Net", "--preset", "learned", "--rank", "2", "--json", "plan.json")
     assert done.exit_code == 0, done.output
     assert "Adam, in 4 parts" in done.output
-    assert "subspace in 4 bits: a file of" in done.output
+    assert "subspace in 2 bits: a file of" in done.output
     content = json.loads(Path("plan.json").read_text())
     assert content["config"]["factors"] == "learned"
     for key, name in (("adapter_file", "whole"), ("cores_file", "cores"), ("subspace_file", "subspace")):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tcurlora_ext.io.records import read_json, write_json
-from tcurlora_ext.segmentation.methods import METHODS
+from tcurlora_ext.segmentation.methods import STANDARD
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, save_weights
 from tcurlora_ext.segmentation.predictor import choose_method, choose_seeds, load_files, load_predictor, open_run
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted
@@ -96,9 +96,9 @@ def test_an_adapter_file_of_every_method_gives_the_network_of_its_run(
     settings: Callable[..., FinetuneSettings], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    finetune(settings(methods=tuple(METHODS), steps=1, train_list="one"), out)
+    finetune(settings(methods=STANDARD, steps=1, train_list="one"), out)
     image = torch.randn(1, 1, 16, 16, 16)
-    for method in METHODS:
+    for method in STANDARD:
         predictor = load_files(out / method / "seed0" / "adapter.safetensors", out / "base.safetensors")
         assert f"({method})" in predictor.title
         assert predictor.labels == {0: "background", 1: "front", 2: "back"}
@@ -133,3 +133,18 @@ def test_files_that_are_missing_or_do_not_fit_are_named(finished_run: Path, tmp_
     NetworkConfig("vit", 1, 3, (16, 16, 16)).save(tmp_path / "network.json")  # of the default sizes
     with pytest.raises(ValueError, match="weights do not fit the network vit"):
         load_files(adapter, alone)
+
+
+def test_a_method_with_options_is_found_by_its_full_name(
+    settings: Callable[..., FinetuneSettings], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    finetune(settings(methods=("head", "tcur:rank=2"), steps=1, train_list="one"), out)
+    found = open_run(out)
+    assert choose_method(found, "tcur:rank=2") == ("tcur:rank=2", "as asked for")
+    predictor = load_predictor(out, "tcur:rank=2")
+    image = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(predictor.models[0](image), load_adapted(out, "tcur:rank=2")(image))
+    with pytest.raises(ValueError, match="'lora' was not part of it"):
+        choose_method(found, "lora")

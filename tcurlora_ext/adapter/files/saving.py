@@ -123,7 +123,7 @@ def _with_stacks(adapted: Adapted, include_factors: bool) -> tuple[dict[str, Any
             "base_dtype": str(base.dtype).removeprefix("torch."),
             "fingerprint": fingerprint(base).tolist(),
         }
-    return {"format": FORMAT, "config": adapted.container.config.to_json(), "stacks": described}, tensors
+    return {"format": FORMAT, "config": adapted.container.config.to_json(every=False), "stacks": described}, tensors
 
 
 def _buffers_beside(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,8 @@ from tcurlora_ext.segmentation.networks import NetworkSpec
 
 from .base import Method, MethodOptions, Prepare, Task, beside
 
+SUBSPACE = "subspace.safetensors"  # the file of learned factors, beside the adapter
+
 
 def inject(model: nn.Module, config: tcur.TCURConfig, spec: NetworkSpec, options: MethodOptions, **given: Any) -> None:
     """Adapt the attention and MLP projections, with q, k and v as separate slices; the head or decoder trains too."""
@@ -32,8 +34,9 @@ def save(model: nn.Module, path: Path, options: MethodOptions) -> None:
 
 
 def load(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> None:
-    """Load the adapter."""
-    tcur.load_adapter(model, path)
+    """Load the adapter, with the subspace beside it where there is one."""
+    beside_it = path.parent / SUBSPACE
+    tcur.load_adapter(model, path, tcur.Subspace.load(beside_it) if beside_it.is_file() else None)
 
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:

@@ -10,10 +10,8 @@ from torch import nn
 import tcurlora_ext as tcur
 from tcurlora_ext.segmentation.networks import NetworkSpec
 
-from .base import Method, MethodOptions, Prepare, Task
-from .tcur import inject
-
-FILE = "subspace.safetensors"
+from .base import Method, MethodOptions, Task
+from .tcur import SUBSPACE, inject, load
 
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
@@ -23,18 +21,14 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     inject(model, config, spec, options, subspace=subspace)
     if task is not None:  # beside the adapter, which names it by its digest
         task.folder.mkdir(parents=True, exist_ok=True)
-        subspace.save(task.folder / FILE)
+        subspace.save(task.folder / SUBSPACE)
 
 
 def _save(model: nn.Module, path: Path, options: MethodOptions) -> None:
     tcur.save_adapter(model, path, include_subspace=False)
 
 
-def _load(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> None:
-    tcur.load_adapter(model, path, tcur.Subspace.load(path.parent / FILE))
-
-
 METHOD = Method(
-    "tcur-carried", "tCUR over a given subspace", _prepare, 1e-2, _save, _load, "#6a51a3", adapter=True,
+    "tcur-carried", "tCUR over a given subspace", _prepare, 1e-2, _save, load, "#6a51a3", adapter=True,
     options={"factors": None, "rank": 0, "alpha": 1.0},
 )  # fmt: skip

@@ -11,9 +11,7 @@ from tcurlora_ext.segmentation.networks import NetworkSpec
 from tcurlora_ext.segmentation.training import loss_step
 
 from .base import Method, MethodOptions, Task
-from .tcur import inject, load, prefixes_beside, save
-
-FILE = "subspace.safetensors"
+from .tcur import SUBSPACE, inject, load, prefixes_beside, save
 
 
 def learned_config(options: MethodOptions, method: Method) -> tcur.TCURConfig:
@@ -27,7 +25,7 @@ def learned_config(options: MethodOptions, method: Method) -> tcur.TCURConfig:
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
     if task is None:
         raise ValueError("tcur-learned learns its factors on the training cases, which are not given")
-    config, path = learned_config(options, METHOD), task.folder / FILE
+    config, path = learned_config(options, METHOD), task.folder / SUBSPACE
     model.to(task.device)
     if path.is_file():  # a resumed run has learned it before
         subspace = tcur.Subspace.load(path)
@@ -38,7 +36,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     else:
         subspace = tcur.learn_factors(
             model, config, loss_step(task.volumes, task.plan), METHOD.option(options, "warm_up"),
-            unfreeze=prefixes_beside(spec, options), unfreeze_lr=task.plan.beside_lr,
+            unfreeze=prefixes_beside(spec, options), unfreeze_lr=task.plan.beside_lr or None,
             bits=METHOD.option(options, "bits"),
         )  # fmt: skip
     if not path.is_file():

@@ -116,4 +116,4 @@ def test_the_gradient_is_that_of_the_dense_change(model: Model, x: Tensor) -> No
 def test_summary_counts_the_cores(model: Model, subspace: tcur.Subspace) -> None:
     found = tcur.summary(model)
     assert found.trained == subspace.parameters == sum(s.core.numel() for s in tcur.stacks(model).values())
-    assert f"subspace {subspace.digest[:12]}, in 4 bits, " in str(found)
+    assert f"subspace {subspace.digest[:12]}, in 2 bits, " in str(found)
