@@ -102,7 +102,7 @@ def plan(
         typer.Option(help="weights, learned or learned_rows. Default: the preset's, weights or learned."),
     ] = None,
     orthonormal: Annotated[bool, typer.Option("--orthonormal", help="Orthonormal columns and rows.")] = False,
-    bits: Annotated[int, typer.Option(help="Bits of an entry of learned directions.")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits of an entry of learned directions.")] = 2,
     parts: Annotated[int, typer.Option(help="In how many parts the warm-up of learned factors may be.")] = 4,
     tokens: Annotated[
         int | None,

@@ -132,7 +132,7 @@ def test_merge_and_to_lora(made: Made) -> None:
 
 
 def test_what_is_missing_or_wrong_is_said(made: Made) -> None:
-    other = tcur.Subspace(made.subspace.config, 4, made.subspace.stacks, {"another": "note"})
+    other = tcur.Subspace(made.subspace.config, made.subspace.bits, made.subspace.stacks, {"another": "note"})
     other.save("other.safetensors")
     digests = made.subspace.digest[:12], other.digest[:12]
     for arguments, message in (
