@@ -45,7 +45,7 @@ def title(method: str) -> str:
         return f"carried r={given.get('rank', '8')}"
     words = {"bits": "{} bits an entry", "warm_up": "{} steps of warm-up", "rank": "r={}"}
     parts = [words[name].format(value) for name, value in given.items() if name in words]
-    return ", ".join([TITLES.get(base, base), *parts])
+    return ", ".join([TITLES.get(base, base), *parts]).replace(", 1 bits an", ", 1 bit an")
 
 
 def methods_table(rows: Sequence[Row]) -> list[list[str]]:

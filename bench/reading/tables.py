@@ -85,8 +85,7 @@ def _section(marker: str, root: Path) -> str:
 def _source(name: str, file: str, rows: list[Row]) -> str:
     """The line with a table's origin: its file, what the cases have in common, device, rounds, versions, commit."""
     if name == "methods":
-        seeds = len({row["seed"] for row in rows})
-        return f"`{file}`, measured by `{LEARNED}`; {seeds} seed{'s' if seeds > 1 else ''}."
+        return f"`{file}`, measured by `{LEARNED}`."
     if name in COUNTED:
         return f"`{file}`, counted by `{COUNT}`."
     shared = labels(rows)[1] if "case" in rows[0] else ""

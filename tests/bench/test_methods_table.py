@@ -41,7 +41,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
     [
         ("lora", "LoRA r=8"),
         ("lora:bits=4", "LoRA r=8, 4 bits an entry"),
-        ("tcur-learned:bits=1", "learned r=8, 1 bits an entry"),
+        ("tcur-learned:bits=1", "learned r=8, 1 bit an entry"),
         ("tcur-learned:warm_up=120:bits=32", "learned r=8, 120 steps of warm-up, 32 bits an entry"),
         ("tcur-carried:factors=family", "carried r=8"),
         ("adalora", "adalora"),
@@ -55,4 +55,4 @@ def test_a_page_gets_it_with_its_origin(tmp_path: Path) -> None:
     write_csv(tmp_path / "metrics.csv", ROWS)
     text = fill("<!-- table: methods metrics.csv -->\n<!-- end -->\n", tmp_path)
     assert "| learned r=8 | 2,304 | 4.0 | 60 | 2 | 73.0 ± 2.1 | +0.00 ± 0.71 |" in text
-    assert "`metrics.csv`, measured by `python -m tcurlora_ext.bench.learned`; 2 seeds." in text
+    assert "`metrics.csv`, measured by `python -m tcurlora_ext.bench.learned`." in text
