@@ -69,8 +69,11 @@ def of_bank(config: TCURConfig, x: Tensor, adapters: int, training: bool) -> tup
     return call, bank.nbytes / adapters / cores
 
 
-def of_peft(x: Tensor, adapters: int, training: bool) -> Call:
-    """A call of PEFT's mixed batch with LoRA of the same rank; each token is a sample."""
+def of_peft(x: Tensor, adapters: int) -> Call:
+    """A call of PEFT's mixed batch, which it computes in inference alone, with LoRA of the same rank.
+
+    Each token is a sample.
+    """
     import peft
 
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=r"\d+", init_lora_weights=False)
@@ -78,12 +81,7 @@ def of_peft(x: Tensor, adapters: int, training: bool) -> Call:
     for at in range(1, adapters):
         model.add_adapter(str(at), config)
     names = [str(at) for at in torch.randint(adapters, (len(x),)).tolist()]
-    model.train(training)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(training and "lora_" in name)
-    if not training:
-        return lambda: step(model.eval(), x, [], adapter_names=names)
-    raise ValueError("PEFT computes mixed batches in inference alone")
+    return partial(step, model.eval(), x, [], adapter_names=names)
 
 
 def step(model: Any, x: Tensor, trained: Sequence[nn.Parameter], **options: Any) -> Tensor:
@@ -124,7 +122,7 @@ def rows(tokens: int, rounds: int, device: torch.device) -> list[dict[str, str]]
                 name = f"{form}, {adapters}"
                 calls[name], memory[name] = of_bank(config, x, adapters, training)
         if not training:
-            calls |= {f"PEFT LoRA r={RANK}, {adapters}": of_peft(x, adapters, training) for adapters in OF_PEFT}
+            calls |= {f"PEFT LoRA r={RANK}, {adapters}": of_peft(x, adapters) for adapters in OF_PEFT}
         times = measure(calls, rounds, device)
         for name in calls:
             form, _, adapters_text = name.rpartition(", ")

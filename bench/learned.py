@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -98,16 +98,26 @@ def embedded_setting(work: Path, display: Display) -> Setting:
     return Setting(work / "pretrain" / "base.safetensors", target, others, choice, {})
 
 
+def settings_of(setting: Setting, cases: Cases, methods: Sequence[str], seeds: int, steps: int) -> FinetuneSettings:
+    """Settings to adapt the setting's network to some of its cases."""
+    return FinetuneSettings(
+        cases.folder, setting.base, tuple(methods), seeds, steps=steps, lr=setting.lr, train_list=cases.train,
+        val_list=cases.val,
+    )  # fmt: skip
+
+
+def run_methods(settings: FinetuneSettings, folder: Path, display: Display) -> None:
+    """Run the methods in a folder, or go on with those that are in it."""
+    finetune(settings, folder, resume=(folder / "run.json").is_file(), display=display)
+
+
 def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, display: Display) -> None:
     """Run the methods of the table, those that need other cases after what they need."""
     carried, lora = work / "carried.safetensors", work / "lora-others"
-    on_others = FinetuneSettings(
-        setting.others.folder, setting.base, ("lora",), steps=OTHER_STEPS, lr=setting.lr,
-        train_list=setting.others.train, val_list=setting.others.val,
-    )  # fmt: skip
+    on_others = settings_of(setting, setting.others, (RIVAL,), 1, OTHER_STEPS)
     if not carried.is_file():
         learn(LearnSettings(on_others, TCURConfig.preset("learned"), OTHER_STEPS), carried, display)
-    finetune(on_others, lora, resume=(lora / "run.json").is_file(), display=display)
+    run_methods(on_others, lora, display)
     # Of the same seed: the full fine-tuning of this run.
     full = work / "table" / "full" / "seed{seed}" / "adapter.safetensors"
     methods = [
@@ -120,32 +130,24 @@ def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, 
     wanted = [name for name in methods if not only or any(word in name for word in only.split(","))]
     if "full" not in wanted:  # from which this one takes its directions
         wanted = [name for name in wanted if "change=" not in name]
-    settings = FinetuneSettings(
-        setting.target.folder, setting.base, tuple(wanted), seeds, steps=STEPS, lr=setting.lr,
-        train_list=setting.target.train, val_list=setting.target.val,
-    )  # fmt: skip
     run, longer = work / "table", work / "as-many-steps"
-    finetune(settings, run, resume=(run / "run.json").is_file(), display=display)
+    run_methods(settings_of(setting, setting.target, wanted, seeds, STEPS), run, display)
     # LoRA with as many steps as a warm-up and the steps after it take together.
-    settings = replace(settings, methods=(RIVAL,), steps=STEPS + warmup.STEPS)
-    finetune(settings, longer, resume=(longer / "run.json").is_file(), display=display)
+    together = STEPS + warmup.STEPS
+    run_methods(settings_of(setting, setting.target, (RIVAL,), seeds, together), longer, display)
     publish(run, results)
     rows = read_csv(longer / "metrics.csv")
-    name = f"{RIVAL}, {settings.steps} steps"
+    name = f"{RIVAL}, {together} steps"
     write_csv(results / "metrics.csv", [*read_csv(run / "metrics.csv"), *({**row, "method": name} for row in rows)])
 
 
 def choose(setting: Setting, work: Path, results: Path, seeds: int, display: Display) -> None:
     """Vary the warm-up's steps and the bits, on cases that the table does not have."""
-    methods = ["lora"]
+    methods = [RIVAL]
     methods += [f"tcur-learned:warm_up={steps}:bits=32" for steps in WARM_UPS]
     methods += [f"tcur-learned:bits={bits}" for bits in BITS if bits != 32]
-    settings = FinetuneSettings(
-        setting.choice.folder, setting.base, tuple(methods), seeds, steps=STEPS, lr=setting.lr,
-        train_list=setting.choice.train, val_list=setting.choice.val,
-    )  # fmt: skip
     run = work / "choice"
-    finetune(settings, run, resume=(run / "run.json").is_file(), display=display)
+    run_methods(settings_of(setting, setting.choice, methods, seeds, STEPS), run, display)
     publish(run, results)
 
 

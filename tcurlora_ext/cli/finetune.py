@@ -31,10 +31,7 @@ def finetune(
         ),
     ] = "all",
     seeds: Annotated[int, typer.Option(help="How many seeds: every method runs with each of 0 .. SEEDS-1.")] = 1,
-    also_train: Annotated[
-        str | None,
-        typer.Option(help="What trains beside an adapter: head or decoder. Default: head for vit, else decoder."),
-    ] = None,
+    also_train: options.AlsoTrain = None,
     rank: Annotated[int, typer.Option(help="Tubal rank of tCUR.")] = 8,
     alpha: Annotated[float, typer.Option(help="Factor on tCUR's default scale.")] = 4.0,
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
@@ -51,15 +48,9 @@ def finetune(
     factors: Annotated[
         Path | None, typer.Option(help="A subspace by learn-factors: also runs tcur-carried, which adapts over it.")
     ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(help="vit, unetr or swinunetr; needed where no network.json lies beside --pretrained."),
-    ] = None,
+    network: options.PretrainedNetwork = None,
     sizes: options.NetworkSizes = None,
-    roi: Annotated[
-        options.WholeTriple | None,
-        typer.Option(parser=options.whole_triple, metavar="X,Y,Z", help="Window in voxels: one number or three."),
-    ] = None,
+    roi: options.Window = None,
     spacing: options.Spacing = None,
     train_list: options.TrainList = "train",
     val_list: options.ValList = "val",

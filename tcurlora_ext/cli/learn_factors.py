@@ -25,19 +25,10 @@ def learn_factors(
     batch: options.Batch = 2,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     bits: Annotated[int, typer.Option(help="Bits of an entry of the directions: 1, 2, 4, 8, 16 or 32.")] = 2,
-    also_train: Annotated[
-        str | None,
-        typer.Option(help="What trains beside an adapter: head or decoder. Default: head for vit, else decoder."),
-    ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(help="vit, unetr or swinunetr; needed where no network.json lies beside --pretrained."),
-    ] = None,
+    also_train: options.AlsoTrain = None,
+    network: options.PretrainedNetwork = None,
     sizes: options.NetworkSizes = None,
-    roi: Annotated[
-        options.WholeTriple | None,
-        typer.Option(parser=options.whole_triple, metavar="X,Y,Z", help="Window in voxels: one number or three."),
-    ] = None,
+    roi: options.Window = None,
     spacing: options.Spacing = None,
     train_list: options.TrainList = "train",
     val_list: options.ValList = "val",

@@ -113,7 +113,20 @@ def dtype(text: str) -> Any:
     return getattr(torch, text)
 
 
-# -- of finetune and pretrain -----------------------------------------------------------------------------------------
+# -- of finetune, learn-factors and pretrain --------------------------------------------------------------------------
+
+AlsoTrain = Annotated[
+    str | None,
+    typer.Option(help="What trains beside an adapter: head or decoder. Default: head for vit, else decoder."),
+]
+PretrainedNetwork = Annotated[
+    str | None,
+    typer.Option(help="vit, unetr or swinunetr; needed where no network.json lies beside --pretrained."),
+]
+Window = Annotated[
+    WholeTriple | None,
+    typer.Option(parser=whole_triple, metavar="X,Y,Z", help="Window in voxels: one number or three."),
+]
 
 NetworkSizes = Annotated[
     dict[str, Any] | None,

@@ -49,8 +49,7 @@ def factors_of_change(
             rank in a layer; or as for :func:`learn_factors`.
     """
     config = config or TCURConfig.preset("learned")
-    if config.factors == WEIGHTS:
-        raise ValueError("factors is 'weights', expected 'learned' or 'learned_rows': TCURConfig.preset('learned')")
+    require_learned(config)
     refuse_adapted(model)
     given = change if isinstance(change, list) else [change]
     if not given:
@@ -66,6 +65,12 @@ def factors_of_change(
             total[name] = total[name] + part if name in total else part
     about = {"learned by": "a given change", "changes": [_title(one) for one in given]}
     return subspace_of(groups, config, total, bits, about)
+
+
+def require_learned(config: TCURConfig) -> None:
+    """Raise ValueError where a configuration is for factors of the weights."""
+    if config.factors == WEIGHTS:
+        raise ValueError("factors is 'weights', expected 'learned' or 'learned_rows': TCURConfig.preset('learned')")
 
 
 def subspace_of(

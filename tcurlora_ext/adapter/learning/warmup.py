@@ -16,11 +16,11 @@ from tcurlora_ext.adapter.layer.quantised import is_quantised
 from tcurlora_ext.adapter.model.inject import parameters_named
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group
-from tcurlora_ext.adapter.options import WEIGHTS, positive
+from tcurlora_ext.adapter.options import positive
 from tcurlora_ext.adapter.subspace import Subspace
 from tcurlora_ext.maths.coding import BITS, CODED_BITS
 
-from .change import subspace_of
+from .change import require_learned, subspace_of
 from .restoring import put_back
 
 Step = Callable[[nn.Module], Tensor]
@@ -115,7 +115,7 @@ def learn_factors(
     """
     config = config or TCURConfig.preset("learned")
     warm_up = WarmUp(steps, unfreeze, unfreeze_lr, lr, ramp, bits, optimizer, parts)
-    _require_learned(config)
+    require_learned(config)
     refuse_sharded(model, "call learn_factors before it is sharded")
     refuse_adapted(model)
     return learn_stacks(model, config, group(find_targets(model, config), config), step, warm_up)
@@ -136,7 +136,7 @@ def learn_stacks(
         groups: The targets of every stack, by its name.
         warm_up: How the weights train.
     """
-    _require_learned(config)
+    require_learned(config)
     targets = [target for members in groups.values() for target in members]
     quantised = next((target.name for target in targets if is_quantised(target.module)), None)
     if quantised is not None:
@@ -166,11 +166,6 @@ def about(warm_up: WarmUp, tasks: int, losses: Sequence[float]) -> dict[str, Any
         "learned by": "a warm-up of the whole weights", "steps": warm_up.steps, "learning rate": warm_up.lr,
         "tasks": tasks, "parts": warm_up.parts, "first loss": losses[0], "last loss": losses[-1],
     }  # fmt: skip
-
-
-def _require_learned(config: TCURConfig) -> None:
-    if config.factors == WEIGHTS:
-        raise ValueError("factors is 'weights', expected 'learned' or 'learned_rows': TCURConfig.preset('learned')")
 
 
 def _train(
