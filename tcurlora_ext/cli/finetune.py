@@ -76,7 +76,13 @@ def finetune(
     names = STANDARD if method == "all" else options.words(method)
     if factors is not None and not any(name.startswith("tcur-carried") for name in names):
         names = (*names, "tcur-carried")
-    rates = {} if lr is None else lr if isinstance(lr, dict) else dict.fromkeys(names, lr)
+    rates = (
+        {}
+        if lr is None
+        else lr
+        if isinstance(lr, dict)
+        else dict.fromkeys((name.partition(":")[0] for name in names), lr)
+    )
     run(
         FinetuneSettings(
             data=data, pretrained=pretrained, methods=names, seeds=seeds, also_train=also_train, rank=rank, alpha=alpha,

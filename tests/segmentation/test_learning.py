@@ -139,3 +139,15 @@ def test_a_subspace_of_another_network_is_refused_before_the_run(
         finetune(settings(methods=("head",), factors=path), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="missing"):
         finetune(settings(methods=("tcur-carried",), factors=tmp_path / "missing"), tmp_path / "run")
+
+
+def test_one_learning_rate_is_for_methods_with_options_too(pristine_data: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, text = command(
+        "finetune", "--data", pristine_data, "--pretrained", base, "--output", out, "--steps", 1, "--lr", 0.02,
+        "--method", "head,tcur:rank=2:alpha=2",
+    )  # fmt: skip
+    assert code == 0, text
+    assert [(row["method"], row["lr"]) for row in read_csv(out / "metrics.csv")] == [
+        ("head", "0.02"), ("tcur:rank=2:alpha=2.0", "0.02"),
+    ]  # fmt: skip
