@@ -68,16 +68,16 @@ def make_source(maps: Path, folder: Path) -> None:
     write_json(folder / "splits.json", lists)
 
 
-def make_target(data: Path, folder: Path) -> None:
-    """Write the real data with the two parts of the hippocampus as one class; images and splits are copied."""
+def make_target(data: Path, folder: Path, parts: Sequence[int] = (1, 2)) -> None:
+    """Write the real data with these parts of the hippocampus as one class; images and splits are copied."""
     import nibabel as nib
 
     (folder / "labels").mkdir(parents=True, exist_ok=True)
     shutil.copytree(data / "images", folder / "images", dirs_exist_ok=True)
     for path in sorted((data / "labels").glob("*.nii.gz")):
-        parts = nib.load(path)
-        whole = nib.Nifti1Image((np.asarray(parts.dataobj) > 0).astype(np.uint8), parts.affine)
-        write_with(folder / "labels" / path.name, partial(nib.save, whole))
+        truth = nib.load(path)
+        merged = nib.Nifti1Image(np.isin(np.asarray(truth.dataobj), parts).astype(np.uint8), truth.affine)
+        write_with(folder / "labels" / path.name, partial(nib.save, merged))
     write_json(folder / "dataset.json", {"labels": {"0": "background", "1": "hippocampus"}})
     write_json(folder / "splits.json", read_json(data / "splits.json"))
 

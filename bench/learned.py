@@ -2,9 +2,11 @@
 
 Two settings: real hippocampus MRI (the network and data of bench/hippocampus.py), and the embedded brains of the demo.
 In each the factors are learned on the same few cases (tcur-learned), or carried from other cases (tcur-carried) that
-are neither trained on nor validated on afterwards.
+are neither trained on nor validated on afterwards. A third, other-label, is hippocampus with its anterior part alone as
+the class, over subspaces that were learned on other classes.
 
     python -m tcurlora_ext.bench.learned hippocampus WORK RESULTS --maps SYNTHSEG_MAPS --data HIPPOCAMPUS
+    python -m tcurlora_ext.bench.learned other-label WORK RESULTS --maps SYNTHSEG_MAPS --data HIPPOCAMPUS
     python -m tcurlora_ext.bench.learned embedded WORK RESULTS
 
 With --choose it measures, on cases of their own, the steps of the warm-up and the bits of the directions, of which the
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +27,7 @@ from rich.console import Console
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.learning import warmup
 from tcurlora_ext.bench.entry import run_command
-from tcurlora_ext.bench.hippocampus import prepare, publish
+from tcurlora_ext.bench.hippocampus import make_target, prepare, publish
 from tcurlora_ext.bench.reading.methods import RIVAL
 from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
 from tcurlora_ext.maths.coding import CODED_BITS
@@ -38,6 +40,8 @@ from tcurlora_ext.segmentation.terminal import Display
 STEPS = 120  # of every method
 OTHER_STEPS = 240  # on the other cases, of which there are more
 WARM_UPS, BITS = (30, 60, 120), (1, 2, 4, 8, 32)
+PARTS = {"anterior": 1, "posterior": 2}  # values of the real labels
+WIDE = (8, 16, 32)  # ranks over a subspace of other labels
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,35 @@ def compare(setting: Setting, work: Path, results: Path, seeds: int, only: str, 
     write_csv(results / "metrics.csv", [*read_csv(run / "metrics.csv"), *({**row, "method": name} for row in rows)])
 
 
+def other_label(setting: Setting, data: Path, work: Path, results: Path, seeds: int, display: Display) -> None:
+    """Adapt to the anterior part over subspaces of rank 32: of the whole hippocampus, and of it and the posterior part.
+
+    Both are learned on the other subjects. A lower rank takes the leading directions.
+    """
+    anterior, posterior = (part_of(data, work / name, value, setting) for name, value in PARTS.items())
+    config = TCURConfig.preset("learned", rank=max(WIDE))
+    on_others = settings_of(setting, setting.others, (RIVAL,), 1, OTHER_STEPS)
+    files = {"whole": (), "labels": (posterior,)}
+    for name, more in files.items():
+        if not (work / f"{name}.safetensors").is_file():
+            learn(LearnSettings(on_others, config, OTHER_STEPS, more=more), work / f"{name}.safetensors", display)
+    methods = [
+        "head", "lora", "lora:rank=1", "tcur:orthonormal=true",
+        *(f"tcur-carried:factors={work / name}.safetensors:rank={rank}" for name in files for rank in WIDE),
+    ]  # fmt: skip
+    cases, run = replace(setting.target, folder=anterior), work / "other-label"
+    run_methods(settings_of(setting, cases, methods, seeds, STEPS), run, display)
+    publish(run, results)
+
+
+def part_of(data: Path, folder: Path, value: int, setting: Setting) -> Path:
+    """Write the real data with one part of the hippocampus as the class, and the setting's lists of cases."""
+    if not (folder / "splits.json").is_file():
+        make_target(data, folder, parts=(value,))
+        write_json(folder / "splits.json", read_json(setting.target.folder / "splits.json"))
+    return folder
+
+
 def choose(setting: Setting, work: Path, results: Path, seeds: int, display: Display) -> None:
     """Vary the warm-up's steps and the bits, on cases that the table does not have."""
     methods = [RIVAL]
@@ -152,7 +185,7 @@ def choose(setting: Setting, work: Path, results: Path, seeds: int, display: Dis
 
 
 def learned(
-    setting: Annotated[str, typer.Argument(metavar="SETTING", help="hippocampus or embedded.")],
+    setting: Annotated[str, typer.Argument(metavar="SETTING", help="hippocampus, other-label or embedded.")],
     work: Annotated[Path, typer.Argument(metavar="WORK", help="Folder for data, the pretrained network and runs.")],
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Gets summary.csv, metrics.csv and run.json.")],
     maps: Annotated[Path | None, typer.Option(help="SynthSeg's label maps, for hippocampus.")] = None,
@@ -165,16 +198,18 @@ def learned(
 ) -> None:
     """Compare learned factors with LoRA and the paper's stacks in one of two settings."""
     display = Display(Console(width=140))
-    if setting == "hippocampus":
+    if setting in ("hippocampus", "other-label"):
         if maps is None or data is None:
-            raise ValueError("maps, data: expected both for hippocampus")
+            raise ValueError(f"maps, data: expected both for {setting}")
         chosen = hippocampus_setting(work, maps, data, display)
     elif setting == "embedded":
         chosen = embedded_setting(work, display)
     else:
-        raise ValueError(f"setting: found '{setting}', expected hippocampus or embedded")
+        raise ValueError(f"setting: found '{setting}', expected hippocampus, other-label or embedded")
     if choosing:
         choose(chosen, work, results, seeds, display)
+    elif setting == "other-label" and data is not None:
+        other_label(chosen, data, work, results, seeds, display)
     else:
         compare(chosen, work, results, seeds, only, display)
 

@@ -42,7 +42,8 @@ def title(method: str) -> str:
     base, _, options = method.partition(":")
     given = dict(option.split("=", 1) for option in options.split(":") if "=" in option)
     if base == "tcur-carried":
-        return f"carried r={given.get('rank', '8')}"
+        origin = given.get("factors", "carried")
+        return f"carried{'' if origin == 'carried' else f' from {origin}'} r={given.get('rank', '8')}"
     words = {"bits": "{} bits an entry", "warm_up": "{} steps of warm-up", "rank": "r={}"}
     parts = [words[name].format(value) for name, value in given.items() if name in words]
     return ", ".join([TITLES.get(base, base), *parts]).replace(", 1 bits an", ", 1 bit an")

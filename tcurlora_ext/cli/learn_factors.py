@@ -12,7 +12,10 @@ from tcurlora_ext.io.table import terminal
 
 
 def learn_factors(
-    data: Annotated[Path, typer.Option(help="Data set in the Medical Decathlon layout: cases of the family.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Data set in the Medical Decathlon layout: cases of the family. Several take turns."),
+    ],
     pretrained: Annotated[
         Path, typer.Option(help="Weights that the adapters will be for: .safetensors, or a torch checkpoint.")
     ],
@@ -49,9 +52,9 @@ def learn_factors(
 
     coupling = {"stack_by": "shape", "transform": "dft"} if coupled else {}
     base = FinetuneSettings(
-        data=data, pretrained=pretrained, also_train=also_train, batch=batch, network=network, sizes=sizes or {},
+        data=data[0], pretrained=pretrained, also_train=also_train, batch=batch, network=network, sizes=sizes or {},
         roi=roi, spacing=spacing, train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels,
         data_seed=data_seed, device=device,
     )  # fmt: skip
     config = tcur.TCURConfig.preset("learned", rank=rank, **coupling)
-    learn(LearnSettings(base, config, steps, lr, bits, seed), output, Display(terminal()))
+    learn(LearnSettings(base, config, steps, lr, bits, seed, tuple(data[1:])), output, Display(terminal()))

@@ -1,9 +1,11 @@
-"""`tcurlora learn-factors`: a subspace learned on the training cases of a data set, for adapters to other cases."""
+"""`tcurlora learn-factors`: a subspace learned on the training cases of data sets, for adapters to other cases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ import tcurlora_ext as tcur
 from tcurlora_ext.adapter.learning import warmup
 from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.segmentation import training
-from tcurlora_ext.segmentation.dataset import load_volumes
+from tcurlora_ext.segmentation.dataset import SegmentationDataset, load_volumes
 from tcurlora_ext.segmentation.methods.tcur import prefixes_beside
 from tcurlora_ext.segmentation.networks import get_spec, randomise
 from tcurlora_ext.segmentation.pretraining import check_positive, pick_device
@@ -34,6 +36,7 @@ class LearnSettings:
         lr: Its learning rate.
         bits: Of an entry of the directions.
         seed: Of the windows, and of a new head.
+        more: Further data sets of the family, whose steps take turns with those of `base`.
     """
 
     base: FinetuneSettings
@@ -42,10 +45,11 @@ class LearnSettings:
     lr: float = warmup.LR
     bits: int = CODED_BITS
     seed: int = 0
+    more: tuple[Path, ...] = ()
 
 
 def learn(settings: LearnSettings, output: Path, display: Display | None = None) -> tcur.Subspace:
-    """Learn a subspace on the training cases of a data set and write it to a file.
+    """Learn a subspace on the training cases of one or several data sets and write it to a file.
 
     The head or decoder that would train beside an adapter trains in the warm-up too, and is not kept.
 
@@ -62,17 +66,17 @@ def learn(settings: LearnSettings, output: Path, display: Display | None = None)
     if base.data is None or base.pretrained is None:
         raise ValueError("data, pretrained: expected a data set, and the file of the weights that adapters will be for")
     device = pick_device(base.device)
-    data = read_data(base, base.data)
+    data, *others = _data_sets(base, (base.data, *settings.more))
     config, model, head_is_new = load_pretrained(base, base.pretrained, data)
     spec = get_spec(config.network)
     if head_is_new:
         randomise(model, config, spec.head, settings.seed)
     plan = training.Plan(settings.steps, base.batch, settings.lr, settings.seed, config.roi)
-    step = training.loss_step(load_volumes(data.train, config.spacing), plan)
+    steps = [training.loss_step(load_volumes(one.train, config.spacing), plan) for one in (data, *others)]
     beside = prefixes_beside(spec, base.options(spec.also_train, settings.seed))
     with display.bar(f"learning factors of {spec.name}", settings.steps) as on_step:
         subspace = tcur.learn_factors(
-            model.to(device), settings.config, _counted(step, on_step), settings.steps, unfreeze=beside,
+            model.to(device), settings.config, _counted(steps, on_step), settings.steps, unfreeze=beside,
             unfreeze_lr=beside_rate(base, spec.also_train), lr=settings.lr, bits=settings.bits,
         )  # fmt: skip
     subspace.save(output)
@@ -83,17 +87,27 @@ def learn(settings: LearnSettings, output: Path, display: Display | None = None)
     return subspace
 
 
-def _counted(
-    step: Callable[[nn.Module], Tensor], on_step: Callable[[int, float], None]
-) -> Callable[[nn.Module], Tensor]:
-    """A step that tells the bar how many have been taken."""
-    taken = 0
+def _data_sets(base: FinetuneSettings, folders: Sequence[Path]) -> list[SegmentationDataset]:
+    """The data sets in several folders. ValueError where one network cannot take them all."""
+    found = [read_data(base, folder) for folder in folders]
+    for other in found[1:]:
+        for what, own, first in (
+            ("channels", other.channels, found[0].channels), ("classes", len(other.labels), len(found[0].labels)),
+        ):  # fmt: skip
+            if own != first:
+                raise ValueError(f"{other.root}: found {own} {what}, expected {first} as in {found[0].root}")
+    return found
 
-    def counted(model: nn.Module) -> Tensor:
-        nonlocal taken
+
+def _counted(
+    steps: Sequence[Callable[[nn.Module], Tensor]], on_step: Callable[[int, float], None]
+) -> list[Callable[[nn.Module], Tensor]]:
+    """Steps that tell the bar how many have been taken."""
+    taken = itertools.count(1)
+
+    def counted(step: Callable[[nn.Module], Tensor], model: nn.Module) -> Tensor:
         loss = step(model)
-        taken += 1
-        on_step(taken, float(loss.detach()))
+        on_step(next(taken), float(loss.detach()))
         return loss
 
-    return counted
+    return [partial(counted, step) for step in steps]

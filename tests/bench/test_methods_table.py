@@ -43,7 +43,8 @@ def test_differences_are_taken_seed_by_seed() -> None:
         ("lora:bits=4", "LoRA r=8, 4 bits an entry"),
         ("tcur-learned:bits=1", "learned r=8, 1 bit an entry"),
         ("tcur-learned:warm_up=120:bits=32", "learned r=8, 120 steps of warm-up, 32 bits an entry"),
-        ("tcur-carried:factors=family", "carried r=8"),
+        ("tcur-carried:factors=carried", "carried r=8"),
+        ("tcur-carried:factors=whole:rank=16", "carried from whole r=16"),
         ("adalora", "adalora"),
     ],
 )

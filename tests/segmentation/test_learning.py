@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.learning import warmup
 from tcurlora_ext.cli.app import app
-from tcurlora_ext.io.records import read_csv
+from tcurlora_ext.io.records import read_csv, write_json
 from tcurlora_ext.segmentation import training
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted, load_base
@@ -53,6 +54,20 @@ def test_finetune_adapts_over_it_and_its_file_is_the_cores_alone(
     assert int(rows["tcur-carried"]["adapter_bytes"]) == adapter.stat().st_size < subspace.stat().st_size
     model = load_adapted(out, "tcur-carried")
     assert any(bool(stack.core.any()) for stack in tcur.stacks(model).values())
+
+
+def test_several_data_sets_take_turns(pristine_data: Path, base: Path, tmp_path: Path) -> None:
+    second, path = tmp_path / "second", tmp_path / "family.safetensors"
+    shutil.copytree(pristine_data, second)
+    words = ("learn-factors", "--data", pristine_data, "--pretrained", base, "--steps", 2, "--rank", 1)
+    code, text = command(*words, "--output", path, "--data", second)
+    assert code == 0, text
+    assert tcur.Subspace.load(path).about["tasks"] == 2
+    write_json(second / "dataset.json", {"labels": {"0": "background", "1": "a", "2": "b", "3": "c", "4": "d"}})
+    code, text = command(*words, "--output", tmp_path / "other.safetensors", "--data", second)
+    assert code == 2
+    assert f"{second}: found 5 classes, expected 3 as in {pristine_data}" in text
+    assert not (tmp_path / "other.safetensors").exists()
 
 
 def test_a_warm_up_is_counted_and_not_repeated_by_a_resumed_run(
