@@ -12,6 +12,7 @@ A run that was stopped resumes when it is started again.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -134,9 +135,11 @@ def publish(run: Path, results: Path) -> None:
     for name in ("summary.csv", "metrics.csv", "transformer.json"):
         shutil.copy(run / name, results / name)
     description = read_json(run / "run.json")
+    settings = description["settings"]
     for key in ("data", "pretrained"):  # the folder that they were in has no effect on the result
-        if description["settings"][key] is not None:
-            description["settings"][key] = Path(description["settings"][key]).name
+        if settings[key] is not None:
+            settings[key] = Path(settings[key]).name
+    settings["methods"] = [re.sub("=/[^:]*/", "=", method) for method in settings["methods"]]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     words = [Path(word).name if "/" in word else word for word in sys.argv]
     write_json(results / "run.json", {**description, "commit": commit, "arguments": words})

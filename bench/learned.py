@@ -41,7 +41,7 @@ STEPS = 120  # of every method
 OTHER_STEPS = 240  # on the other cases, of which there are more
 WARM_UPS, BITS = (30, 60, 120), (1, 2, 4, 8, 32)
 PARTS = {"anterior": 1, "posterior": 2}  # values of the real labels
-WIDE = (8, 16, 32)  # ranks over a subspace of other labels
+WIDE = (8, 32)  # ranks over a subspace of other labels
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
 from torch import Tensor
 
@@ -26,6 +27,7 @@ if not hasattr(BaseTuner, "_get_adapter_state_dict"):
 
 TYPE = "TCURLORA"
 IMPORT = "import tcurlora_ext.integrations.peft"
+FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 BIAS = ("none", "all", "tcurlora_only")
 
 # Rank and alpha have patterns of their own here, and PEFT's adapters train the core alone. All other options of a
@@ -67,9 +69,11 @@ class TcurLoraConfig(PeftConfig):
         bias: Which biases train: ``"none"``, ``"all"`` or ``"tcurlora_only"`` (those of the adapted layers).
         fan_in_fan_out: Whether weights are stored as (in, out). The types of the layers decide it: a different value
             is corrected, with a warning.
-        save_projection: Whether C and R are saved. If not, their indices and a fingerprint of the base weights are
-            saved. Loading then takes C and R from the base weights, and refuses weights with another fingerprint. Where
-            factors are learned: whether the subspace is saved, coded; if not, its digest is, and loading needs it.
+        save_projection: Whether C and R are saved, which are most of a file. Without them it has their indices and a
+            fingerprint of the base weights: loading takes C and R from the base, and refuses weights with another
+            fingerprint. None: they are saved where the base may not give them again, to the bit: where it is quantised,
+            on the meta device or sharded, or C and R came from another base. Where factors are learned: whether the
+            subspace is saved, coded (None: it is); without it the file has its digest, and loading needs it.
         stack_by, stack_blocks, split_fused, selection, scale: As in :class:`tcurlora_ext.TCURConfig`.
         transform, frequencies, core_domain, backend, seed: As in :class:`tcurlora_ext.TCURConfig`.
         factors, orthonormal: As in :class:`tcurlora_ext.TCURConfig`.
@@ -108,7 +112,7 @@ class TcurLoraConfig(PeftConfig):
     init_weights: bool = True
     bias: str = "none"
     fan_in_fan_out: bool = False
-    save_projection: bool = True
+    save_projection: bool | None = None
     stack_by: str = "shape"
     split_fused: dict[str, int] = field(default_factory=lambda: TCURConfig().to_json()["split_fused"])
     selection: str = "norm"
@@ -193,16 +197,25 @@ class TcurLoraConfig(PeftConfig):
         return PeftConfig.to_dict(saved)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As in PEFT, but the model card also gets the import line without which the adapter cannot be loaded.
+        """As in PEFT, but the model card also gets the size of the adapter's file, and the import line to load it.
 
         Args:
             save_directory: The folder.
             **kwargs: Passed on to PEFT.
         """
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        if card.exists() and IMPORT not in (text := card.read_text(encoding="utf-8")):
-            text = f"{text.rstrip()}\n\nBefore loading this adapter:\n\n```python\n{IMPORT}\n```\n"
+        folder = Path(save_directory)
+        card = folder / "README.md"
+        if not card.exists():
+            return
+        text = before = card.read_text(encoding="utf-8")
+        present = [folder / name for name in FILES if (folder / name).is_file()]
+        sizes = "".join(f"`{path.name}`: {path.stat().st_size:,} bytes\n" for path in present)
+        text = re.sub(rf"`({'|'.join(FILES)})`: [\d,]+ bytes\n?", "", text).rstrip()
+        if IMPORT not in text:
+            text += f"\n\nBefore loading this adapter:\n\n```python\n{IMPORT}\n```"
+        text = f"{text}\n\n{sizes}".rstrip() + "\n"
+        if text != before:
             write_bytes(card, text.encode())
 
 

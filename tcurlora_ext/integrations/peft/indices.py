@@ -1,4 +1,4 @@
-"""Checkpoints without C and R: they have the chosen indices, and a fingerprint of the base weights.
+"""Checkpoints without C and R where the base gives them: the chosen indices, and a fingerprint of the base weights.
 
 For every stack such a checkpoint has the core, ``rows``, ``columns`` and ``scale``, ``tcurlora_fingerprint.<stack>``,
 and ``tcurlora_base_dtype.<stack>``, an empty tensor of the base's dtype.
@@ -44,11 +44,21 @@ def base_weights(model: nn.Module, stack: TCURStack, adapter_name: str) -> Tenso
 
 
 def without_factors(
-    model: nn.Module, stacks: dict[str, TCURStack], adapter_name: str, state: dict[str, Tensor]
+    model: nn.Module, stacks: dict[str, TCURStack], adapter_name: str, state: dict[str, Tensor], always: bool
 ) -> dict[str, Tensor]:
-    """The state to save, with a fingerprint of the base weights in place of C and R that the base gives."""
+    """The state to save, with a fingerprint of the base weights in place of C and R that the base gives.
+
+    Args:
+        model: Holds the adapter.
+        stacks: Its stacks by name.
+        adapter_name: The adapter.
+        state: Its tensors as PEFT saves them.
+        always: False: only where every loading of the base gives C and R to the bit (:func:`_base_gives`).
+    """
     state = dict(state)
     for name, stack in stacks.items():
+        if not always and not _base_gives(model, stack, adapter_name):
+            continue
         base = base_weights(model, stack, adapter_name)
         if stack.options.orthonormal and not stack.is_of(base):
             continue  # a sum of adapters: two orthonormal factors side by side are not what the base gives
@@ -57,6 +67,22 @@ def without_factors(
         for kind, value in zip(BASE, (fingerprint(base), torch.empty(0, dtype=base.dtype)), strict=True):
             state[stack_key(adapter_name, name, kind)] = value
     return state
+
+
+def _base_gives(model: nn.Module, stack: TCURStack, adapter_name: str) -> bool:
+    """Whether C and R are, to the bit, the chosen columns and rows of base weights that another loading gives, too.
+
+    They are not where the base is quantised, which need not come out the same again, and where they came with a file
+    for another base. It cannot be told where the weights are elsewhere: on the meta device, or spread over processes,
+    not all of which need be saving.
+    """
+    for layer in layers_of(model, stack):
+        if layer.quantization_backend is not None:
+            return False
+        weight = layer.get_base_layer().weight
+        if weight.is_meta or weight.numel() == 0 or hasattr(weight, "full_tensor"):
+            return False
+    return stack.is_of(base_weights(model, stack, adapter_name))
 
 
 def with_factors(

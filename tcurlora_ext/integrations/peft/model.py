@@ -298,10 +298,11 @@ class TcurLoraModel(BaseTuner):
         warn_without_effect(tuner, [adapter_name], state)
         if config.factors != WEIGHTS:
             require_factors(config, adapter_name, tuner.subspaces.get(adapter_name))
-            return with_subspace(tuner, adapter_name, state, config.save_projection)
+            return with_subspace(tuner, adapter_name, state, config.save_projection is not False)
         if config.save_projection:
             return state
-        return without_factors(model, tuner.stacks(adapter_name), adapter_name, state)
+        always = config.save_projection is False
+        return without_factors(model, tuner.stacks(adapter_name), adapter_name, state, always)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

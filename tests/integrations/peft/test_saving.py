@@ -61,7 +61,7 @@ def test_loaded_in_another_process_after_the_line_of_the_model_card(
     assert {p.requires_grad for name, p in loaded.named_parameters() if "tcurlora" in name} == {True}
 
 
-@pytest.mark.parametrize("save_projection", [True, False])
+@pytest.mark.parametrize("save_projection", [True, False, None])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 @pytest.mark.parametrize("safe_serialization", [True, False])
 def test_loaded_onto_the_same_base(
@@ -70,7 +70,7 @@ def test_loaded_onto_the_same_base(
     adapt: Adapt,
     assert_same: Same,
     tmp_path: Path,
-    save_projection: bool,
+    save_projection: bool | None,
     low_cpu_mem_usage: bool,
     safe_serialization: bool,
 ) -> None:
@@ -86,7 +86,7 @@ def test_loaded_onto_the_same_base(
 
 
 def test_the_checkpoint_holds_cores_indices_and_factors(make_llama: MakeLlama, adapt: Adapt, tmp_path: Path) -> None:
-    model = adapt(make_llama(), rank_pattern={"down_proj": (3, 4)})
+    model = adapt(make_llama(), rank_pattern={"down_proj": (3, 4)}, save_projection=True)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     kinds = ("core", "rows", "columns", "col", "row", "scale")
@@ -97,11 +97,45 @@ def test_the_checkpoint_holds_cores_indices_and_factors(make_llama: MakeLlama, a
     assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] == {"down_proj": [3, 4]}
     assert TcurLoraConfig.from_pretrained(tmp_path).rank_pattern == {"down_proj": (3, 4)}
 
-    model.peft_config["default"].save_projection = False
-    model.save_pretrained(tmp_path)
-    small = load_file(tmp_path / "adapter_model.safetensors")
     kinds = ("core", "rows", "columns", "scale", "fingerprint", "base_dtype")
-    assert set(small) == {f"base_model.tcurlora_{kind}.{stack}" for kind in kinds for stack in stacks}
+    for save_projection in (False, None):
+        model.peft_config["default"].save_projection = save_projection
+        model.save_pretrained(tmp_path)
+        small = load_file(tmp_path / "adapter_model.safetensors")
+        assert set(small) == {f"base_model.tcurlora_{kind}.{stack}" for kind in kinds for stack in stacks}
+
+
+def test_factors_that_another_loading_of_the_base_may_not_give_stay_in_the_file(
+    make_llama: MakeLlama, tokens: Tensor, adapt: Adapt, assert_same: Same, tmp_path: Path
+) -> None:
+    def has_factors(folder: Path) -> bool:
+        return any("tcurlora_col." in key for key in load_file(folder / "adapter_model.safetensors"))
+
+    adapt(make_llama(), save_projection=True).save_pretrained(tmp_path / "with")
+    base = make_llama()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.self_attn.q_proj.weight.mul_(1.1)
+    elsewhere = PeftModel.from_pretrained(base, tmp_path / "with").eval()
+    elsewhere.peft_config["default"].save_projection = None
+    elsewhere.save_pretrained(tmp_path / "elsewhere")
+    assert has_factors(tmp_path / "elsewhere")
+    saved = load_file(tmp_path / "elsewhere" / "adapter_model.safetensors")
+    assert not any(key.endswith("tcurlora_col.16x32") for key in saved)  # down_proj's weights are the same
+    for layer in (fresh := make_llama()).model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(1.1)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "elsewhere").eval()
+    assert_same(loaded(tokens).logits, elsewhere(tokens).logits)
+
+
+def test_the_model_card_has_the_size_of_the_file(make_llama: MakeLlama, adapt: Adapt, tmp_path: Path) -> None:
+    model = adapt(make_llama())
+    for save_projection in (True, None):
+        model.peft_config["default"].save_projection = save_projection
+        model.save_pretrained(tmp_path)
+        size = (tmp_path / "adapter_model.safetensors").stat().st_size
+        assert (tmp_path / "README.md").read_text().count(" bytes") == 1
+        assert f"`adapter_model.safetensors`: {size:,} bytes" in (tmp_path / "README.md").read_text()
 
 
 def test_with_factors_it_loads_onto_other_base_weights_without_them_it_is_refused(
