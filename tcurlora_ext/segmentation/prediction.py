@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
 from tcurlora_ext.segmentation.evaluation import OVERLAP, class_maps, class_probabilities, most_probable
-from tcurlora_ext.segmentation.figures import draw_contours
+from tcurlora_ext.segmentation.overlays import draw_contours
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.predictor import Predictor
 from tcurlora_ext.segmentation.preparation import Preparation

@@ -16,8 +16,10 @@ from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.io.table import rich_table
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.evaluation import finite_mean
-from tcurlora_ext.segmentation.figures import draw_curves, draw_overlays
+from tcurlora_ext.segmentation.figures import draw_curves
+from tcurlora_ext.segmentation.findings import result_sentence
 from tcurlora_ext.segmentation.methods import METHODS, base_name
+from tcurlora_ext.segmentation.overlays import draw_overlays
 from tcurlora_ext.segmentation.packages import require_package
 
 if TYPE_CHECKING:
@@ -173,6 +175,7 @@ def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str,
         steps=int(summary[0]["steps"]),
         header=HEADER,
         rows=[_cells(row) for row in summary],
+        result=result_sentence(out, methods),
         findings=[*comparisons(summary), before_text(out)],
         transformer=_transformer_text(out),
         curves=_data_url(out / "curves.png"),

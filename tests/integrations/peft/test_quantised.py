@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tcurlora_ext as tcur
@@ -89,6 +90,8 @@ def test_columns_and_rows_are_those_of_the_dequantised_weights(make: Callable[[]
 def test_saved_and_loaded(make: Callable[[], nn.Sequential], x: Tensor, tmp_path: Path) -> None:
     model = adapt(make())
     model.save_pretrained(tmp_path)
+    # Another loading of a quantised base need not give C and R again to the bit.
+    assert any("tcurlora_col." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     for low_cpu_mem_usage in (True, False):
         loaded = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
         assert torch.equal(loaded(x), model(x))
