@@ -41,6 +41,7 @@ def inspect(
     """
     from tcurlora_ext.analysis.directions import inspect_subspace, subspace_json
     from tcurlora_ext.analysis.inspection import inspect_file, inspect_model
+    from tcurlora_ext.analysis.remarks import remarks
     from tcurlora_ext.cli.adapted import open_adapted
     from tcurlora_ext.io.atomic import write_with
     from tcurlora_ext.io.records import write_json
@@ -69,6 +70,9 @@ def inspect(
     if adapted.subspace is not None:
         _show_directions(adapted.subspace, directions, shown)
         content["subspace"] = subspace_json(adapted.subspace, directions)
+    if found:
+        content["remarks"] = remarks(found)
+        shown.print(f"\n{content['remarks']}", highlight=False, markup=False)
     for one in found:
         _show(one, shown)
     folder = output or adapted.folder / "inspect"
