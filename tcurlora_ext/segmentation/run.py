@@ -186,7 +186,8 @@ def _pretrain_embedded(settings: FinetuneSettings, out: Path, display: Display) 
             PretrainSettings(
                 network=config.network, sizes=config.sizes, roi=config.roi, spacing=config.spacing,
                 steps=settings.pretrain_steps, data_seed=settings.data_seed, subjects=settings.source_subjects,
-                checkpoint_every=settings.checkpoint_every, device=settings.device,
+                checkpoint_every=settings.checkpoint_every, device=settings.device, cache=settings.cache,
+                workers=settings.workers,
             ),
             folder, resume=True, display=display,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from tcurlora_ext.segmentation.adapting import Choice, Job, fit
 from tcurlora_ext.segmentation.methods import Method
 from tcurlora_ext.segmentation.settings import FinetuneSettings
 from tcurlora_ext.segmentation.subjects import folds, hold_out
+from tcurlora_ext.segmentation.training import Diverged
 
 TUNE_OVER = ("rank", "alpha")
 # On what a method has without a search: as factors, the first one its own value.
@@ -50,8 +51,8 @@ def check_cases(settings: FinetuneSettings, names: Sequence[str]) -> None:
 def candidates(method: Method, settings: FinetuneSettings) -> list[Choice]:
     """As many candidates of a method as the settings have trials; the first is what it trains with without a search.
 
-    Learning rates are 1, 1/3, 3, 1/9, 9, ... times the method's. Where its rank or alpha is searched too, the candidates
-    after the first are drawn from all combinations, by the seed of the data; fewer learning rates are needed then.
+    Learning rates are 1, 1/3, 3, 1/9, 9, ... times the method's. Where its rank or alpha is searched too, the
+    candidates after the first are drawn from all combinations by the data's seed; fewer learning rates are needed then.
     """
     rank = method.own.get("rank") or method.options.get("rank") or _default_rank(method, settings)
     alpha = method.own.get("alpha") or method.options.get("alpha") or settings.alpha
@@ -138,7 +139,10 @@ def _run_fold(
     title = f"tuning {method.name}, {_text(choice)}, fold {number + 1} of {job.settings.tune_folds}"
     try:
         fitted = fit(job, method, choice, 0, folder, job.train.part(others), title=title)
-    except ValueError as error:  # the loss is not finite, or the rank does not fit the network
+    except ValueError as error:
+        # a rate may be too high, and a rank too high for the network; anything else is an error of the run
+        if not isinstance(error, Diverged) and "rank" not in choice.own:
+            raise
         return float("nan"), str(error).replace("\n", " ")
     dice = evaluation.mean_dice(fitted.model, job.train.part(part), job.config)
     shutil.rmtree(folder, ignore_errors=True)

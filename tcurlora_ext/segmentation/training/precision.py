@@ -83,10 +83,7 @@ def check_amp(amp: str, device: torch.device) -> None:
         labels = torch.zeros(1, 4, 4, 4, dtype=torch.long, device=device)
     precision = Precision(amp, device)
     try:
-        loss = precision.loss(
-            model, nn.CrossEntropyLoss(), images, torch.zeros(1, 4, 4, 4, dtype=torch.long, device=device)
-        )
-        precision.backward(loss)
+        precision.backward(precision.loss(model, nn.CrossEntropyLoss(), images, labels))
         precision.step(torch.optim.SGD(model.parameters(), 1e-3))
     except RuntimeError as error:  # NotImplementedError is one
         raise ValueError(
