@@ -55,7 +55,7 @@ class Volumes(Sequence[Volume]):
         try:
             return from_plain(self._dataset[index])
         except (RuntimeError, EOFError) as error:
-            if isinstance(error.__cause__, (ValueError, OSError)):  # of the reader, in MONAI's words
+            if error.__cause__ is not None:  # what the reader raised, in an error of MONAI's
                 raise error.__cause__ from None
             if not self.on_disk or not self._files[index].is_file():
                 raise

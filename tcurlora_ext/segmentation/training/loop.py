@@ -100,7 +100,8 @@ def train(
     sampler, loss_of = Sampler(volumes, plan), segmentation_loss(plan.class_weights).to(device)
     with torch.random.fork_rng(), Interruption() as interruption:
         drawn = windows(sampler, progress.step)
-        while progress.step < plan.steps and not progress.stopped:
+        stopping = False
+        while progress.step < plan.steps and not (progress.stopped or stopping):
             step, started = progress.step, time.perf_counter()
             torch.manual_seed(int(np.random.default_rng([plan.seed, step, 1]).integers(2**62)))
             for group in optimizer.param_groups:
@@ -124,14 +125,15 @@ def train(
             if validate is not None and (last or _due(progress.step, plan.eval_every)):
                 measured["val_dice"] = validate(model)
                 progress.curve.append([float(progress.step), measured["val_dice"]])
-            if last or interruption.asked or _due(progress.step, plan.checkpoint_every):
+            stopping = interruption.asked  # Ctrl-C from here on ends the next step
+            if last or stopping or _due(progress.step, plan.checkpoint_every):
                 checkpoints.save(folder, parameters, optimizer, precision, progress, plan)
             if on_step is not None:
                 on_step(progress.step, progress.losses[-1])
             if log is not None:
                 log(progress.step, measured)
-            if interruption.asked:
-                raise KeyboardInterrupt
+        if interruption.asked:
+            raise KeyboardInterrupt
     if plan.select == "best" and progress.best is not None:
         checkpoints.copy_into(parameters, progress.best.parameters)
     return progress
