@@ -104,22 +104,20 @@ def finetune(
     folder, from_there = training.run_folder(ctx, run, output, resume)
     earlier = read_settings(folder, "finetune", FinetuneSettings) if from_there else None
     names = _names(method, factors)
-    values = {
-        "data": data, "pretrained": pretrained, "methods": names, "seeds": seeds, "also_train": also_train,
-        "rank": rank, "alpha": alpha, "lora_rank": lora_rank, "steps": steps, "batch": batch,
-        "lr": _rates(lr, names if earlier is None else (*earlier.methods, *names)), "factors": factors,
-        "network": network, "sizes": sizes or {}, "roi": roi, "spacing": spacing, "train_list": train_list,
-        "val_list": val_list, "val_fraction": val_fraction, "labels": labels, "pretrain_steps": pretrain_steps,
-        "data_seed": data_seed, "checkpoint_every": checkpoint_every, "device": device, "amp": amp, "cache": cache,
-        "workers": workers, "augment": augment, "flips": flips, "class_weights": class_weights,
-        "accumulate": accumulate, "select": select, "patience": patience, "select_fraction": select_fraction,
-        "select_every": select_every, "subject_pattern": subject_pattern, "log": log or (), "tune": tune,
-        "trials": trials, "tune_over": tune_over or (), "tune_folds": tune_folds,
-    }  # fmt: skip
-    if earlier is None:
-        settings = FinetuneSettings(**values)
-    else:
-        settings = training.resumed(earlier, training.given(ctx, values, {"methods": "method"}))
+    settings = FinetuneSettings(
+        data=data, pretrained=pretrained, methods=names, seeds=seeds, also_train=also_train,
+        rank=rank, alpha=alpha, lora_rank=lora_rank, steps=steps, batch=batch,
+        lr=_rates(lr, names if earlier is None else (*earlier.methods, *names)), factors=factors,
+        network=network, sizes=sizes or {}, roi=roi, spacing=spacing, train_list=train_list,
+        val_list=val_list, val_fraction=val_fraction, labels=labels, pretrain_steps=pretrain_steps,
+        data_seed=data_seed, checkpoint_every=checkpoint_every, device=device, amp=amp, cache=cache,
+        workers=workers, augment=augment, flips=flips, class_weights=class_weights,
+        accumulate=accumulate, select=select, patience=patience, select_fraction=select_fraction,
+        select_every=select_every, subject_pattern=subject_pattern, log=log or (), tune=tune,
+        trials=trials, tune_over=tune_over or (), tune_folds=tune_folds,
+    )  # fmt: skip
+    if earlier is not None:
+        settings = training.resumed(earlier, settings, ctx, {"methods": "method"})
     with training.going_on("finetune", folder):
         start(settings, folder, resume=resume, display=Display(terminal()))
 

@@ -67,20 +67,17 @@ def pretrain(
     from tcurlora_ext.segmentation.terminal import Display
 
     folder, from_there = training.run_folder(ctx, run, output, resume)
-    values = {
-        "data": data, "network": network, "sizes": sizes or {}, "roi": roi or (32, 32, 32), "spacing": spacing,
-        "train_list": train_list, "val_list": val_list, "val_fraction": val_fraction, "labels": labels, "steps": steps,
-        "batch": batch, "lr": lr, "seed": seed, "data_seed": data_seed, "checkpoint_every": checkpoint_every,
-        "device": device, "amp": amp, "cache": cache, "workers": workers, "augment": augment, "flips": flips,
-        "class_weights": class_weights, "accumulate": accumulate, "select": select, "patience": patience,
-        "select_fraction": select_fraction, "select_every": select_every, "subject_pattern": subject_pattern,
-        "log": log or (),
-    }  # fmt: skip
+    settings = PretrainSettings(
+        data=data, network=network, sizes=sizes or {}, roi=roi or (32, 32, 32), spacing=spacing,
+        train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, steps=steps,
+        batch=batch, lr=lr, seed=seed, data_seed=data_seed, checkpoint_every=checkpoint_every,
+        device=device, amp=amp, cache=cache, workers=workers, augment=augment, flips=flips,
+        class_weights=class_weights, accumulate=accumulate, select=select, patience=patience,
+        select_fraction=select_fraction, select_every=select_every, subject_pattern=subject_pattern,
+        log=log or (),
+    )  # fmt: skip
     if from_there:
-        earlier = read_settings(folder, "pretrain", PretrainSettings)
-        settings = training.resumed(earlier, training.given(ctx, values, {}))
-    else:
-        settings = PretrainSettings(**values)
+        settings = training.resumed(read_settings(folder, "pretrain", PretrainSettings), settings, ctx)
     display = Display(terminal())
     with training.going_on("pretrain", folder):
         start(settings, folder, resume=resume, display=display)

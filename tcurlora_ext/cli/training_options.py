@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NewType, TypeVar
 
@@ -59,8 +60,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
         from tcurlora_ext.segmentation.packages import require_package
 
         require_package("yaml")
-        import yaml
-
+        yaml: Any = importlib.import_module("yaml")  # which has no types
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; expected options in YAML or JSON")
         try:
@@ -83,17 +83,6 @@ def _as_text(option: str, value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def given(ctx: typer.Context, values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The settings among `values` that the command line or a file of options gives.
-
-    Args:
-        ctx: Of the command.
-        values: Settings by their names.
-        renamed: Names of options by the settings that they give, where these differ.
-    """
-    return {name: value for name, value in values.items() if _source(ctx, renamed.get(name, name)) != "DEFAULT"}
-
-
 def _source(ctx: typer.Context, option: str) -> str:
     """Where an option's value is from: COMMANDLINE, DEFAULT_MAP (a file of options) or DEFAULT.
 
@@ -102,9 +91,19 @@ def _source(ctx: typer.Context, option: str) -> str:
     return getattr(ctx.get_parameter_source(option), "name", "DEFAULT")
 
 
-def resumed(earlier: Settings, changes: Mapping[str, Any]) -> Settings:
-    """The settings of an earlier run with what is given now; methods and learning rates are added to those it has."""
-    changes = dict(changes)
+def resumed(earlier: Settings, now: Settings, ctx: typer.Context, renamed: Mapping[str, str] | None = None) -> Settings:
+    """The settings of an earlier run with those that the command line or a file of options gives now.
+
+    Methods and learning rates are added to those that the run has.
+
+    Args:
+        earlier: Of the run.
+        now: From the options, with defaults where none is given.
+        ctx: Of the command.
+        renamed: Names of options by the settings that they give, where these differ.
+    """
+    options = {field.name: (renamed or {}).get(field.name, field.name) for field in fields(now)}
+    changes = {name: getattr(now, name) for name, option in options.items() if _source(ctx, option) != "DEFAULT"}
     if "methods" in changes:
         changes["methods"] = tuple(dict.fromkeys([*earlier.methods, *changes["methods"]]))
     if isinstance(changes.get("lr"), dict):

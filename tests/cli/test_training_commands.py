@@ -56,7 +56,8 @@ def recorded(folder: Path, name: str, settings: Any, **others: Any) -> Path:
 FULL = {
     "data": "somewhere", "pretrained": "base.safetensors", "method": ["head", "tcur:rank=2"], "seeds": 2, "roi": 16,
     "spacing": [1, 1, 2.5], "sizes": {"hidden_size": 192}, "lr": {"tcur": 0.01, "head": 1e-5},
-    "class_weights": [0.5, 1, 2], "flips": True, "amp": "bf16", "val-fraction": 0.3, "labels": ["background", "front"], "also_train": None,
+    "class_weights": [0.5, 1, 2], "flips": True, "amp": "bf16", "val-fraction": 0.3,
+    "labels": ["background", "front"], "also_train": None,
     "log": "tensorboard", "tune": True, "tune-over": ["rank"], "cache": "prepared",
 }  # fmt: skip
 EXPECTED = FinetuneSettings(

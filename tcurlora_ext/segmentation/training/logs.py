@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,8 +69,7 @@ def _tensorboard(run: Path, title: str, settings: Mapping[str, Any]) -> Iterator
 
 @contextmanager
 def _mlflow(run: Path, title: str, settings: Mapping[str, Any]) -> Iterator[Log]:
-    import mlflow
-
+    mlflow: Any = importlib.import_module("mlflow")  # which has no types where it is not installed
     uri = os.environ.get("MLFLOW_TRACKING_URI") or (run / "mlruns").absolute().as_uri()
     client = mlflow.MlflowClient(tracking_uri=uri)
     record = run / title / "mlflow.json"  # by which a resumed training finds its run
