@@ -148,6 +148,8 @@ def _selected(fitted: Fitted) -> str:
     parts = []
     if fitted.plan.select == "best" and best is not None:
         parts.append(f"weights of step {best.step}, Dice {100 * best.dice:.1f} on held-out training cases")
+    elif fitted.plan.select == "best":
+        parts.append("no held-out training case has a Dice, so that the weights are those of the last step")
     if progress.stopped and progress.step < fitted.plan.steps:
         parts.append(f"stopped after step {progress.step} of {fitted.plan.steps}")
     return "".join(f"; {part}" for part in parts)

@@ -57,8 +57,10 @@ class Volumes(Sequence[Volume]):
         except (RuntimeError, EOFError) as error:
             if error.__cause__ is not None:  # what the reader raised, in an error of MONAI's
                 raise error.__cause__ from None
-            if not self.on_disk or not self._files[index].is_file():
+            if not self.on_disk:
                 raise
+            if not self._files[index].is_file():
+                raise OSError(f"{self._files[index]}: the prepared volume cannot be written ({error})") from error
             self._files[index].unlink()  # a kill has left it incomplete: it is prepared again
             return from_plain(self._dataset[index])
 

@@ -202,6 +202,7 @@ def test_cases_are_held_out_of_the_training_and_are_not_those_reported_on(
     assert trained == kept == set(run["data"]["train"]) - held  # the warm-up too
     assert scored == {tuple(held), tuple(run["data"]["val"])}
     assert (run["settings"]["select"], run["settings"]["augment"]) == ("best", "full")
+    assert f"<td>{next(iter(held))}</td>" in (out / "report.html").read_text().replace(" class=l", "")
     assert run["augmentation"]["transforms"][0]["name"] == "RandAffined"
 
 
@@ -361,6 +362,15 @@ def test_a_file_in_place_of_the_cache_is_named(settings: Callable[..., FinetuneS
     (tmp_path / "cache").write_text("")
     with pytest.raises(ValueError, match="cache: found the file"):
         finetune(settings(cache=tmp_path / "cache"), tmp_path / "run")
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(
+    settings: Callable[..., FinetuneSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=f"cache: found {tmp_path}, which cannot be written to"):
+        finetune(settings(cache=tmp_path / "a" / "cache"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_the_new_settings_is_resumed_and_others_are_refused(

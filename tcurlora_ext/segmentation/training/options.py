@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,11 +80,19 @@ def check_options(options: TrainingOptions, device: torch.device) -> None:
             raise ValueError(f"subject-pattern: found '{options.subject_pattern}' ({error})") from None
         if not groups:
             raise ValueError(f"subject-pattern: found '{options.subject_pattern}' without a group, expected one in ()")
-    if options.cache is not None and options.cache.exists() and not options.cache.is_dir():
-        raise ValueError(f"cache: found the file {options.cache}, expected a folder or nothing")
+    if options.cache is not None:
+        _check_cache(options.cache)
     _check_weights(options.class_weights)
     check_logs(options.log)
     check_amp(options.amp, device)
+
+
+def _check_cache(cache: Path) -> None:
+    if cache.exists() and not cache.is_dir():
+        raise ValueError(f"cache: found the file {cache}, expected a folder or nothing")
+    there = next(folder for folder in (cache.absolute(), *cache.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK):  # MONAI would prepare each volume again, every time
+        raise ValueError(f"cache: found {there}, which cannot be written to, expected a folder that can")
 
 
 def _check_weights(weights: tuple[float, ...] | None) -> None:
