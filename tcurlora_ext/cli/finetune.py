@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tcurlora_ext.cli import options
+from tcurlora_ext.cli import training_options as training
 from tcurlora_ext.io.table import terminal
 
 
 def finetune(
+    ctx: typer.Context,
+    run: training.Run = None,
     output: Annotated[
         Path, typer.Option(help="Run folder: new or empty, or with --resume that of an interrupted run.")
     ] = Path("runs/finetune"),
@@ -62,34 +66,74 @@ def finetune(
     data_seed: options.DataSeed = 0,
     checkpoint_every: options.CheckpointEvery = 25,
     device: options.Device = "auto",
-    resume: options.Resume = False,
+    amp: training.Amp = "off",
+    cache: training.Cache = None,
+    workers: training.Workers = 0,
+    augment: training.Augment = "full",
+    flips: training.Flips = False,
+    class_weights: training.ClassWeights = None,
+    accumulate: training.Accumulate = 1,
+    select: training.Select = "last",
+    patience: training.Patience = 0,
+    select_fraction: training.SelectFraction = 0.2,
+    select_every: training.SelectEvery = None,
+    subject_pattern: training.SubjectPattern = None,
+    log: training.Logs = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="First search each method's learning rate on folds of the training cases."),
+    ] = False,
+    trials: Annotated[int, typer.Option(help="Candidates of each method in the search.")] = 3,
+    tune_over: Annotated[
+        options.Words | None,
+        typer.Option(parser=options.words, metavar="NAMES", help="Search rank and alpha too: rank, alpha or both."),
+    ] = None,
+    tune_folds: Annotated[int, typer.Option(help="In how many folds the training cases are divided for it.")] = 3,
+    config: training.Config = None,
+    resume: training.Resume = False,
 ) -> None:
     """Adapt a pretrained UNETR, SwinUNETR or ViT segmenter to a data set by several methods and compare them.
 
     Ends with a table of scores and trained parameters, and a report.html that needs no other file.
     """
-    from tcurlora_ext.segmentation.methods import STANDARD
     from tcurlora_ext.segmentation.run import FinetuneSettings
-    from tcurlora_ext.segmentation.run import finetune as run
+    from tcurlora_ext.segmentation.run import finetune as start
+    from tcurlora_ext.segmentation.settings import read_settings
     from tcurlora_ext.segmentation.terminal import Display
 
-    names = STANDARD if method == "all" else options.words(method)
-    if factors is not None and not any(name.startswith("tcur-carried") for name in names):
-        names = (*names, "tcur-carried")
-    rates = (
-        {}
-        if lr is None
-        else lr
-        if isinstance(lr, dict)
-        else dict.fromkeys((name.partition(":")[0] for name in names), lr)
-    )
-    run(
-        FinetuneSettings(
-            data=data, pretrained=pretrained, methods=names, seeds=seeds, also_train=also_train, rank=rank, alpha=alpha,
-            lora_rank=lora_rank, steps=steps, batch=batch, lr=rates, factors=factors, network=network,
-            sizes=sizes or {}, roi=roi, spacing=spacing, train_list=train_list, val_list=val_list,
-            val_fraction=val_fraction, labels=labels,
-            pretrain_steps=pretrain_steps, data_seed=data_seed, checkpoint_every=checkpoint_every, device=device,
-        ),
-        output, resume=resume, display=Display(terminal()),
+    folder, from_there = training.run_folder(ctx, run, output, resume)
+    earlier = read_settings(folder, "finetune", FinetuneSettings) if from_there else None
+    names = _names(method, factors)
+    settings = FinetuneSettings(
+        data=data, pretrained=pretrained, methods=names, seeds=seeds, also_train=also_train,
+        rank=rank, alpha=alpha, lora_rank=lora_rank, steps=steps, batch=batch,
+        lr=_rates(lr, names if earlier is None else (*earlier.methods, *names)), factors=factors,
+        network=network, sizes=sizes or {}, roi=roi, spacing=spacing, train_list=train_list,
+        val_list=val_list, val_fraction=val_fraction, labels=labels, pretrain_steps=pretrain_steps,
+        data_seed=data_seed, checkpoint_every=checkpoint_every, device=device, amp=amp, cache=cache,
+        workers=workers, augment=augment, flips=flips, class_weights=class_weights,
+        accumulate=accumulate, select=select, patience=patience, select_fraction=select_fraction,
+        select_every=select_every, subject_pattern=subject_pattern, log=log or (), tune=tune,
+        trials=trials, tune_over=tune_over or (), tune_folds=tune_folds,
     )  # fmt: skip
+    if earlier is not None:
+        settings = training.resumed(earlier, settings, ctx, {"methods": "method"})
+    with training.going_on("finetune", folder):
+        start(settings, folder, resume=resume, display=Display(terminal()))
+
+
+def _names(method: str, factors: Path | None) -> tuple[str, ...]:
+    """The methods by name, with the one that takes the factors where there are some."""
+    from tcurlora_ext.segmentation.methods import STANDARD
+
+    names: tuple[str, ...] = STANDARD if method == "all" else options.words(method)
+    if factors is not None and not any(name.startswith("tcur-carried") for name in names):
+        return (*names, "tcur-carried")
+    return names
+
+
+def _rates(lr: float | dict[str, float] | None, names: Sequence[str]) -> dict[str, float]:
+    """Learning rates by method; one number is for all of them."""
+    if lr is None or isinstance(lr, dict):
+        return lr or {}
+    return dict.fromkeys((name.partition(":")[0] for name in names), lr)

@@ -155,10 +155,9 @@ Labels = Annotated[
     ),
 ]
 DataSeed = Annotated[int, typer.Option(help="Seed of the embedded subjects and of a random split.")]
-Batch = Annotated[int, typer.Option(help="Windows per step.")]
+Batch = Annotated[int, typer.Option(help="Windows of one batch.")]
 CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same settings.")]
 
 # -- of inspect, merge and to-lora ------------------------------------------------------------------------------------
 

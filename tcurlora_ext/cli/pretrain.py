@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 from tcurlora_ext.cli import options
+from tcurlora_ext.cli import training_options as training
 from tcurlora_ext.io.table import terminal
 
 
 def pretrain(
-    output: Annotated[Path, typer.Option(help="Folder for base.safetensors and network.json: new or empty.")],
+    ctx: typer.Context,
+    run: training.Run = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for base.safetensors and network.json: new or empty.")
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Data set in the Medical Decathlon layout. Default: the embedded source domain."),
@@ -39,20 +44,41 @@ def pretrain(
     data_seed: options.DataSeed = 0,
     checkpoint_every: options.CheckpointEvery = 50,
     device: options.Device = "auto",
-    resume: options.Resume = False,
+    amp: training.Amp = "off",
+    cache: training.Cache = None,
+    workers: training.Workers = 0,
+    augment: training.Augment = "full",
+    flips: training.Flips = False,
+    class_weights: training.ClassWeights = None,
+    accumulate: training.Accumulate = 1,
+    select: training.Select = "last",
+    patience: training.Patience = 0,
+    select_fraction: training.SelectFraction = 0.2,
+    select_every: training.SelectEvery = None,
+    subject_pattern: training.SubjectPattern = None,
+    log: training.Logs = None,
+    config: training.Config = None,
+    resume: training.Resume = False,
 ) -> None:
     """Train a segmentation network from random weights, as the base that `tcurlora finetune` adapts."""
     from tcurlora_ext.segmentation.pretraining import PretrainSettings
-    from tcurlora_ext.segmentation.pretraining import pretrain as run
+    from tcurlora_ext.segmentation.pretraining import pretrain as start
+    from tcurlora_ext.segmentation.settings import read_settings
     from tcurlora_ext.segmentation.terminal import Display
 
-    display = Display(terminal())
-    run(
-        PretrainSettings(
-            data=data, network=network, sizes=sizes or {}, roi=roi or (32, 32, 32), spacing=spacing,
-            train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, steps=steps,
-            batch=batch, lr=lr, seed=seed, data_seed=data_seed, checkpoint_every=checkpoint_every, device=device,
-        ),
-        output, resume=resume, display=display,
+    folder, from_there = training.run_folder(ctx, run, output, resume)
+    settings = PretrainSettings(
+        data=data, network=network, sizes=sizes or {}, roi=roi or (32, 32, 32), spacing=spacing,
+        train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, steps=steps,
+        batch=batch, lr=lr, seed=seed, data_seed=data_seed, checkpoint_every=checkpoint_every,
+        device=device, amp=amp, cache=cache, workers=workers, augment=augment, flips=flips,
+        class_weights=class_weights, accumulate=accumulate, select=select, patience=patience,
+        select_fraction=select_fraction, select_every=select_every, subject_pattern=subject_pattern,
+        log=log or (),
     )  # fmt: skip
-    display.say(f"base: {output / 'base.safetensors'}")
+    if from_there:
+        settings = training.resumed(read_settings(folder, "pretrain", PretrainSettings), settings, ctx)
+    display = Display(terminal())
+    with training.going_on("pretrain", folder):
+        start(settings, folder, resume=resume, display=display)
+    display.say(f"base: {folder / 'base.safetensors'}")

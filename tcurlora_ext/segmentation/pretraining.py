@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch import nn
 from tcurlora_ext.io.records import write_json
 from tcurlora_ext.segmentation import evaluation, synthetic, training
 from tcurlora_ext.segmentation.cases import VAL_FRACTION
-from tcurlora_ext.segmentation.dataset import SegmentationDataset, load_volumes, read_dataset
+from tcurlora_ext.segmentation.dataset import SegmentationDataset, read_dataset
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
@@ -22,7 +22,12 @@ from tcurlora_ext.segmentation.networks import (
     save_weights,
 )
 from tcurlora_ext.segmentation.runfolder import describe, open_folder, record
+from tcurlora_ext.segmentation.subjects import hold_out, record_held_out
 from tcurlora_ext.segmentation.terminal import Display
+from tcurlora_ext.segmentation.training import TrainingOptions, check_options, describe_augmentation
+from tcurlora_ext.segmentation.training.logs import open_logs
+from tcurlora_ext.segmentation.training.options import check_class_count
+from tcurlora_ext.segmentation.volumes import Volumes, open_volumes
 
 EMBEDDED_SUBJECTS = {"source": (24, 6), "target": (4, 8)}  # training and validation
 
@@ -30,7 +35,7 @@ Settings = TypeVar("Settings", bound=Any)  # of finetune or of pretrain
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainSettings(TrainingOptions):
     """Options of `tcurlora pretrain`, where they are described by --help.
 
     Attributes:
@@ -132,29 +137,26 @@ def pretrain(
         steps=settings.steps, batch=settings.batch, lr=settings.lr, checkpoint_every=settings.checkpoint_every
     )
     spec, device = get_spec(settings.network), pick_device(settings.device)
+    check_options(settings, device)
     check_network(NetworkConfig(settings.network, 1, 2, settings.roi, settings.spacing, settings.sizes))
     description = describe("pretrain", with_fraction(settings))
+    defaults = describe("pretrain", PretrainSettings())["settings"]
     data = _read(settings, settings.data) if settings.data is not None else None
-    open_folder(out, description, resume)
+    if data is not None:
+        check_class_count(settings, len(data.labels))
+        if settings.holds_out:
+            hold_out([case.name for case in data.train], settings)
+    open_folder(out, description, resume, defaults)
     if data is None:
         data = _read(settings, embedded(out / "data", "source", settings.subjects, settings.data_seed, display))
     record(out, "data", describe_data(data))
+    record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
+    record_held_out([case.name for case in data.train], settings, out, display)
     sizes = complete_sizes(spec, settings.sizes)
     config = NetworkConfig(settings.network, data.channels, len(data.labels), settings.roi, settings.spacing, sizes)
     model = build_network(config, settings.seed).to(device)
-    val = load_volumes(data.val, settings.spacing)
-    plan = training.Plan(
-        settings.steps, settings.batch, settings.lr, settings.seed, settings.roi, settings.weight_decay,
-        settings.checkpoint_every, max(1, settings.steps // 3),
-    )  # fmt: skip
-
-    def validate(current: nn.Module) -> float:
-        return evaluation.mean_dice(current, val[:4], config)
-
-    with display.bar(f"pretraining {spec.name}", plan.steps) as on_step:
-        training.train(
-            model, load_volumes(data.train, settings.spacing), plan, out, validate=validate, on_step=on_step
-        )  # fmt: skip
+    train, val = (open_volumes(cases, settings.spacing, settings.cache) for cases in (data.train, data.val))
+    _train(model, train, val, config, settings, out, display)
     config.save(out / "network.json")
     save_weights(model, out / "base.safetensors")
     check = evaluation.transformer_check(model, val, config, settings.seed)
@@ -162,6 +164,31 @@ def pretrain(
     (out / "checkpoint.pt").unlink(missing_ok=True)
     display.say(describe_check(check))
     return check
+
+
+def _train(
+    model: nn.Module, train: Volumes, val: Volumes, config: NetworkConfig, settings: PretrainSettings, out: Path,
+    display: Display,
+) -> None:  # fmt: skip
+    """Train the network in place; resumed from a checkpoint in the run folder."""
+    plan = training.Plan(
+        settings.steps, settings.batch, settings.lr, settings.seed, settings.roi, settings.weight_decay,
+        settings.checkpoint_every, max(1, settings.steps // 3),
+    )  # fmt: skip
+    plan = training.with_options(plan, settings)
+    chosen = None
+    if settings.holds_out:
+        kept, held = hold_out(train.names, settings)
+        chosen, train = train.part(held), train.part(kept)
+    with (
+        display.bar(f"pretraining {config.network}", plan.steps) as on_step,
+        open_logs(settings.log, out, "pretrain", asdict(plan)) as log,
+    ):
+        training.train(
+            model, train, plan, out, on_step=on_step, log=log,
+            validate=lambda current: evaluation.mean_dice(current, val[:4], config),
+            select=None if chosen is None else lambda current: evaluation.mean_dice(current, chosen, config),
+        )  # fmt: skip
 
 
 def describe_check(check: dict[str, float]) -> str:

@@ -129,6 +129,12 @@ def _settings_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"{name} cases ({len(data[part])})", ", ".join(data[part]))
         for part, name in (("train", "training"), ("val", "validation"))
     ]
+    if "selection" in run:
+        held = run["selection"]["held_out"]
+        rows.append((f"training cases held out, to choose when it is best ({len(held)})", ", ".join(held)))
+    rows += [
+        (f"{name}, found on folds of the training cases", _text(found)) for name, found in run.get("tuned", {}).items()
+    ]
     rows += [(key.replace("_", " "), _text(value)) for key, value in run["settings"].items()]
     return rows + [(f"{name} version", value) for name, value in run["versions"].items()] + [
         ("CPU threads", str(run["threads"])), ("SHA-256 of the data", data["sha256"]),

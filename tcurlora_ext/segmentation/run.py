@@ -7,6 +7,7 @@
     data/  pretrain/                  only without --data: the embedded subjects, and how the network was pretrained
     <method>/seed<k>/                 adapter.safetensors, metrics.csv, cases.csv, result.json; while it trains,
                                       checkpoint.pt
+    tune.csv                          with --tune: what each candidate reached on folds of the training cases
     metrics.csv  summary.csv          scores, one row per method and seed, and one row per method
     curves.png  overlays.png  report.html
 
@@ -16,43 +17,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_csv, write_json
-from tcurlora_ext.segmentation import evaluation, report, training
-from tcurlora_ext.segmentation.dataset import SegmentationDataset, Volume, load_volumes, read_dataset
-from tcurlora_ext.segmentation.methods import (
-    METHODS,
-    STANDARD,
-    Method,
-    MethodOptions,
-    Task,
-    base_name,
-    beside,
-    folder_name,
-    get_methods,
-    learning_rate,
-)
-from tcurlora_ext.segmentation.networks import (
-    NetworkConfig,
-    build_network,
-    check_network,
-    get_spec,
-    load_weights,
-    randomise,
-    read_weights,
-    save_weights,
-)
+from tcurlora_ext.segmentation import evaluation, report, tuning
+from tcurlora_ext.segmentation.adapting import Choice, Job, adapt
+from tcurlora_ext.segmentation.base import load_adapted, load_base, load_pretrained, read_data, take_base
+from tcurlora_ext.segmentation.dataset import SegmentationDataset
+from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, get_methods, learning_rate
+from tcurlora_ext.segmentation.networks import NetworkConfig, check_network, get_spec
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.pretraining import (
-    EMBEDDED_SUBJECTS,
     PretrainSettings,
     check_positive,
     describe_check,
@@ -63,69 +43,24 @@ from tcurlora_ext.segmentation.pretraining import (
     with_fraction,
 )
 from tcurlora_ext.segmentation.runfolder import check_folder, describe, open_folder, record
+from tcurlora_ext.segmentation.settings import FinetuneSettings, beside_rate
+from tcurlora_ext.segmentation.subjects import hold_out, record_held_out
 from tcurlora_ext.segmentation.terminal import Display
+from tcurlora_ext.segmentation.training import check_options, describe_augmentation
+from tcurlora_ext.segmentation.training.options import check_class_count
+from tcurlora_ext.segmentation.volumes import open_volumes
 
+__all__ = [
+    "FinetuneSettings",
+    "beside_rate",
+    "finetune",
+    "load_adapted",
+    "load_base",
+    "load_pretrained",
+    "read_data",
+]
 
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """Options of `tcurlora finetune`, where they are described by --help; None means the default of network or method.
-
-    Attributes:
-        data: None for the embedded target domain.
-        pretrained: None to pretrain on the embedded source domain, which needs `data` to be None too.
-        seeds: How many; the seeds are 0 to seeds - 1.
-        lr: Peak learning rates by method.
-        factors: The file of a subspace, for methods that take one.
-        subjects: How many embedded target subjects are made for training and for validation.
-        source_subjects: The same for the source domain.
-    """
-
-    data: Path | None = None
-    pretrained: Path | None = None
-    methods: tuple[str, ...] = STANDARD
-    seeds: int = 1
-    also_train: str | None = None
-    rank: int = 8
-    alpha: float = 4.0
-    lora_rank: int = 8
-    steps: int = 120
-    batch: int = 2
-    lr: dict[str, float] = field(default_factory=dict)
-    factors: Path | None = None
-    network: str | None = None
-    sizes: dict[str, Any] = field(default_factory=dict)
-    roi: tuple[int, int, int] | None = None
-    spacing: tuple[float, float, float] | None = None
-    train_list: str = "train"
-    val_list: str = "val"
-    val_fraction: float | None = None
-    labels: tuple[str, ...] | None = None
-    pretrain_steps: int = 450
-    data_seed: int = 0
-    subjects: tuple[int, int] = EMBEDDED_SUBJECTS["target"]
-    source_subjects: tuple[int, int] = EMBEDDED_SUBJECTS["source"]
-    checkpoint_every: int = 25
-    device: str = "auto"
-
-    def options(self, spec_default: str, seed: int, method: Method | None = None) -> MethodOptions:
-        """The options that a method takes."""
-        own = {} if method is None else method.own
-        return MethodOptions(self.also_train or spec_default, self.rank, self.alpha, self.lora_rank, seed, own)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all methods and seeds of a run share."""
-
-    out: Path
-    settings: FinetuneSettings
-    config: NetworkConfig
-    head_is_new: bool
-    classes: tuple[str, ...]
-    train: list[Volume]
-    val: list[Volume]
-    device: torch.device
-    display: Display
+EMBEDDED_CLASSES = 3
 
 
 def finetune(
@@ -146,37 +81,46 @@ def finetune(
     rated = [*(METHODS[name] for name in STANDARD), *methods]
     settings = replace(settings, lr={method.name: learning_rate(method, settings.lr) for method in rated})
     description = describe("finetune", with_fraction(settings))
-    check_folder(out, description, resume)
+    defaults = describe("finetune", FinetuneSettings())["settings"]
+    check_folder(out, description, resume, defaults)
     data = None if settings.data is None else read_data(settings, settings.data)
+    _check_cases(settings, data)
     if settings.pretrained is not None and data is not None:
         # Raises where they do not fit, before anything is written; so does a subspace of another network.
         network, model, _ = load_pretrained(settings, settings.pretrained, data)
         for method in (method for method in methods if "factors" in method.own):
             spec = get_spec(network.network)
             method.prepare(copy.deepcopy(model), spec, settings.options(spec.also_train, 0, method), None)
-    open_folder(out, description, resume)
+    open_folder(out, description, resume, defaults)
     if data is None:
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
         data = read_data(settings, folder)
     record(out, "data", describe_data(data))
+    record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
+    record_held_out([case.name for case in data.train], settings, out, display)
     pretrained = settings.pretrained or _pretrain_embedded(settings, out, display)
-    config, head_is_new = _take_base(settings, pretrained, data, out)
-    job = _Job(
-        out, settings, config, head_is_new, data.classes, load_volumes(data.train, config.spacing),
-        load_volumes(data.val, config.spacing), pick_device(settings.device), display,
-    )  # fmt: skip
+    config, head_is_new = take_base(settings, pretrained, data, out)
+    train, val = (open_volumes(cases, config.spacing, settings.cache) for cases in (data.train, data.val))
+    job = Job(out, settings, config, head_is_new, data.classes, train, val, pick_device(settings.device), display)
     if not head_is_new and not (out / "before.json").is_file():
         scores = evaluation.evaluate(load_base(out).to(job.device), job.val, config)
         write_json(out / "before.json", evaluation.summarise(scores, job.classes))
+    choices = tuning.tune(job, methods) if settings.tune else {}
     results = []
     for seed in range(settings.seeds):
         for method in methods:
-            results.append(_adapt(job, method, seed))
+            choice = choices.get(method.name, Choice(settings.lr[method.name]))
+            results.append(adapt(job, method, choice, seed))
             write_csv(out / "metrics.csv", results)
+    return _finish(job, methods, results)
+
+
+def _finish(job: Job, methods: Sequence[Method], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write and show what the methods have reached; returns the rows of summary.csv."""
+    out, display = job.out, job.display
     summary = report.summarise_runs(results)
     write_csv(out / "summary.csv", summary)
-    predictions = _predictions(job, methods)
-    report.write_report(out, job.val, predictions)
+    report.write_report(out, job.val, _predictions(job, methods))
     display.console.print(report.table(summary))
     for line in report.comparisons(summary):
         display.say(line)
@@ -185,31 +129,6 @@ def finetune(
         display.say(describe_check(read_json(out / "transformer.json")))
     display.say(f"report: {out / 'report.html'}")
     return summary
-
-
-def load_base(run_dir: Path) -> nn.Module:
-    """The pretrained network of a run of `finetune` or `pretrain`, not adapted, in eval mode and on the CPU."""
-    config = NetworkConfig.read(run_dir / "network.json")
-    model = build_network(config)
-    path = run_dir / "base.safetensors"
-    load_weights(model, read_weights(path), get_spec(config.network), path)
-    return model.eval()
-
-
-def load_adapted(run_dir: Path, method: str, seed: int = 0) -> nn.Module:
-    """The network of a run with the adapter of a method and seed, in eval mode and on the CPU.
-
-    Raises:
-        FileNotFoundError: The run has no adapter of this method and seed.
-    """
-    config = NetworkConfig.read(run_dir / "network.json")
-    chosen = METHODS.get(base_name(method)) or get_methods([method])[0]  # which raises for an unknown name
-    model = load_base(run_dir)
-    path = run_dir / folder_name(method) / f"seed{seed}" / "adapter.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the adapter of a finished run of '{method}'")
-    chosen.load(model, path, get_spec(config.network), chosen.prepare)
-    return model.eval()
 
 
 def _check(settings: FinetuneSettings) -> list[Method]:
@@ -230,23 +149,32 @@ def _check(settings: FinetuneSettings) -> list[Method]:
             "pretrained: found none, expected a file of weights to adapt to --data; "
             "`tcurlora pretrain --data DIR --output BASE` makes one, then give --pretrained BASE/base.safetensors"
         )
-    pick_device(settings.device)
+    check_options(settings, pick_device(settings.device))
+    if settings.tune:
+        tuning.check(settings)
     if settings.pretrained is None:
         check_network(_embedded_config(settings))
     return methods
 
 
+def _check_cases(settings: FinetuneSettings, data: SegmentationDataset | None) -> None:
+    """Raise ValueError where there are too few training cases for the options, or not a weight for each class.
+
+    Args:
+        settings: Of the run.
+        data: None for the embedded target domain, which is made later.
+    """
+    names = [str(index) for index in range(settings.subjects[0])] if data is None else [c.name for c in data.train]
+    check_class_count(settings, EMBEDDED_CLASSES if data is None else len(data.labels))
+    if settings.tune:
+        tuning.check_cases(settings, names)
+    elif settings.holds_out:
+        hold_out(names, settings)
+
+
 def _embedded_config(settings: FinetuneSettings) -> NetworkConfig:
     return NetworkConfig(
-        settings.network or "vit", 1, 3, settings.roi or (32, 32, 32), settings.spacing, settings.sizes
-    )  # fmt: skip
-
-
-def read_data(settings: FinetuneSettings, folder: Path) -> SegmentationDataset:
-    """The data set in a folder, by the options of the settings."""
-    return read_dataset(
-        folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
-        seed=settings.data_seed, labels=settings.labels,
+        settings.network or "vit", 1, EMBEDDED_CLASSES, settings.roi or (32, 32, 32), settings.spacing, settings.sizes
     )  # fmt: skip
 
 
@@ -258,112 +186,15 @@ def _pretrain_embedded(settings: FinetuneSettings, out: Path, display: Display) 
             PretrainSettings(
                 network=config.network, sizes=config.sizes, roi=config.roi, spacing=config.spacing,
                 steps=settings.pretrain_steps, data_seed=settings.data_seed, subjects=settings.source_subjects,
-                checkpoint_every=settings.checkpoint_every, device=settings.device,
+                checkpoint_every=settings.checkpoint_every, device=settings.device, cache=settings.cache,
+                workers=settings.workers,
             ),
             folder, resume=True, display=display,
         )  # fmt: skip
     return folder / "base.safetensors"
 
 
-def load_pretrained(
-    settings: FinetuneSettings, path: Path, data: SegmentationDataset
-) -> tuple[NetworkConfig, nn.Module, bool]:
-    """The network's configuration, the model with these weights, and whether its head is new."""
-    if settings.network is None and (path.parent / "network.json").is_file():
-        config = NetworkConfig.read(path.parent / "network.json")
-    elif settings.network is not None:
-        config = NetworkConfig(settings.network, 1, 2, settings.roi or (96, 96, 96), None, settings.sizes)
-    else:
-        tensors = read_weights(path)  # raises for a missing or damaged file first
-        raise ValueError(f"{path}: {len(tensors)} tensors but no network.json beside them; expected it or --network")
-    config = replace(
-        config, in_channels=data.channels, out_channels=len(data.labels), roi=settings.roi or config.roi,
-        spacing=settings.spacing or config.spacing, sizes=check_network(config),
-    )  # fmt: skip
-    model = build_network(config)
-    return config, model, load_weights(model, read_weights(path), get_spec(config.network), path)
-
-
-def _take_base(
-    settings: FinetuneSettings, pretrained: Path, data: SegmentationDataset, out: Path
-) -> tuple[NetworkConfig, bool]:  # fmt: skip
-    """Copy the pretrained network, and the transformer.json beside it, into the run folder."""
-    config, model, head_is_new = load_pretrained(settings, pretrained, data)
-    digest = hashlib.sha256(pretrained.read_bytes()).hexdigest()
-    record(out, "base", {"sha256": digest, "head_is_new": head_is_new})
-    config.save(out / "network.json")
-    save_weights(model, out / "base.safetensors")
-    check = pretrained.parent / "transformer.json"
-    if check.is_file():
-        write_json(out / "transformer.json", read_json(check))
-    return config, head_is_new
-
-
-def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
-    """Train by one method and seed, save the adapter, read it back and score it; returns the row of metrics.csv."""
-    folder = job.out / method.folder / f"seed{seed}"
-    if (folder / "result.json").is_file():
-        result: dict[str, Any] = read_json(folder / "result.json")
-        return result
-    spec, settings = get_spec(job.config.network), job.settings
-    options = settings.options(spec.also_train, seed, method)
-    model = load_base(job.out)
-    if job.head_is_new:  # a head for other classes starts from random weights of its own for each seed
-        randomise(model, job.config, spec.head, seed)
-    plan = _plan(job, method, options)
-    method.prepare(model, spec, options, Task(job.train, plan, job.device, folder))
-    model.to(job.device)
-    trained = sum(parameter.numel() for parameter in training.trainable(model).values())
-    with job.display.bar(f"{method.name}, seed {seed}", plan.steps) as on_step:
-        progress = training.train(
-            model, job.train, plan, folder, on_step=on_step,
-            validate=lambda current: evaluation.mean_dice(current, job.val[:4], job.config),
-        )  # fmt: skip
-    method.save(model, folder / "adapter.safetensors", options)
-    scores = evaluation.evaluate(load_adapted(job.out, method.name, seed).to(job.device), job.val, job.config)
-    write_csv(folder / "cases.csv", [
-        {"case": case.name}
-        | {f"dice {name}": value for name, value in zip(job.classes, case.dice, strict=True)}
-        | {f"hd95_mm {name}": value for name, value in zip(job.classes, case.hd95, strict=True)}
-        for case in scores
-    ])  # fmt: skip
-    row = {
-        "method": method.name, "seed": seed, "trained_numbers": trained, "lr": plan.lr, "steps": plan.steps,
-        **evaluation.summarise(scores, job.classes), "seconds": round(progress.seconds, 2),
-        "warm_up_steps": method.warm_up(options), "adapter_bytes": (folder / "adapter.safetensors").stat().st_size,
-    }  # fmt: skip
-    write_json(folder / "result.json", row)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-    job.display.say(
-        f"{method.name}, seed {seed}: {trained:,} trained parameters, Dice {100 * row['dice']:.1f}, "
-        f"HD95 {row['hd95_mm']:.2f} mm"
-    )
-    return row
-
-
-def _plan(job: _Job, method: Method, options: MethodOptions) -> training.Plan:
-    """How a method trains: its learning rates, and the same steps and windows for all methods of a seed."""
-    settings, spec = job.settings, get_spec(job.config.network)
-    plan = training.Plan(
-        settings.steps,
-        settings.batch,
-        settings.lr[method.name],
-        options.seed,
-        job.config.roi,
-        checkpoint_every=settings.checkpoint_every,
-        eval_every=max(1, settings.steps // 3),
-    )
-    if not method.adapter:
-        return plan
-    return replace(plan, beside=beside(spec, options), beside_lr=beside_rate(settings, spec.also_train))
-
-
-def beside_rate(settings: FinetuneSettings, spec_default: str) -> float:
-    """The learning rate of what trains beside an adapter: that which it has alone."""
-    return learning_rate(METHODS[settings.also_train or spec_default], settings.lr)
-
-
-def _predictions(job: _Job, methods: Sequence[Method], cases: int = 3) -> dict[str, list[torch.Tensor]]:
+def _predictions(job: Job, methods: Sequence[Method], cases: int = 3) -> dict[str, list[torch.Tensor]]:
     """Label values predicted for the first validation cases, by the base (unless its head is new) and every method."""
     models = {} if job.head_is_new else {"before": load_base(job.out)}
     models |= {method.name: load_adapted(job.out, method.name) for method in methods}

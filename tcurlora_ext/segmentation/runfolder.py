@@ -15,6 +15,8 @@ from tcurlora_ext.io.records import read_json, write_json
 
 # Settings to which a later call with --resume may add.
 GROWING = ("methods", "seeds", "lr")
+# Those that make no difference to the results: a later call may have others.
+FREE = ("cache", "workers", "log")
 PACKAGES = ("tcurlora_ext", "torch", "monai", "peft", "nilearn", "nibabel", "numpy", "scipy")
 
 
@@ -34,13 +36,16 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def check_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> None:
+def check_folder(
+    folder: Path, description: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None
+) -> None:  # fmt: skip
     """Check that a run may write to its folder, and write nothing.
 
     Args:
         folder: The run folder.
         description: What run.json is to hold, as values that JSON has.
         resume: Whether an earlier run in the folder is continued.
+        defaults: Of the settings: what an earlier version has not recorded, because there was no such setting.
 
     Raises:
         ValueError: The folder is neither new nor empty and `resume` is False; or the earlier run has another
@@ -63,7 +68,10 @@ def check_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> 
     for part in description:
         if part in ("versions", "threads"):
             continue
-        _compare(folder / "run.json", part, earlier.get(part), description[part])
+        before = earlier.get(part)
+        if part == "settings" and isinstance(before, dict):
+            before = {**(defaults or {}), **before}
+        _compare(folder / "run.json", part, before, description[part])
 
 
 def _grown(earlier: Any, now: Any) -> bool:
@@ -76,14 +84,16 @@ def _grown(earlier: Any, now: Any) -> bool:
 
 
 def _compare(path: Path, name: str, earlier: Any, now: Any) -> None:
-    if name.removeprefix("settings.") in GROWING and _grown(earlier, now):
+    setting = name.removeprefix("settings.")
+    if setting in FREE or (setting in GROWING and _grown(earlier, now)):
         return
     if isinstance(earlier, dict) and isinstance(now, Mapping):
         for key in sorted(set(earlier) | set(now)):
             _compare(path, f"{name}.{key}", earlier.get(key), now.get(key))
     elif earlier != now:
-        name = name.removeprefix("settings.")
-        raise ValueError(f"{path}: the run has {name} = {earlier}, found {now} now; --resume needs the same settings")
+        raise ValueError(
+            f"{path}: the run has {setting} = {earlier}, found {now} now; --resume needs the same settings"
+        )
 
 
 def record(folder: Path, part: str, content: Mapping[str, Any]) -> None:
@@ -95,13 +105,15 @@ def record(folder: Path, part: str, content: Mapping[str, Any]) -> None:
         write_json(folder / "run.json", {**description, part: content})
 
 
-def open_folder(folder: Path, description: Mapping[str, Any], resume: bool) -> None:
+def open_folder(
+    folder: Path, description: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None
+) -> None:  # fmt: skip
     """Call :func:`check_folder`, then make the folder and write `run.json` unless it is there.
 
     A resumed run sets PyTorch's CPU threads to as many as the run started with: sums by another number of threads
     differ in the last bits.
     """
-    check_folder(folder, description, resume)
+    check_folder(folder, description, resume, defaults)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
     if not path.is_file():

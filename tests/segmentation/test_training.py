@@ -15,11 +15,10 @@ import torch
 from tcurlora_ext.io.atomic import replacing, write_bytes
 from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.io.tensors import read_checkpoint
-from tcurlora_ext.segmentation import training
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
-from tcurlora_ext.segmentation.training import Plan, Sampler, schedule, train, trainable
+from tcurlora_ext.segmentation.training import Plan, Sampler, loop, schedule, train, trainable
 
 
 class Interrupted(Exception):
@@ -91,7 +90,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Interrupted
         return schedule(plan, now)
 
-    monkeypatch.setattr(training, "schedule", raise_at)
+    monkeypatch.setattr(loop, "schedule", raise_at)
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])

@@ -14,6 +14,7 @@ from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.quantised import is_quantised
 from tcurlora_ext.adapter.model.inject import parameters_named
+from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group
 from tcurlora_ext.adapter.options import positive
@@ -148,6 +149,8 @@ def learn_stacks(
     turns = [step] if callable(step) else list(step)
     if not turns:
         raise ValueError("step is an empty list, expected one or more functions")
+    if config.budget is None:
+        stack_ranks(groups, config)  # a rank that does not fit is an error before the steps are taken
     changes: dict[str, Tensor] = {}
     losses: list[float] = []
     size = -(-len(targets) // warm_up.parts)
