@@ -17,7 +17,10 @@ def finetune(
     ] = Path("runs/finetune"),
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set in the Medical Decathlon layout. Default: the embedded target domain."),
+        typer.Option(
+            help="Data set: a folder (Medical Decathlon, nnU-Net, images and labels) or a data list of MONAI (.json). "
+            "Default: the embedded target domain."
+        ),
     ] = None,
     pretrained: Annotated[
         Path | None,
@@ -56,6 +59,8 @@ def finetune(
     val_list: options.ValList = "val",
     val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
+    fold: options.Fold = None,
+    map_labels: options.MapLabels = None,
     pretrain_steps: Annotated[
         int, typer.Option(help="Optimizer steps of pretraining on the embedded source domain.")
     ] = 450,
@@ -88,7 +93,7 @@ def finetune(
             data=data, pretrained=pretrained, methods=names, seeds=seeds, also_train=also_train, rank=rank, alpha=alpha,
             lora_rank=lora_rank, steps=steps, batch=batch, lr=rates, factors=factors, network=network,
             sizes=sizes or {}, roi=roi, spacing=spacing, train_list=train_list, val_list=val_list,
-            val_fraction=val_fraction, labels=labels,
+            val_fraction=val_fraction, labels=labels, fold=fold, map_labels=map_labels,
             pretrain_steps=pretrain_steps, data_seed=data_seed, checkpoint_every=checkpoint_every, device=device,
         ),
         output, resume=resume, display=Display(terminal()),

@@ -15,7 +15,7 @@ def pretrain(
     output: Annotated[Path, typer.Option(help="Folder for base.safetensors and network.json: new or empty.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set in the Medical Decathlon layout. Default: the embedded source domain."),
+        typer.Option(help="Data set, as for finetune. Default: the embedded source domain."),
     ] = None,
     network: Annotated[str, typer.Option(help="vit, unetr or swinunetr.")] = "vit",
     sizes: options.NetworkSizes = None,
@@ -32,6 +32,8 @@ def pretrain(
     val_list: options.ValList = "val",
     val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
+    fold: options.Fold = None,
+    map_labels: options.MapLabels = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 450,
     batch: options.Batch = 2,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
@@ -50,8 +52,9 @@ def pretrain(
     run(
         PretrainSettings(
             data=data, network=network, sizes=sizes or {}, roi=roi or (32, 32, 32), spacing=spacing,
-            train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, steps=steps,
-            batch=batch, lr=lr, seed=seed, data_seed=data_seed, checkpoint_every=checkpoint_every, device=device,
+            train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, fold=fold,
+            map_labels=map_labels, steps=steps, batch=batch, lr=lr, seed=seed, data_seed=data_seed,
+            checkpoint_every=checkpoint_every, device=device,
         ),
         output, resume=resume, display=display,
     )  # fmt: skip

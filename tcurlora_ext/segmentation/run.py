@@ -100,6 +100,8 @@ class FinetuneSettings:
     val_list: str = "val"
     val_fraction: float | None = None
     labels: tuple[str, ...] | None = None
+    fold: int | None = None
+    map_labels: dict[int, int] | None = None
     pretrain_steps: int = 450
     data_seed: int = 0
     subjects: tuple[int, int] = EMBEDDED_SUBJECTS["target"]
@@ -246,7 +248,7 @@ def read_data(settings: FinetuneSettings, folder: Path) -> SegmentationDataset:
     """The data set in a folder, by the options of the settings."""
     return read_dataset(
         folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
-        seed=settings.data_seed, labels=settings.labels,
+        seed=settings.data_seed, labels=settings.labels, fold=settings.fold, map_labels=settings.map_labels,
     )  # fmt: skip
 
 
