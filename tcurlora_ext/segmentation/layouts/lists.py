@@ -48,6 +48,9 @@ def read_lists(path: Path, description: dict[str, Any]) -> Files:
         if fold is not None:
             files.folds[name] = fold
     refuse_shared(path, ((images[0], files.labels[name]) for name, images in files.images.items()))
+    counts = Counter(os.path.normpath(image) for images in files.images.values() for image in images)
+    if twice := [image for image, count in counts.items() if count > 1]:
+        raise ValueError(f"{path}: found {twice[0]} twice, expected each image of one case and channel")
     chosen = tuple(name for name, (key, *_) in zip(names, parsed, strict=True) if key == "validation")
     return Files(files.images, files.labels, path, path, chosen if "validation" in lists else None, files.folds)
 
