@@ -24,7 +24,10 @@ def finetune(
     ] = None,
     pretrained: Annotated[
         Path | None,
-        typer.Option(help="Weights to adapt: .safetensors, or a torch checkpoint, of which only tensors are read."),
+        typer.Option(
+            help="Weights to adapt: .safetensors, a torch checkpoint, of which only tensors are read, or the folder of "
+            "a MONAI bundle."
+        ),
     ] = None,
     method: Annotated[
         str,

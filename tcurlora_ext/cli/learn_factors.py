@@ -13,9 +13,7 @@ from tcurlora_ext.io.table import terminal
 
 def learn_factors(
     data: Annotated[Path, typer.Option(help="Data set, as for finetune: cases of the family.")],
-    pretrained: Annotated[
-        Path, typer.Option(help="Weights that the adapters will be for: .safetensors, or a torch checkpoint.")
-    ],
+    pretrained: Annotated[Path, typer.Option(help="Weights that the adapters will be for, as for finetune.")],
     output: Annotated[Path, typer.Option(help="The file of the subspace.")],
     rank: Annotated[int, typer.Option(help="Directions of every layer; an adapter may use fewer.")] = 8,
     coupled: Annotated[

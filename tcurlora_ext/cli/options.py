@@ -133,7 +133,9 @@ AlsoTrain = Annotated[
 ]
 PretrainedNetwork = Annotated[
     str | None,
-    typer.Option(help="vit, unetr or swinunetr; needed where no network.json lies beside --pretrained."),
+    typer.Option(
+        help="vit, unetr or swinunetr, where neither network.json beside --pretrained nor the weights say it."
+    ),
 ]
 Window = Annotated[
     WholeTriple | None,

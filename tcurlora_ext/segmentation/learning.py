@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from tcurlora_ext.segmentation.dataset import load_volumes
 from tcurlora_ext.segmentation.methods.tcur import prefixes_beside
 from tcurlora_ext.segmentation.networks import get_spec, randomise
 from tcurlora_ext.segmentation.pretraining import check_positive, pick_device
-from tcurlora_ext.segmentation.run import FinetuneSettings, beside_rate, load_pretrained, read_data
+from tcurlora_ext.segmentation.run import FinetuneSettings, beside_rate, open_pretrained, read_data
 from tcurlora_ext.segmentation.terminal import Display
 
 # A subspace for a family of tasks is learned once, on more cases than one adapter has: docs/learned.md.
@@ -63,9 +63,14 @@ def learn(settings: LearnSettings, output: Path, display: Display | None = None)
         raise ValueError("data, pretrained: expected a data set, and the file of the weights that adapters will be for")
     device = pick_device(base.device)
     data = read_data(base, base.data)
-    config, model, head_is_new = load_pretrained(base, base.pretrained, data)
+    found = open_pretrained(base, base.pretrained, data)
+    config, model = found.config, found.model
+    for line in found.said:
+        display.say(f"weights: {line}")
+    if found.random:
+        base = replace(base, also_train="decoder")
     spec = get_spec(config.network)
-    if head_is_new:
+    if found.head_is_new:
         randomise(model, config, spec.head, settings.seed)
     plan = training.Plan(settings.steps, base.batch, settings.lr, settings.seed, config.roi)
     step = training.loss_step(load_volumes(data.train, config.spacing), plan)

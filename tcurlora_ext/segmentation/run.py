@@ -27,6 +27,7 @@ from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation import evaluation, report, training
+from tcurlora_ext.segmentation.checkpoints import Base, Wanted, base_warnings, open_base
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, Volume, load_volumes, read_dataset
 from tcurlora_ext.segmentation.methods import (
     METHODS,
@@ -152,17 +153,23 @@ def finetune(
     data = None if settings.data is None else read_data(settings, settings.data)
     if settings.pretrained is not None and data is not None:
         # Raises where they do not fit, before anything is written; so does a subspace of another network.
-        network, model, _ = load_pretrained(settings, settings.pretrained, data)
+        base = open_pretrained(settings, settings.pretrained, data)
         for method in (method for method in methods if "factors" in method.own):
-            spec = get_spec(network.network)
-            method.prepare(copy.deepcopy(model), spec, settings.options(spec.also_train, 0, method), None)
+            spec = get_spec(base.config.network)
+            method.prepare(copy.deepcopy(base.model), spec, settings.options(spec.also_train, 0, method), None)
     open_folder(out, description, resume)
     if data is None:
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
         data = read_data(settings, folder)
     record(out, "data", describe_data(data))
     pretrained = settings.pretrained or _pretrain_embedded(settings, out, display)
-    config, head_is_new = _take_base(settings, pretrained, data, out)
+    base = open_pretrained(settings, pretrained, data)
+    _take_base(base, out)
+    for line in base.said:
+        display.say(f"weights: {line}")
+    config, head_is_new = base.config, base.head_is_new
+    if base.random:
+        settings = replace(settings, also_train="decoder")
     job = _Job(
         out, settings, config, head_is_new, data.classes, load_volumes(data.train, config.spacing),
         load_volumes(data.val, config.spacing), pick_device(settings.device), display,
@@ -170,6 +177,8 @@ def finetune(
     if not head_is_new and not (out / "before.json").is_file():
         scores = evaluation.evaluate(load_base(out).to(job.device), job.val, config)
         write_json(out / "before.json", evaluation.summarise(scores, job.classes))
+    for line in base_warnings(out):
+        display.say(line)
     results = []
     for seed in range(settings.seeds):
         for method in methods:
@@ -267,38 +276,41 @@ def _pretrain_embedded(settings: FinetuneSettings, out: Path, display: Display) 
     return folder / "base.safetensors"
 
 
+def open_pretrained(settings: FinetuneSettings, path: Path, data: SegmentationDataset) -> Base:
+    """The network with these weights, for the channels and classes of the data.
+
+    Raises:
+        ValueError, FileNotFoundError: Of :func:`~tcurlora_ext.segmentation.checkpoints.open_base`; or the head alone is
+            to train beside adapters where the decoder starts at random.
+    """
+    base = open_base(
+        path,
+        Wanted(data.channels, len(data.labels), settings.network, settings.sizes, settings.roi, settings.spacing),
+    )
+    if base.random and settings.also_train == "head":
+        raise ValueError(f"also-train: found 'head', expected 'decoder': it starts at random, {base.file} has none")
+    return base
+
+
 def load_pretrained(
     settings: FinetuneSettings, path: Path, data: SegmentationDataset
 ) -> tuple[NetworkConfig, nn.Module, bool]:
     """The network's configuration, the model with these weights, and whether its head is new."""
-    if settings.network is None and (path.parent / "network.json").is_file():
-        config = NetworkConfig.read(path.parent / "network.json")
-    elif settings.network is not None:
-        config = NetworkConfig(settings.network, 1, 2, settings.roi or (96, 96, 96), None, settings.sizes)
-    else:
-        tensors = read_weights(path)  # raises for a missing or damaged file first
-        raise ValueError(f"{path}: {len(tensors)} tensors but no network.json beside them; expected it or --network")
-    config = replace(
-        config, in_channels=data.channels, out_channels=len(data.labels), roi=settings.roi or config.roi,
-        spacing=settings.spacing or config.spacing, sizes=check_network(config),
-    )  # fmt: skip
-    model = build_network(config)
-    return config, model, load_weights(model, read_weights(path), get_spec(config.network), path)
+    base = open_pretrained(settings, path, data)
+    return base.config, base.model, base.head_is_new
 
 
-def _take_base(
-    settings: FinetuneSettings, pretrained: Path, data: SegmentationDataset, out: Path
-) -> tuple[NetworkConfig, bool]:  # fmt: skip
+def _take_base(base: Base, out: Path) -> None:
     """Copy the pretrained network, and the transformer.json beside it, into the run folder."""
-    config, model, head_is_new = load_pretrained(settings, pretrained, data)
-    digest = hashlib.sha256(pretrained.read_bytes()).hexdigest()
-    record(out, "base", {"sha256": digest, "head_is_new": head_is_new})
-    config.save(out / "network.json")
-    save_weights(model, out / "base.safetensors")
-    check = pretrained.parent / "transformer.json"
+    digest = hashlib.sha256(base.file.read_bytes()).hexdigest()
+    record(out, "base", {"sha256": digest, "head_is_new": base.head_is_new})
+    if base.said:
+        record(out, "weights", {"said": list(base.said), "random": list(base.random)})
+    base.config.save(out / "network.json")
+    save_weights(base.model, out / "base.safetensors")
+    check = base.file.parent / "transformer.json"
     if check.is_file():
         write_json(out / "transformer.json", read_json(check))
-    return config, head_is_new
 
 
 def _adapt(job: _Job, method: Method, seed: int) -> dict[str, Any]:
