@@ -7,7 +7,7 @@ tensors. Of an encoder alone, everything after it starts at random. What was tak
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,27 @@ class Wanted:
     spacing: tuple[float, float, float] | None
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A file's tensors and what they are of.
+
+    Attributes:
+        file: The weights.
+        tensors: Under the network's names, where its form is known.
+        config: Of the network, before the data's channels and classes.
+        form: Of the file; None where `network.json` says all.
+        outside: Names of tensors outside an encoder.
+        said: As in `Base`.
+    """
+
+    file: Path
+    tensors: dict[str, Tensor]
+    config: NetworkConfig
+    form: Form | None
+    outside: list[str]
+    said: list[str]
+
+
 def open_base(path: Path, wanted: Wanted) -> Base:
     """A network with the weights of a file or of a MONAI bundle.
 
@@ -90,45 +111,51 @@ def open_base(path: Path, wanted: Wanted) -> Base:
         FileNotFoundError: There is no such file or bundle.
         ValueError: The file cannot be read, the network cannot be told, or the weights do not fit it.
     """
-    bundle = read_bundle(path) if is_bundle(path) else None
-    file = path if bundle is None else bundle.weights
-    tensors: Mapping[str, Tensor] = read_weights(file)
-    said = [] if bundle is None else [bundle.title]
-    beside = file.parent / "network.json"
-    if wanted.network is None and bundle is None and beside.is_file():
-        config, form, outside = NetworkConfig.read(beside), None, []
-    else:
-        if bundle is not None and wanted.network not in (bundle.network, None):
-            raise ValueError(f"network: found '{wanted.network}', expected {bundle.network} as {path} has it")
-        bare = {unwrapped(name): tensor for name, tensor in tensors.items()}
-        tensors = bare if len(bare) == len(tensors) else tensors
-        form = find_form(tensors)
-        name = wanted.network or (form.network if form else None) or (bundle.network if bundle else None)
-        spec = get_spec(name or _told(file, form, tensors))
-        if form is not None and (form.network not in (spec.name, None) or not spec.blocks.startswith(form.encoder)):
-            form = None  # of another network, whose names the error will show
-        tensors, outside, converted = _plain(file, tensors, form, spec, wanted)
-        config, told = _config(file, form, tensors, spec, wanted, bundle)
-        said += [*converted, *told]
+    source = _identify(path, wanted)
+    config, form = source.config, source.form
     config = replace(
         config, in_channels=wanted.channels, out_channels=wanted.classes, roi=wanted.roi or config.roi,
         spacing=wanted.spacing or config.spacing, sizes=check_network(config),
     )  # fmt: skip
     spec, model = get_spec(config.network), build_network(config)
-    state = model.state_dict()
+    state, tensors = model.state_dict(), source.tensors
     if form is not None:
-        tensors = tensors | {name: state[name] for name in state if UNUSED in name and name not in tensors}
+        tensors = {name: state[name] for name in state if UNUSED in name} | tensors
     tensors, changed = with_channels(tensors, spec, state)
-    said += changed
     random: tuple[str, ...] = ()
     if form is not None and not form.whole:
-        outside += [name.removeprefix(form.encoder) for name in tensors if name not in state]
+        outside = [*source.outside, *(name.removeprefix(form.encoder) for name in tensors if name not in state)]
         tensors = {name: tensor for name, tensor in tensors.items() if name in state}
-        random = _parts(name for name in state if name not in tensors and not has_prefix(name, (form.encoder,)))
-        said += _of_encoder(tensors, outside, random, spec)
-        tensors = {name: state[name] for name in state if not has_prefix(name, (form.encoder,))} | tensors
-    head_is_new = load_weights(model, tensors, spec, file) or bool(random)
-    return Base(file, config, model, head_is_new, random, tuple(said))
+        others = {name: state[name] for name in state if not has_prefix(name, (form.encoder,))}
+        random = tuple(dict.fromkeys(name.partition(".")[0] for name in others))
+        changed += _of_encoder(tensors, outside, random, spec)
+        tensors = others | tensors
+    head_is_new = load_weights(model, tensors, spec, source.file) or bool(random)
+    return Base(source.file, config, model, head_is_new, random, (*source.said, *changed))
+
+
+def _identify(path: Path, wanted: Wanted) -> _Source:
+    """Read the tensors of a file or bundle, and find out which network they are of."""
+    bundle = read_bundle(path) if is_bundle(path) else None
+    file = path if bundle is None else bundle.weights
+    tensors = read_weights(file)
+    beside = file.parent / "network.json"
+    if wanted.network is None and bundle is None and beside.is_file():
+        return _Source(file, tensors, NetworkConfig.read(beside), None, [], [])
+    if bundle is not None and wanted.network not in (bundle.network, None):
+        raise ValueError(f"network: found '{wanted.network}', expected {bundle.network} as {path} has it")
+    bare = {unwrapped(name): tensor for name, tensor in tensors.items()}
+    tensors = bare if len(bare) == len(tensors) else tensors
+    form = find_form(tensors)
+    name = wanted.network or (form.network if form else None) or (bundle.network if bundle else None)
+    spec = get_spec(name or _told(file, form, tensors))
+    if form is not None and (form.network not in (spec.name, None) or not spec.blocks.startswith(form.encoder)):
+        form = None  # of another network, whose names the error will show
+    tensors, outside, converted = _plain(file, tensors, form, spec, wanted)
+    config, told = _config(file, form, tensors, spec, wanted, bundle)
+    return _Source(
+        file, tensors, config, form, outside, [*([bundle.title] if bundle else []), *converted, *told]
+    )  # fmt: skip
 
 
 def base_warnings(out: Path) -> list[str]:
@@ -229,10 +256,6 @@ def with_channels(
                 f"made for {found} input channels, adapted to {expected}: the first layers' mean over them, repeated"
             ]
     return changed, said
-
-
-def _parts(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def _of_encoder(

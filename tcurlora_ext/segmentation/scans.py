@@ -158,7 +158,7 @@ def read_scan(path: Path, channels: int, others: Sequence[Path] = ()) -> Tensor:
         _check_shape(path, image, channels)
         _check_content(path, image)
         return image
-    images = []
+    images: list[Tensor] = []
     for file in (path, *others):
         image = _read_file(file)
         _check_shape(file, image, 1)
