@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,14 +14,17 @@ from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
 from monai.networks.nets.swin_unetr import SwinUNETR
 from monai.networks.nets.unetr import UNETR
 from monai.networks.nets.vitautoenc import ViTAutoEnc
+from rich.console import Console
 from torch import Tensor, nn
 
 from tcurlora_ext.io.records import read_csv, read_json
+from tcurlora_ext.segmentation import checkpoints
 from tcurlora_ext.segmentation.checkpoints import Wanted, base_warnings, open_base
 from tcurlora_ext.segmentation.forms import as_convolution
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, save_weights
 from tcurlora_ext.segmentation.predictor import load_predictor
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.terminal import Display
 
 TINY: dict[str, Any] = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 2}
 VIT = {"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "features": 4}
@@ -216,6 +220,16 @@ def test_a_base_that_scores_near_zero_is_warned_of(dice: float, warned: bool, tm
     lines = base_warnings(tmp_path)
     assert bool(lines) == warned
     assert all("warning: the base scores near zero before adaptation (Dice 4.9)" in line for line in lines)
+
+
+def test_finetune_shows_the_warning(
+    settings: Callable[..., FinetuneSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "NEAR_ZERO", 1.1)  # above every Dice
+    text = io.StringIO()
+    display = Display(Console(file=text, width=1000))
+    finetune(settings(methods=("head",), steps=1), tmp_path / "run", display=display)
+    assert text.getvalue().count("warning: the base scores near zero before adaptation (Dice ") == 1
 
 
 def test_a_linear_patch_embedding_of_a_wrong_width_is_named() -> None:
