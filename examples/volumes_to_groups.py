@@ -37,7 +37,7 @@ from sklearn.preprocessing import StandardScaler
 UNIT = " mm3"
 
 
-class ReferenceScores(TransformerMixin, BaseEstimator):
+class ReferenceScores(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # no types to mypy
     """Volumes as z-scores: what is left of them after a linear model of the covariates, fitted to the reference group.
 
     Args:

@@ -32,6 +32,17 @@ def evaluate(
     method: Annotated[str, typer.Option(help="all, or some of the run's methods with commas between.")] = "all",
     seed: Annotated[str, typer.Option(help="all, or some of the run's seeds with commas between.")] = "all",
     labels: options.Labels = None,
+    fold: Annotated[
+        int | None, typer.Option(help="Score a fold of the data set: its list val, or with --list train the other.")
+    ] = None,
+    map_labels: Annotated[
+        options.Mapping | None,
+        typer.Option(
+            parser=options.mapping,
+            metavar="OLD=NEW,...",
+            help="Values that stand for others in labels. Default: as in the run.",
+        ),
+    ] = None,
     overlap: Annotated[
         float, typer.Option(help="Overlap of neighbouring windows, as a fraction of the window.")
     ] = 0.25,
@@ -50,7 +61,7 @@ def evaluate(
     score(
         EvaluateSettings(
             run=run, data=data, predictions=tuple(predictions or ()), case_list=case_list, method=method, seed=seed,
-            labels=labels, overlap=overlap, device=device,
+            labels=labels, fold=fold, map_labels=map_labels, overlap=overlap, device=device,
         ),
         output, overwrite=overwrite, display=Display(terminal()),
     )  # fmt: skip

@@ -21,11 +21,17 @@ def finetune(
     ] = Path("runs/finetune"),
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set in the Medical Decathlon layout. Default: the embedded target domain."),
+        typer.Option(
+            help="Data set: a folder (Medical Decathlon, nnU-Net, images and labels) or a data list of MONAI (.json). "
+            "Default: the embedded target domain."
+        ),
     ] = None,
     pretrained: Annotated[
         Path | None,
-        typer.Option(help="Weights to adapt: .safetensors, or a torch checkpoint, of which only tensors are read."),
+        typer.Option(
+            help="Weights to adapt: .safetensors, a torch checkpoint, of which only tensors are read, or the folder of "
+            "a MONAI bundle."
+        ),
     ] = None,
     method: Annotated[
         str,
@@ -60,6 +66,8 @@ def finetune(
     val_list: options.ValList = "val",
     val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
+    fold: options.Fold = None,
+    map_labels: options.MapLabels = None,
     pretrain_steps: Annotated[
         int, typer.Option(help="Optimizer steps of pretraining on the embedded source domain.")
     ] = 450,
@@ -109,9 +117,9 @@ def finetune(
         rank=rank, alpha=alpha, lora_rank=lora_rank, steps=steps, batch=batch,
         lr=_rates(lr, names if earlier is None else (*earlier.methods, *names)), factors=factors,
         network=network, sizes=sizes or {}, roi=roi, spacing=spacing, train_list=train_list,
-        val_list=val_list, val_fraction=val_fraction, labels=labels, pretrain_steps=pretrain_steps,
-        data_seed=data_seed, checkpoint_every=checkpoint_every, device=device, amp=amp, cache=cache,
-        workers=workers, augment=augment, flips=flips, class_weights=class_weights,
+        val_list=val_list, val_fraction=val_fraction, labels=labels, fold=fold, map_labels=map_labels,
+        pretrain_steps=pretrain_steps, data_seed=data_seed, checkpoint_every=checkpoint_every, device=device, amp=amp,
+        cache=cache, workers=workers, augment=augment, flips=flips, class_weights=class_weights,
         accumulate=accumulate, select=select, patience=patience, select_fraction=select_fraction,
         select_every=select_every, subject_pattern=subject_pattern, log=log or (), tune=tune,
         trials=trials, tune_over=tune_over or (), tune_folds=tune_folds,

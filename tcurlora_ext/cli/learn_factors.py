@@ -13,12 +13,9 @@ from tcurlora_ext.io.table import terminal
 
 def learn_factors(
     data: Annotated[
-        list[Path],
-        typer.Option(help="Data set in the Medical Decathlon layout: cases of the family. Several take turns."),
+        list[Path], typer.Option(help="Data set, as for finetune: cases of the family. Several take turns.")
     ],
-    pretrained: Annotated[
-        Path, typer.Option(help="Weights that the adapters will be for: .safetensors, or a torch checkpoint.")
-    ],
+    pretrained: Annotated[Path, typer.Option(help="Weights that the adapters will be for, as for finetune.")],
     output: Annotated[Path, typer.Option(help="The file of the subspace.")],
     rank: Annotated[int, typer.Option(help="Directions of every layer; an adapter may use fewer.")] = 8,
     coupled: Annotated[
@@ -37,6 +34,8 @@ def learn_factors(
     val_list: options.ValList = "val",
     val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
+    fold: options.Fold = None,
+    map_labels: options.MapLabels = None,
     seed: Annotated[int, typer.Option(help="Seed of the windows and of a new head.")] = 0,
     data_seed: options.DataSeed = 0,
     device: options.Device = "auto",
@@ -54,7 +53,7 @@ def learn_factors(
     base = FinetuneSettings(
         data=data[0], pretrained=pretrained, also_train=also_train, batch=batch, network=network, sizes=sizes or {},
         roi=roi, spacing=spacing, train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels,
-        data_seed=data_seed, device=device,
+        fold=fold, map_labels=map_labels, data_seed=data_seed, device=device,
     )  # fmt: skip
     config = tcur.TCURConfig.preset("learned", rank=rank, **coupling)
     learn(LearnSettings(base, config, steps, lr, bits, seed, tuple(data[1:])), output, Display(terminal()))

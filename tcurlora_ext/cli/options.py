@@ -16,6 +16,7 @@ import typer
 Triple = NewType("Triple", tuple[float, float, float])
 WholeTriple = NewType("WholeTriple", tuple[int, int, int])
 Words = NewType("Words", tuple[str, ...])
+Mapping = NewType("Mapping", dict[int, int])
 
 
 def triple(text: str) -> Triple:
@@ -52,6 +53,17 @@ def json_object(text: str) -> dict[str, Any]:
 def words(text: str) -> Words:
     """Words with commas between them."""
     return Words(tuple(part.strip() for part in text.split(",")))
+
+
+def mapping(text: str) -> Mapping:
+    """ "4=3,255=1": label values and those that stand for them."""
+    pairs = [part.split("=") for part in text.replace(" ", "").split(",")]
+    if not all(len(pair) == 2 and all(value.isdecimal() for value in pair) for pair in pairs):
+        raise typer.BadParameter(f"found '{text}', expected OLD=NEW with commas between, such as 4=3,255=1")
+    found = {int(old): int(new) for old, new in pairs}
+    if len(found) < len(pairs):
+        raise typer.BadParameter(f"found '{text}', expected each old value once")
+    return Mapping(found)
 
 
 def learning_rates(text: str) -> float | dict[str, float]:
@@ -121,7 +133,9 @@ AlsoTrain = Annotated[
 ]
 PretrainedNetwork = Annotated[
     str | None,
-    typer.Option(help="vit, unetr or swinunetr; needed where no network.json lies beside --pretrained."),
+    typer.Option(
+        help="vit, unetr or swinunetr, where neither network.json beside --pretrained nor the weights say it."
+    ),
 ]
 Window = Annotated[
     WholeTriple | None,
@@ -152,6 +166,18 @@ Labels = Annotated[
         parser=words,
         metavar="NAMES",
         help="Class names with commas between, background first, where there is no dataset.json.",
+    ),
+]
+Fold = Annotated[
+    int | None,
+    typer.Option(help="Train and validate on this fold of splits_final.json (nnU-Net) or of a data list's keys fold."),
+]
+MapLabels = Annotated[
+    Mapping | None,
+    typer.Option(
+        parser=mapping,
+        metavar="OLD=NEW,...",
+        help="Values that stand for others in labels, as in 4=3,255=1; other values stay.",
     ),
 ]
 DataSeed = Annotated[int, typer.Option(help="Seed of the embedded subjects and of a random split.")]

@@ -20,7 +20,7 @@ def pretrain(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set in the Medical Decathlon layout. Default: the embedded source domain."),
+        typer.Option(help="Data set, as for finetune. Default: the embedded source domain."),
     ] = None,
     network: Annotated[str, typer.Option(help="vit, unetr or swinunetr.")] = "vit",
     sizes: options.NetworkSizes = None,
@@ -37,6 +37,8 @@ def pretrain(
     val_list: options.ValList = "val",
     val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
+    fold: options.Fold = None,
+    map_labels: options.MapLabels = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 450,
     batch: options.Batch = 2,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
@@ -69,9 +71,9 @@ def pretrain(
     folder, from_there = training.run_folder(ctx, run, output, resume)
     settings = PretrainSettings(
         data=data, network=network, sizes=sizes or {}, roi=roi or (32, 32, 32), spacing=spacing,
-        train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, steps=steps,
-        batch=batch, lr=lr, seed=seed, data_seed=data_seed, checkpoint_every=checkpoint_every,
-        device=device, amp=amp, cache=cache, workers=workers, augment=augment, flips=flips,
+        train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, fold=fold,
+        map_labels=map_labels, steps=steps, batch=batch, lr=lr, seed=seed, data_seed=data_seed,
+        checkpoint_every=checkpoint_every, device=device, amp=amp, cache=cache, workers=workers, augment=augment, flips=flips,
         class_weights=class_weights, accumulate=accumulate, select=select, patience=patience,
         select_fraction=select_fraction, select_every=select_every, subject_pattern=subject_pattern,
         log=log or (),

@@ -146,13 +146,18 @@ def match_names(tensors: Mapping[str, Tensor], expected: Collection[str]) -> dic
     wanted = set(expected)
     if wanted.issuperset(tensors):
         return dict(tensors)
-    plain = {name: _WRAPPERS.sub("", name) for name in tensors}
+    plain = {name: unwrapped(name) for name in tensors}
     found = set(plain.values())
     # no prefix is the first candidate, and so wins against others that find as many names
     candidates = dict.fromkeys(["", *(prefix for name in plain.values() for prefix in _prefixes(name))])
     best = max(candidates, key=lambda prefix: sum(prefix + name in found for name in wanted))
     renamed = {name.removeprefix(best): tensors[own] for own, name in plain.items()}
     return renamed if len(renamed) == len(tensors) else dict(tensors)
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what torch.compile, FSDP and activation checkpointing have put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.segmentation.checkpoints import Base, Wanted, open_base
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, read_dataset
 from tcurlora_ext.segmentation.methods import METHODS, base_name, folder_name, get_methods
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
-    check_network,
     get_spec,
     load_weights,
     read_weights,
@@ -28,42 +27,45 @@ def read_data(settings: FinetuneSettings, folder: Path) -> SegmentationDataset:
     """The data set in a folder, by the options of the settings."""
     return read_dataset(
         folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
-        seed=settings.data_seed, labels=settings.labels,
+        seed=settings.data_seed, labels=settings.labels, fold=settings.fold, map_labels=settings.map_labels,
     )  # fmt: skip
+
+
+def open_pretrained(settings: FinetuneSettings, path: Path, data: SegmentationDataset) -> Base:
+    """The network with these weights, for the channels and classes of the data.
+
+    Raises:
+        ValueError, FileNotFoundError: Of :func:`~tcurlora_ext.segmentation.checkpoints.open_base`; or the head alone is
+            to train beside adapters where the decoder starts at random.
+    """
+    base = open_base(
+        path,
+        Wanted(data.channels, len(data.labels), settings.network, settings.sizes, settings.roi, settings.spacing),
+    )
+    if base.random and settings.also_train == "head":
+        raise ValueError(f"also-train: found 'head', expected 'decoder': it starts at random, {base.file} has none")
+    return base
 
 
 def load_pretrained(
     settings: FinetuneSettings, path: Path, data: SegmentationDataset
 ) -> tuple[NetworkConfig, nn.Module, bool]:
     """The network's configuration, the model with these weights, and whether its head is new."""
-    if settings.network is None and (path.parent / "network.json").is_file():
-        config = NetworkConfig.read(path.parent / "network.json")
-    elif settings.network is not None:
-        config = NetworkConfig(settings.network, 1, 2, settings.roi or (96, 96, 96), None, settings.sizes)
-    else:
-        tensors = read_weights(path)  # raises for a missing or damaged file first
-        raise ValueError(f"{path}: {len(tensors)} tensors but no network.json beside them; expected it or --network")
-    config = replace(
-        config, in_channels=data.channels, out_channels=len(data.labels), roi=settings.roi or config.roi,
-        spacing=settings.spacing or config.spacing, sizes=check_network(config),
-    )  # fmt: skip
-    model = build_network(config)
-    return config, model, load_weights(model, read_weights(path), get_spec(config.network), path)
+    base = open_pretrained(settings, path, data)
+    return base.config, base.model, base.head_is_new
 
 
-def take_base(
-    settings: FinetuneSettings, pretrained: Path, data: SegmentationDataset, out: Path
-) -> tuple[NetworkConfig, bool]:  # fmt: skip
+def take_base(base: Base, out: Path) -> None:
     """Copy the pretrained network, and the transformer.json beside it, into the run folder."""
-    config, model, head_is_new = load_pretrained(settings, pretrained, data)
-    digest = hashlib.sha256(pretrained.read_bytes()).hexdigest()
-    record(out, "base", {"sha256": digest, "head_is_new": head_is_new})
-    config.save(out / "network.json")
-    save_weights(model, out / "base.safetensors")
-    check = pretrained.parent / "transformer.json"
+    digest = hashlib.sha256(base.file.read_bytes()).hexdigest()
+    record(out, "base", {"sha256": digest, "head_is_new": base.head_is_new})
+    if base.said:
+        record(out, "weights", {"said": list(base.said), "random": list(base.random)})
+    base.config.save(out / "network.json")
+    save_weights(base.model, out / "base.safetensors")
+    check = base.file.parent / "transformer.json"
     if check.is_file():
         write_json(out / "transformer.json", read_json(check))
-    return config, head_is_new
 
 
 def load_base(run_dir: Path) -> nn.Module:

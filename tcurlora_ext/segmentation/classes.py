@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tcurlora_ext.segmentation.cases import Case
+from tcurlora_ext.segmentation.layouts import Case
+
+IGNORE = "ignore"  # nnU-Net's name for voxels that count neither in the loss nor in scores
+
+
+def check_mapping(mapping: Mapping[int, int] | None) -> dict[int, int]:
+    """The values that stand for others in labels. ValueError unless all are whole numbers from 0 and differ."""
+    pairs = {} if mapping is None else {int(old): int(new) for old, new in mapping.items()}
+    for old, new in pairs.items():
+        if min(old, new) < 0 or old == new:
+            raise ValueError(f"map-labels: found {old}={new}, expected two different whole numbers from 0")
+    return pairs
+
+
+def ignored_value(path: Path, description: Mapping[str, Any]) -> int | None:
+    """The value of the label "ignore" in dataset.json; None where it names none. ValueError for another form."""
+    content = description.get("labels")
+    if not isinstance(content, dict) or IGNORE not in content:
+        return None
+    value = content[IGNORE]
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{path}: found {value!r} as the label 'ignore', expected one whole number above 0")
+    return value
 
 
 def declared_classes(
-    path: Path, description: dict[str, Any], labels: Sequence[str] | None
-) -> dict[int, str] | None:  # fmt: skip
+    path: Path, description: dict[str, Any], labels: Sequence[str] | None, mapping: Mapping[int, int] | None = None
+) -> dict[int, str] | None:
     """Class names by label value, from `labels` or from dataset.json: {"0": "background"} or {"background": 0}.
+
+    nnU-Net's label "ignore" is no class. A value that is mapped hands its name to the new value, unless that has one.
 
     Args:
         path: Of dataset.json, for error messages.
         description: Its content.
         labels: Class names, background first, in place of those in `description`.
+        mapping: Values that stand for others in labels.
 
     Returns:
         None where neither names them.
@@ -35,13 +60,10 @@ def declared_classes(
         return None
     form = '{"0": "background", "1": ...}'
     if isinstance(content, dict):
-        regions = [name for name, value in content.items() if isinstance(value, list)]
+        regions = [name for name, value in content.items() if isinstance(value, list) and name != IGNORE]
         if regions:
             raise ValueError(f"{path}: found the region '{regions[0]}' of several values (nnU-Net), expected {form}")
-        if "ignore" in content:
-            raise ValueError(
-                f"{path}: found the label 'ignore' (nnU-Net), expected classes alone: every voxel counts in the loss"
-            )
+        content = {name: value for name, value in content.items() if name != IGNORE}
     try:
         pairs = {int(key): str(value) for key, value in content.items()}
     except (ValueError, AttributeError):
@@ -49,6 +71,8 @@ def declared_classes(
             pairs = {int(value): str(key) for key, value in content.items()}
         except (ValueError, TypeError, AttributeError):
             raise ValueError(f"{path}: found labels {content}, expected {form}") from None
+    mapped = {new: pairs[old] for old, new in (mapping or {}).items() if old in pairs}
+    pairs = mapped | {value: name for value, name in pairs.items() if value not in (mapping or {})}
     if sorted(pairs) != list(range(len(pairs))) or len(pairs) < 2:
         raise ValueError(f"{path}: found the label values {sorted(pairs)}, expected 0, 1, ... without a gap")
     return dict(sorted(pairs.items()))

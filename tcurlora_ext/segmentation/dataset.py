@@ -1,9 +1,7 @@
 """Reading a segmentation data set: finding its files, checking them, and loading the volumes into memory.
 
-`dataset.json` names the classes ("labels") and pairs images with labels ("training"), as in the Medical Decathlon.
-Without "training", images lie in `imagesTr/` or `images/`, their labels under the same names in `labelsTr/` or
-`labels/`. All are `.nii.gz` or `.nii`. `splits.json` holds lists of cases, at the top level ("train", "val") or one
-level down ("few_shot": {"5_subjects_seed0": [...]}). Without it the cases are split at random from a seed.
+:mod:`~tcurlora_ext.segmentation.layouts` finds the files, whichever layout the data set has;
+:mod:`~tcurlora_ext.segmentation.splits` and :mod:`~tcurlora_ext.segmentation.cases` say which of them train.
 
 Everything is checked before anything is trained or written: each error names the file, what was found and what was
 expected. All chosen volumes are held in memory at once.
@@ -12,19 +10,28 @@ expected. All chosen volumes are held in memory at once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from tcurlora_ext.io.records import read_json
-from tcurlora_ext.segmentation.cases import Case as Case  # also known by this name
 from tcurlora_ext.segmentation.cases import choose_cases
-from tcurlora_ext.segmentation.classes import check_foreground, declared_classes, observed_classes
+from tcurlora_ext.segmentation.classes import (
+    check_foreground,
+    check_mapping,
+    declared_classes,
+    ignored_value,
+    observed_classes,
+)
+from tcurlora_ext.segmentation.formats import load_image
 from tcurlora_ext.segmentation.integrity import check_case
+from tcurlora_ext.segmentation.layouts import Case as Case  # also known by this name
+from tcurlora_ext.segmentation.layouts import Layout, read_layout
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.preparation import Preparation
+
+IGNORED = -1  # in the labels of a Volume: the voxel counts neither in the loss nor in scores
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Volume:
     Attributes:
         name: The case's.
         image: (C, X, Y, Z) float32, normalised, at the network's voxel size.
-        label: (1, X, Y, Z) on the same grid.
+        label: (1, X, Y, Z) on the same grid; ``IGNORED`` in voxels that do not count.
         truth: (1, X', Y', Z'), the label on the grid of its file, on which predictions are scored.
         spacing: Voxel size of ``truth`` in mm.
     """
@@ -74,12 +81,13 @@ class Volume:
 
 def read_dataset(
     root: Path, *, train_list: str = "train", val_list: str = "val", val_fraction: float | None = None,
-    seed: int = 0, labels: Sequence[str] | None = None,
+    seed: int = 0, labels: Sequence[str] | None = None, fold: int | None = None,
+    map_labels: Mapping[int, int] | None = None,
 ) -> SegmentationDataset:  # fmt: skip
     """Find the cases of a data set and check every file of the two lists.
 
     Args:
-        root: The data set's folder.
+        root: The data set's folder, or a data list of MONAI's (.json).
         train_list: The list of splits.json to train on.
         val_list: The list of splits.json to validate on.
         val_fraction: Fraction of the cases that is drawn for validation where there is no splits.json, and refused
@@ -87,6 +95,8 @@ def read_dataset(
         seed: Of that draw.
         labels: Class names, background first, in place of those of dataset.json. Without either, the classes are the
             values in the training labels.
+        fold: The fold of splits_final.json, or of a data list, whose lists are taken in place of splits.json.
+        map_labels: Values that stand for others in labels; values that it does not name stay.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -97,22 +107,19 @@ def read_dataset(
     """
     require_package("nibabel")
     require_package("monai")
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; expected a data set with images, labels and a list of cases")
-    path = root / "dataset.json"
-    description = read_json(path) if path.is_file() else {}
-    if not isinstance(description, dict):
-        raise ValueError(f"{path}: found a {type(description).__name__}, expected an object with labels and training")
-    train, val = choose_cases(
-        root, description, train_list=train_list, val_list=val_list, val_fraction=val_fraction, seed=seed
+    layout, mapping = read_layout(root), check_mapping(map_labels)
+    train, val = (
+        with_label_values(cases, layout, mapping)
+        for cases in choose_cases(
+            layout, train_list=train_list, val_list=val_list, val_fraction=val_fraction, seed=seed, fold=fold
+        )
     )
-    declared = declared_classes(path, description, labels)
+    declared = declared_classes(layout.source, layout.description, labels, mapping)
     found = [check_case(case, declared) for case in (*train, *val)]
     channels = {number: case for (number, _), case in zip(found, (*train, *val), strict=True)}
     if len(channels) > 1:
         described = ", ".join(f"{case.image} has {number}" for number, case in channels.items())
-        raise ValueError(f"{root}: found images of different channel counts ({described}), expected one count")
+        raise ValueError(f"{layout.root}: found images of different channel counts ({described}), expected one count")
     values = [seen for _, seen in found]
     both = values[: len(train)], values[len(train) :]
     check_foreground(train, val, *both, declared)
@@ -120,8 +127,26 @@ def read_dataset(
         declared = observed_classes(train, val, *both)
     digest = hashlib.sha256()
     for case in (*train, *val):
-        digest.update(case.image.read_bytes() + case.label.read_bytes())
-    return SegmentationDataset(root, declared, next(iter(channels)), train, val, digest.hexdigest())
+        for path in (*case.images, case.label):
+            digest.update(path.read_bytes())
+    return SegmentationDataset(layout.root, declared, next(iter(channels)), train, val, digest.hexdigest())
+
+
+def with_label_values(cases: Sequence[Case], layout: Layout, mapping: Mapping[int, int]) -> tuple[Case, ...]:
+    """The cases, each with how the values in its label are read: mapped, and one of them ignored."""
+    ignore, pairs = ignored_value(layout.source, layout.description), tuple(mapping.items())
+    return tuple(replace(case, relabel=pairs, ignore=ignore) for case in cases)
+
+
+def load_label(case: Case) -> Tensor:
+    """The label of a case, (1, X, Y, Z) float32 with MONAI's affine: values mapped, ``IGNORED`` where none counts."""
+    values: Tensor = load_image([case.label])
+    label = values.clone()
+    for old, new in case.relabel:
+        label[values == old] = new
+    if case.ignore is not None:
+        label[label == case.ignore] = IGNORED
+    return label
 
 
 def load_volumes(cases: Sequence[Case], spacing: Sequence[float] | None) -> list[Volume]:
@@ -134,14 +159,10 @@ def load_volumes(cases: Sequence[Case], spacing: Sequence[float] | None) -> list
     Raises:
         ValueError: Normalisation overflows float32.
     """
-    require_package("monai")
-    from monai.transforms.io.dictionary import LoadImaged
-
-    load = LoadImaged(["image", "label"], ensure_channel_first=True)
     preparation = Preparation(spacing, label=True)
     volumes = []
     for case in cases:
-        data = load({"image": str(case.image), "label": str(case.label)})
+        data = {"image": load_image(case.images), "label": load_label(case)}
         data["label"].affine = data["image"].affine  # equal but for rounding, as check_case has seen to
         data = preparation.orient(data)
         truth = data["label"].clone()

@@ -140,14 +140,20 @@ def score(prediction: Tensor, volume: Volume, classes: int) -> CaseScore:
 def one_hot_pair(prediction: Tensor, truth: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Class indices as (1, classes, X', Y', Z') of zeros and ones each, as MONAI's metrics take them.
 
+    Voxels that the truth ignores are background in both, so that they count in no score.
+
     Args:
         prediction: (X', Y', Z').
-        truth: (1, X', Y', Z').
+        truth: (1, X', Y', Z'); below 0 where a voxel is ignored.
         classes: How many, with the background.
     """
     from monai.networks.utils import one_hot
 
     labels = torch.as_tensor(prediction)[None, None], torch.as_tensor(truth)[None]
+    ignored = labels[1] < 0
+    if bool(ignored.any()):
+        found, wanted = labels
+        labels = found.masked_fill(ignored.to(found.device), 0), wanted.masked_fill(ignored, 0)
     found, wanted = (one_hot(values, classes) for values in labels)
     return found, wanted
 

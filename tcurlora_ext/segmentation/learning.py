@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,12 @@ import tcurlora_ext as tcur
 from tcurlora_ext.adapter.learning import warmup
 from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.segmentation import training
+from tcurlora_ext.segmentation.base import open_pretrained, read_data
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, load_volumes
 from tcurlora_ext.segmentation.methods.tcur import prefixes_beside
 from tcurlora_ext.segmentation.networks import get_spec, randomise
 from tcurlora_ext.segmentation.pretraining import check_positive, pick_device
-from tcurlora_ext.segmentation.run import FinetuneSettings, beside_rate, load_pretrained, read_data
+from tcurlora_ext.segmentation.settings import FinetuneSettings, beside_rate
 from tcurlora_ext.segmentation.terminal import Display
 
 # A subspace for a family of tasks is learned once, on more cases than one adapter has: docs/learned.md.
@@ -67,9 +68,14 @@ def learn(settings: LearnSettings, output: Path, display: Display | None = None)
         raise ValueError("data, pretrained: expected a data set, and the file of the weights that adapters will be for")
     device = pick_device(base.device)
     data, *others = _data_sets(base, (base.data, *settings.more))
-    config, model, head_is_new = load_pretrained(base, base.pretrained, data)
+    found = open_pretrained(base, base.pretrained, data)
+    config, model = found.config, found.model
+    for line in found.said:
+        display.say(f"weights: {line}")
+    if found.random:
+        base = replace(base, also_train="decoder")
     spec = get_spec(config.network)
-    if head_is_new:
+    if found.head_is_new:
         randomise(model, config, spec.head, settings.seed)
     plan = training.Plan(settings.steps, base.batch, settings.lr, settings.seed, config.roi)
     steps = [training.loss_step(load_volumes(one.train, config.spacing), plan) for one in (data, *others)]

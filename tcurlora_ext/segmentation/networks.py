@@ -39,6 +39,7 @@ class NetworkSpec:
         head, decoder, blocks: Prefixes of the names of these parameters; the decoder includes the head.
         also_train: What trains beside an adapter by default, "head" or "decoder".
         multiple: Each side of the window is a multiple of it, in voxels.
+        inputs: Names of the weights that read the image.
     """
 
     name: str
@@ -50,6 +51,7 @@ class NetworkSpec:
     blocks: str
     also_train: str
     multiple: int
+    inputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class ViTSegmenter(nn.Module):
             in_channels=in_channels, img_size=tuple(roi), patch_size=(patch,) * 3, hidden_size=hidden,
             mlp_dim=int(sizes["mlp_dim"]), num_layers=int(sizes["num_layers"]), num_heads=int(sizes["num_heads"]),
             dropout_rate=float(sizes["dropout_rate"]), classification=False, spatial_dims=3,
+            qkv_bias=bool(sizes["qkv_bias"]),
         )  # fmt: skip
         steps = patch.bit_length() - 1
         widths = [hidden] + [features * 2 ** (steps - 1 - step) for step in range(steps)]
@@ -140,26 +143,31 @@ def _swinunetr(in_channels: int, out_channels: int, roi: tuple[int, ...], sizes:
 
 # UNETR's decoder here is decoder5 to decoder2 and the output head: 2,678,562 parameters in the published size (feature
 # size 16, hidden size 768), the 2.6785 M that the paper counts beside its cores. encoder1 to encoder4 stay frozen.
+_SKIP_INPUTS = tuple(f"encoder1.layer.{name}.conv.weight" for name in ("conv1", "conv3"))
 NETWORKS: dict[str, NetworkSpec] = {
     spec.name: spec
     for spec in (
         NetworkSpec(
             "vit", "ViT segmenter without skip connections", ViTSegmenter,
             {"patch_size": 4, "hidden_size": 128, "mlp_dim": 512, "num_layers": 6, "num_heads": 4, "features": 16,
-             "dropout_rate": 0.0},
+             "dropout_rate": 0.0, "qkv_bias": False},
             head=("out.",), decoder=("decoder.", "out."), blocks="vit.blocks.", also_train="head", multiple=4,
+            inputs=("vit.patch_embedding.patch_embeddings.weight",),
         ),
         NetworkSpec(
             "unetr", "MONAI's UNETR", _unetr,
-            {"feature_size": 16, "hidden_size": 768, "mlp_dim": 3072, "num_heads": 12, "dropout_rate": 0.0},
+            {"feature_size": 16, "hidden_size": 768, "mlp_dim": 3072, "num_heads": 12, "dropout_rate": 0.0,
+             "qkv_bias": False, "conv_block": True, "res_block": True},
             head=("out.",), decoder=("decoder2.", "decoder3.", "decoder4.", "decoder5.", "out."),
             blocks="vit.blocks.", also_train="decoder", multiple=16,
+            inputs=("vit.patch_embedding.patch_embeddings.weight", *_SKIP_INPUTS),
         ),
         NetworkSpec(
             "swinunetr", "MONAI's SwinUNETR", _swinunetr,
             {"feature_size": 24, "depths": [2, 2, 2, 2], "num_heads": [3, 6, 12, 24], "use_v2": False},
             head=("out.",), decoder=("decoder1.", "decoder2.", "decoder3.", "decoder4.", "decoder5.", "out."),
             blocks="swinViT.layers", also_train="decoder", multiple=32,
+            inputs=("swinViT.patch_embed.proj.weight", *_SKIP_INPUTS),
         ),
     )
 }  # fmt: skip

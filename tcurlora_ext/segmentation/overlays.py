@@ -139,7 +139,7 @@ def draw_overlays(out: Path, volumes: Sequence[Volume], predictions: Mapping[str
         rows, len(columns), figsize=(1.75 * len(columns), 2.1 * rows + 0.5), squeeze=False, layout="constrained"
     )  # fmt: skip
     for row, volume in enumerate(volumes[:rows]):
-        truth, grey = np.asarray(volume.truth)[0].astype(int), _grey(volume)
+        truth, grey = np.maximum(np.asarray(volume.truth)[0].astype(int), 0), _grey(volume)  # below 0: ignored
         index = view.fullest(truth)
         panels = [np.zeros_like(truth), truth, *(np.asarray(found[row]) for found in predictions.values())]
         scores = ["", "", *(_case_dice(found[row], volume, len(classes)) for found in predictions.values())]

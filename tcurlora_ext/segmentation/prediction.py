@@ -128,7 +128,7 @@ def predict_scans(
         raise ValueError(f"overlap: found {options.overlap}, expected a number from 0 to below 1")
     if options.overlays:
         require_package("matplotlib")
-    scans = find_scans([Path(path) for path in inputs])
+    scans = find_scans([Path(path) for path in inputs], predictor.config.in_channels)
     origin = {"source": predictor.title, **predictor.origin, "overlap": options.overlap}
     alike = _check_output(out, scans, origin, options.overwrite)
     rows = _earlier_rows(out / "volumes.csv") if alike else {}
@@ -169,7 +169,7 @@ def _record(out: Path, origin: dict[str, Any], alike: bool) -> None:
 
 
 def _predict_file(predictor: Predictor, scan: Scan, options: PredictOptions) -> Prediction:
-    image = read_scan(scan.path, predictor.config.in_channels)
+    image = read_scan(scan.path, predictor.config.in_channels, scan.others)
     return predict_image(
         predictor, image, overlap=options.overlap, probabilities=options.probabilities, name=scan.path
     )  # fmt: skip
@@ -218,7 +218,7 @@ def _check_output(out: Path, scans: Sequence[Scan], origin: dict[str, Any], over
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: found a file, expected a folder or nothing")
     for scan in scans:
-        if (out / scan.output).resolve() == scan.path.resolve():
+        if any((out / scan.output).resolve() == path.resolve() for path in (scan.path, *scan.others)):
             raise ValueError(f"{out}: the label map of {scan.path} would replace the scan, expected another folder")
     record = out / "prediction.json"
     if not record.is_file():

@@ -54,6 +54,8 @@ class PretrainSettings(TrainingOptions):
     val_list: str = "val"
     val_fraction: float | None = None
     labels: tuple[str, ...] | None = None
+    fold: int | None = None
+    map_labels: dict[int, int] | None = None
     steps: int = 450
     batch: int = 2
     lr: float = 1e-3
@@ -202,5 +204,5 @@ def describe_check(check: dict[str, float]) -> str:
 def _read(settings: PretrainSettings, folder: Path) -> SegmentationDataset:
     return read_dataset(
         folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
-        seed=settings.data_seed, labels=settings.labels,
+        seed=settings.data_seed, labels=settings.labels, fold=settings.fold, map_labels=settings.map_labels,
     )  # fmt: skip

@@ -27,7 +27,15 @@ import torch
 from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation import evaluation, report, tuning
 from tcurlora_ext.segmentation.adapting import Choice, Job, adapt
-from tcurlora_ext.segmentation.base import load_adapted, load_base, load_pretrained, read_data, take_base
+from tcurlora_ext.segmentation.base import (
+    load_adapted,
+    load_base,
+    load_pretrained,
+    open_pretrained,
+    read_data,
+    take_base,
+)
+from tcurlora_ext.segmentation.checkpoints import base_warnings
 from tcurlora_ext.segmentation.dataset import SegmentationDataset
 from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, get_methods, learning_rate
 from tcurlora_ext.segmentation.networks import NetworkConfig, check_network, get_spec
@@ -87,10 +95,10 @@ def finetune(
     _check_cases(settings, data)
     if settings.pretrained is not None and data is not None:
         # Raises where they do not fit, before anything is written; so does a subspace of another network.
-        network, model, _ = load_pretrained(settings, settings.pretrained, data)
+        base = open_pretrained(settings, settings.pretrained, data)
         for method in (method for method in methods if "factors" in method.own):
-            spec = get_spec(network.network)
-            method.prepare(copy.deepcopy(model), spec, settings.options(spec.also_train, 0, method), None)
+            spec = get_spec(base.config.network)
+            method.prepare(copy.deepcopy(base.model), spec, settings.options(spec.also_train, 0, method), None)
     open_folder(out, description, resume, defaults)
     if data is None:
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
@@ -99,12 +107,20 @@ def finetune(
     record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
     record_held_out([case.name for case in data.train], settings, out, display)
     pretrained = settings.pretrained or _pretrain_embedded(settings, out, display)
-    config, head_is_new = take_base(settings, pretrained, data, out)
+    base = open_pretrained(settings, pretrained, data)
+    take_base(base, out)
+    for line in base.said:
+        display.say(f"weights: {line}")
+    config, head_is_new = base.config, base.head_is_new
+    if base.random:
+        settings = replace(settings, also_train="decoder")
     train, val = (open_volumes(cases, config.spacing, settings.cache) for cases in (data.train, data.val))
     job = Job(out, settings, config, head_is_new, data.classes, train, val, pick_device(settings.device), display)
     if not head_is_new and not (out / "before.json").is_file():
         scores = evaluation.evaluate(load_base(out).to(job.device), job.val, config)
         write_json(out / "before.json", evaluation.summarise(scores, job.classes))
+    for line in base_warnings(out):
+        display.say(line)
     choices = tuning.tune(job, methods) if settings.tune else {}
     results = []
     for seed in range(settings.seeds):

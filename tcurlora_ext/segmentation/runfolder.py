@@ -24,7 +24,10 @@ def describe(command: str, settings: Any) -> dict[str, Any]:
     """What run.json holds from the start: the command, its settings (a dataclass), versions and CPU threads."""
     values = asdict(settings)
     for key, value in values.items():
-        values[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        if isinstance(value, dict):
+            values[key] = {str(name): part for name, part in value.items()}  # as JSON has it
+        else:
+            values[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
     versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
     return {"command": command, "settings": values, "versions": versions, "threads": torch.get_num_threads()}
 

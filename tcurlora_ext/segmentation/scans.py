@@ -9,71 +9,117 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tcurlora_ext.io.atomic import write_with
-from tcurlora_ext.segmentation.cases import SUFFIXES as NIFTI
-from tcurlora_ext.segmentation.cases import contents, other_volumes
+from tcurlora_ext.segmentation.formats import (
+    FORMS,
+    NIFTI,
+    load_image,
+    other_volumes,
+    require_reader,
+    stem,
+    volume_suffix,
+)
+from tcurlora_ext.segmentation.integrity import grid_difference
+from tcurlora_ext.segmentation.layouts.files import contents
+from tcurlora_ext.segmentation.layouts.nnunet import CHANNEL
 from tcurlora_ext.segmentation.packages import require_package
 
-# Packages that MONAI reads a format by, any of which will do.
-READERS = {".nii.gz": ("nibabel",), ".nii": ("nibabel",), ".mha": ("itk",), ".nrrd": ("itk", "nrrd")}
-INSTALLED_AS = {"nrrd": "pynrrd"}
-FORMS = f"a volume ({', '.join(READERS)})"
 # Cosine of the angle between two axes, up to which they are at right angles: headers as text have four digits.
 UPRIGHT = 1e-3
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A file to predict.
+    """A file to predict, or the files of its channels.
 
     Attributes:
-        name: The file's, without its suffix.
-        path: The file.
+        name: The file's, without its suffix and without the number of a channel.
+        path: The file, or that of the first channel.
         output: The name of its label map: the file's, or for a format that is not NIfTI ``<name>.nii.gz``.
+        others: Files with further channels, in their order.
     """
 
     name: str
     path: Path
     output: str
+    others: tuple[Path, ...] = ()
 
 
-def find_scans(inputs: Sequence[Path]) -> list[Scan]:
+def find_scans(inputs: Sequence[Path], channels: int = 1) -> list[Scan]:
     """The scans that files and folders hold: every volume of a folder, in the order of names.
+
+    Files `case_0000`, `case_0001`, ... are the channels of one scan, as nnU-Net names them. Where the network takes one
+    channel, they are that if the number is 0000 in all names.
+
+    Args:
+        inputs: Files and folders.
+        channels: How many the network takes.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: A file has another suffix, a folder has no volume, or two files have one name.
+        ValueError: A file has another suffix, a folder has no volume, two files have one name, or the files of a scan
+            are not those of the network's channels.
 
     Warns:
         UserWarning: A folder has volumes of formats that are not read.
     """
     if not inputs:
         raise ValueError("input: found none, expected files or a folder with scans")
+    given = [path for place in inputs for path in (_in_folder(place) if place.is_dir() else [_checked_file(place)])]
     scans: dict[str, Scan] = {}
-    for given in inputs:
-        for path in _in_folder(given) if given.is_dir() else [_checked_file(given)]:
-            name = path.name.removesuffix(_suffix(path) or "")
-            scan = Scan(name, path, path.name if path.name.endswith(NIFTI) else f"{name}.nii.gz")
-            other = scans.setdefault(name, scan)
-            if other.path != path:
-                raise ValueError(f"{path}: has the name of {other.path}, expected one scan for each name")
+    for name, (path, *others) in _by_scan(list(dict.fromkeys(given)), channels):
+        output = f"{name}{volume_suffix(path) if path.name.endswith(NIFTI) else NIFTI[0]}"
+        other = scans.setdefault(name, Scan(name, path, output, tuple(others)))
+        if other.path != path:
+            raise ValueError(f"{path}: has the name of {other.path}, expected one scan for each name")
     return list(scans.values())
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)
+def _by_scan(paths: Sequence[Path], channels: int) -> list[tuple[str, list[Path]]]:
+    """The files of each scan with its name."""
+    matches = [CHANNEL.fullmatch(stem(path.name)) for path in paths]
+    numbered: dict[tuple[Path, str], dict[int, Path]] = {}
+    for path, match in zip(paths, matches, strict=True):
+        if match is not None and (channels == 1 or not _has_channels(path)):
+            numbered.setdefault((path.parent, match[1]), {})[int(match[2])] = path
+    if channels == 1 and (None in matches or any(set(files) != {0} for files in numbered.values())):
+        numbered = {}
+    taken: dict[Path, tuple[str, list[Path]]] = {}
+    for (_, name), files in numbered.items():
+        if 0 not in files:
+            continue  # numbers of scans
+        if sorted(files) != list(range(channels)):
+            found = ", ".join(f"_{number:04d}" for number in sorted(files))
+            raise ValueError(
+                f"{files[0]}: found the channels {found} of the scan '{name}', expected _0000 to _{channels - 1:04d} "
+                "as in training"
+            )
+        ordered = [files[number] for number in range(channels)]
+        taken |= {path: (name, ordered if path == ordered[0] else []) for path in ordered}
+    found_all = [taken.get(path, (stem(path.name), [path])) for path in paths]
+    return [(name, files) for name, files in found_all if files]
+
+
+def _has_channels(path: Path) -> bool:
+    """Whether the header of a NIfTI file says that it holds several channels."""
+    import nibabel as nib
+
+    try:
+        return path.name.endswith(NIFTI) and nib.load(path).ndim > 3
+    except Exception:  # a damaged file is named when it is read
+        return False
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_file() and _suffix(path))
+    found = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_file() and volume_suffix(path))
     unread = [path for path in other_volumes(folder) if path not in found]
     if not found:
         raise ValueError(f"{folder}: found no scan in this folder, which holds {contents(folder)}; expected {FORMS}")
@@ -87,17 +133,18 @@ def _in_folder(folder: Path) -> list[Path]:
 def _checked_file(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected {FORMS}, or a folder with some")
-    if _suffix(path) is None:
+    if volume_suffix(path) is None:
         raise ValueError(f"{path}: found a file of another kind, expected {FORMS}")
     return path
 
 
-def read_scan(path: Path, channels: int) -> Tensor:
+def read_scan(path: Path, channels: int, others: Sequence[Path] = ()) -> Tensor:
     """Read a scan by MONAI's reader of its format, and check it.
 
     Args:
         path: The file.
         channels: How many the network takes.
+        others: Files with further channels, in their order.
 
     Returns:
         (C, X, Y, Z) float32, with MONAI's affine.
@@ -106,16 +153,30 @@ def read_scan(path: Path, channels: int) -> Tensor:
         ValueError: The file cannot be read, or its content is not what the network takes. The message names the file,
             what was found and what was expected.
     """
-    require_package("monai")
-    from monai.transforms.io.array import LoadImage
+    if not others:
+        image = _read_file(path)
+        _check_shape(path, image, channels)
+        _check_content(path, image)
+        return image
+    images: list[Tensor] = []
+    for file in (path, *others):
+        image = _read_file(file)
+        _check_shape(file, image, 1)
+        _check_content(file, image)
+        _check_alike(file, image, path, (images or [image])[0])
+        images.append(image)
+    for image in images:
+        image.affine = images[0].affine  # type: ignore[attr-defined]
+    return torch.cat(images)
 
-    _require_reader(path)
+
+def _read_file(path: Path) -> Tensor:
+    require_package("monai")
+    require_reader(path)
     try:
         if path.name.endswith(NIFTI):
             _check_numbers(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image: Tensor = LoadImage(ensure_channel_first=True)(str(path))
+        image: Tensor = load_image([path])
     except _Refused as refusal:
         raise ValueError(str(refusal)) from None
     except Exception as error:  # the readers' errors have no common base
@@ -123,27 +184,26 @@ def read_scan(path: Path, channels: int) -> Tensor:
         raise ValueError(
             f"{path}: cannot be read ({type(error).__name__}: {reason}), expected a complete volume"
         ) from error
-    _check_shape(path, image, channels)
+    return image
+
+
+def _check_content(path: Path, image: Tensor) -> None:
     _check_affine(path, np.asarray(image.affine))  # type: ignore[attr-defined]
     _check_values(path, image)
-    return image
+
+
+def _check_alike(path: Path, image: Tensor, first: Path, like: Tensor) -> None:
+    """Raise ValueError unless a channel lies on the grid of the first one."""
+    if image.shape != like.shape:
+        found, expected = ("x".join(map(str, part.shape[1:])) for part in (image, like))
+        raise ValueError(f"{path}: found {found} voxels, expected {expected} as in {first}")
+    a, b = (np.asarray(part.affine) for part in (image, like))  # type: ignore[attr-defined]
+    if difference := grid_difference(a, b, image.shape[1:]):
+        raise ValueError(f"{path}: found another affine than that of {first}: {difference}; expected the same grid")
 
 
 class _Refused(ValueError):
     """What was found out about a file while it was read."""
-
-
-def _require_reader(path: Path) -> None:
-    suffix = _suffix(path) or ""
-    packages = READERS[suffix]
-    if suffix in NIFTI:
-        require_package(packages[0])
-    elif not any(find_spec(package) for package in packages):
-        names = [INSTALLED_AS.get(package, package) for package in packages]
-        raise ValueError(
-            f"{path}: the package that reads {suffix} is not installed; expected {' or '.join(names)} "
-            f"(pip install {names[0]}), or the scan as NIfTI"
-        )
 
 
 def _check_numbers(path: Path) -> None:

@@ -37,6 +37,8 @@ class EvaluateSettings:
         method: "all", or names with commas between.
         seed: "all", or numbers with commas between.
         labels: Class names, background first, where neither run nor dataset.json has them.
+        fold: A fold of the data set, whose list "val", or `case_list`, is scored.
+        map_labels: Values that stand for others in labels; None: as in the run.
         overlap: Of neighbouring windows.
         device: "auto", or a device of PyTorch.
     """
@@ -48,6 +50,8 @@ class EvaluateSettings:
     method: str = "all"
     seed: str = "all"
     labels: tuple[str, ...] | None = None
+    fold: int | None = None
+    map_labels: dict[int, int] | None = None
     overlap: float = OVERLAP
     device: str = "auto"
 
@@ -80,7 +84,9 @@ def evaluate(
     _check_output(out, overwrite)
     chosen = {} if run is None else _chosen(run, settings)
     folders = _named(settings.predictions)
-    cases = find_cases(settings.data, run, settings.case_list, settings.labels, folders)
+    cases = find_cases(
+        settings.data, run, settings.case_list, settings.labels, folders, settings.fold, settings.map_labels
+    )  # fmt: skip
     display.say(f"{len(cases.cases)} cases: {cases.source}")
     _say_trained(run, cases, display)
     rows: list[dict[str, Any]] = []

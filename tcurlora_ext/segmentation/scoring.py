@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tcurlora_ext.io.records import read_json
-from tcurlora_ext.segmentation.cases import SUFFIXES, Case, labelled_cases
-from tcurlora_ext.segmentation.classes import declared_classes
-from tcurlora_ext.segmentation.dataset import load_volumes
+from tcurlora_ext.segmentation.cases import labelled_cases
+from tcurlora_ext.segmentation.classes import check_mapping, declared_classes
+from tcurlora_ext.segmentation.dataset import IGNORED, load_label, load_volumes, with_label_values
 from tcurlora_ext.segmentation.evaluation import (
     OVERLAP,
     dice_scores,
@@ -26,8 +26,9 @@ from tcurlora_ext.segmentation.evaluation import (
     predict,
     surface_dice_scores,
 )
+from tcurlora_ext.segmentation.formats import NIFTI, load_image
 from tcurlora_ext.segmentation.integrity import check_case
-from tcurlora_ext.segmentation.packages import require_package
+from tcurlora_ext.segmentation.layouts import Case, read_layout
 from tcurlora_ext.segmentation.predictor import Run, load_predictor
 from tcurlora_ext.segmentation.preparation import Preparation
 from tcurlora_ext.segmentation.terminal import Display
@@ -54,7 +55,8 @@ class Cases:
 
 def find_cases(
     data: Path | None, run: Run | None, list_name: str | None = None, labels: Sequence[str] | None = None,
-    predictions: Mapping[str, Path] | None = None,
+    predictions: Mapping[str, Path] | None = None, fold: int | None = None,
+    map_labels: Mapping[int, int] | None = None,
 ) -> Cases:  # fmt: skip
     """The cases to score, all of whose files have been checked.
 
@@ -65,6 +67,8 @@ def find_cases(
             of another one all cases; and where there are folders of label maps, those of them that have one in each.
         labels: Class names, background first, where neither run nor dataset.json has them.
         predictions: Folders of label maps by name.
+        fold: The fold whose list "val", or `list_name`, is scored.
+        map_labels: Values that stand for others in labels; None: as in the run.
 
     Raises:
         FileNotFoundError, ValueError: A file is missing, damaged or does not fit the others, or there is no case.
@@ -73,18 +77,24 @@ def find_cases(
     root = data or own
     if root is None:
         raise ValueError("data: found none, expected the folder of a data set with labels")
-    if not root.is_dir():
+    if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; expected a data set with images and labels")
-    path = root / "dataset.json"
-    description = read_json(path) if path.is_file() else {}
-    declared = declared_classes(path, description, labels)
+    layout = read_layout(root)
+    if map_labels is None and run is not None:
+        map_labels = {int(old): new for old, new in (run.description["settings"].get("map_labels") or {}).items()}
+    mapping = check_mapping(map_labels)
+    declared = declared_classes(layout.source, layout.description, labels, mapping)
     if run is not None:
         if declared is not None and declared != run.labels:
             raise ValueError(f"{root}: found the classes {declared}, expected {run.labels} as in {run.folder}")
         declared = run.labels
-    cases = labelled_cases(root, description, None if list_name == "all" else list_name)
+    cases = with_label_values(
+        labelled_cases(layout, None if list_name == "all" else list_name, fold), layout, mapping
+    )  # fmt: skip
     source = f"{root}, all labelled cases" if list_name in (None, "all") else f"{root}, list '{list_name}'"
-    if list_name is None and run is not None and own is not None and root.resolve() == own.resolve():
+    if fold is not None:
+        source = f"{root}, fold {fold}, list '{list_name or 'val'}'"
+    elif list_name is None and run is not None and own is not None and root.resolve() == own.resolve():
         validation = set(run.description["data"]["val"])
         cases = tuple(case for case in cases if case.name in validation)
         source = f"{root}, the run's validation cases"
@@ -117,7 +127,7 @@ def label_maps(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder}: no such folder; expected label maps in it")
     files = {
         path.name.removesuffix(suffix): path
-        for suffix in reversed(SUFFIXES)
+        for suffix in reversed(NIFTI)
         for path in sorted(folder.iterdir())
         if path.name[0] != "." and path.name.endswith(suffix)
     }
@@ -172,16 +182,13 @@ def score_predictions(name: str, folder: Path, cases: Cases, display: Display | 
         FileNotFoundError: A case has no label map.
         ValueError: A label map is damaged, lies on another grid, or has values that are no classes.
     """
-    require_package("monai")
-    from monai.transforms.io.dictionary import LoadImaged
-
     display, rows, files = display or Display(), [], label_maps(folder)
-    preparation, load = Preparation(None, label=True), LoadImaged(["image", "label"], ensure_channel_first=True)
+    preparation = Preparation(None, label=True)
     for number, case in enumerate(cases.cases, 1):
         if case.name not in files:
             raise FileNotFoundError(f"{folder / case.name}.nii.gz: no such file; expected the label map of this case")
         check_case(Case(case.name, case.image, files[case.name]), cases.labels)
-        data = load({"image": str(files[case.name]), "label": str(case.label)})
+        data = {"image": load_image([files[case.name]]), "label": load_label(case)}
         data["label"].affine = data["image"].affine  # equal but for rounding, as check_case has seen to
         data = preparation.orient(data)
         found, truth = (_indices(data[key], cases.labels) for key in ("image", "label"))
@@ -197,8 +204,9 @@ def _say(display: Display, what: str, number: int, count: int, scores: Sequence[
 
 
 def _indices(values: Tensor, labels: Mapping[int, str]) -> Tensor:
-    """The index of each label value among those of the classes, int64 and without metadata."""
-    return torch.from_numpy(np.searchsorted(np.array(list(labels)), np.asarray(values)))
+    """The index of each label value among those of the classes, int64 and without metadata; ignored ones stay."""
+    found = np.asarray(values)
+    return torch.from_numpy(np.where(found < 0, IGNORED, np.searchsorted(np.array(list(labels)), found)))
 
 
 def score_case(found: Tensor, truth: Tensor, spacing: Sequence[float], labels: Mapping[int, str]) -> list[Row]:

@@ -53,6 +53,8 @@ class FinetuneSettings(TrainingOptions):
     val_list: str = "val"
     val_fraction: float | None = None
     labels: tuple[str, ...] | None = None
+    fold: int | None = None
+    map_labels: dict[int, int] | None = None
     pretrain_steps: int = 450
     data_seed: int = 0
     subjects: tuple[int, int] = EMBEDDED_SUBJECTS["target"]
@@ -109,4 +111,6 @@ def _typed(value: Any, annotation: str) -> Any:
         return None
     if annotation.startswith("Path"):
         return Path(value)
+    if annotation.startswith("dict[int"):  # JSON has names alone as keys
+        return {int(key): part for key, part in value.items()}
     return tuple(value) if annotation.startswith("tuple") else value

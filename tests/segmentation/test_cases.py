@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tcurlora_ext.segmentation import formats
 from tcurlora_ext.segmentation.dataset import read_dataset
 
 LABELS = {"0": "background", "1": "front", "2": "back"}
@@ -66,8 +67,10 @@ FORM = 'expected {"image": "./imagesTr/NAME.nii.gz", "label": "./labelsTr/NAME.n
         ({"case_000": pair("case_000")}, "as 'training', expected a list of"),
         (["./imagesTr/case_000.nii.gz"], f"entry 0 of 'training' is './imagesTr/case_000.nii.gz'; {FORM}"),
         ([pair("case_000"), {"image": "./imagesTr/case_001.nii.gz"}], "entry 1 of 'training' is {'image': "),
-        ([{"image": ["t1.nii.gz", "t2.nii.gz"], "label": "x.nii.gz"}], f"several files of one case; {FORM}"),
-        ([{"image": "case.mha", "label": "case.nii.gz"}], "names case.mha, expected a NIfTI volume (.nii.gz, .nii)"),
+        ([{"image": "t1.nii.gz", "label": ["x.nii.gz", "y.nii.gz"]}], f"several files as its label; {FORM}"),
+        ([{"image": ["t1.nii.gz", 2], "label": "x.nii.gz"}], f"'label': 'x.nii.gz'}}; {FORM}, or a list of files"),
+        ([{**pair("case_000"), "fold": "one"}], "entry 0 of 'training' has the fold 'one', expected a whole number"),
+        ([{"image": "a.mgz", "label": "a.nii.gz"}], "names a.mgz, expected a volume (.nii.gz, .nii, .mha, .nrrd)"),
         ([pair("case_000"), pair("case_000")], "expected each name once"),
         ([pair("case_000"), pair("case_001")], "its list 'training' has no case 'case_002', which"),
         ([pair(f"case_00{n}", "gone" if n == 1 else None) for n in range(5)], "gone.nii.gz: no such file; expected a"),
@@ -169,8 +172,9 @@ def one_folder_a_case(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: all_named(root, ".mha"), "found 0 labels (the folder holds 5 .mha), expected at least 2"),
-        (lambda root: all_named(root, ".nrrd"), "found 0 labels (the folder holds 5 .nrrd)"),
+        (lambda root: all_named(root, ".mgz"), "found 0 labels (the folder holds 5 .mgz), expected at least 2"),
+        (lambda root: all_named(root, ".mha"), ".mha: the package that reads .mha is not installed; expected itk"),
+        (lambda root: all_named(root, ".nrrd"), "(pip install itk), or the volume as NIfTI"),
         (lambda root: all_named(root, ".NII.GZ"), "found 0 labels (the folder holds 5 .NII.GZ)"),
         (one_folder_a_case, "found 0 labels (the folder holds 5 folders)"),
         (
@@ -178,8 +182,8 @@ def one_folder_a_case(root: Path) -> None:
             "found case_003_0000.nii.gz, nnU-Net's form with a number for the channel",
         ),
         (
-            lambda root: rename(root, "imagesTr/case_003.nii.gz", "imagesTr/case_003.nrrd"),
-            "found case_003.nrrd, expected a NIfTI volume (.nii.gz, .nii)",
+            lambda root: rename(root, "imagesTr/case_003.nii.gz", "imagesTr/case_003.mgz"),
+            "found case_003.mgz, expected a volume (.nii.gz, .nii, .mha, .nrrd)",
         ),
         (
             lambda root: rename(root, "imagesTr/case_003.nii.gz", "imagesTr/case_004.nii"),
@@ -187,7 +191,10 @@ def one_folder_a_case(root: Path) -> None:
         ),
     ],
 )
-def test_files_that_are_not_read_are_named(change: Callable[[Path], None], message: str, data: Path) -> None:
+def test_files_that_are_not_read_are_named(
+    change: Callable[[Path], None], message: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "find_spec", lambda package: None)  # as where neither itk nor pynrrd is installed
     without_splits(data)
     change(data)
     with pytest.raises((ValueError, FileNotFoundError), match="Tr") as raised:
@@ -198,18 +205,18 @@ def test_files_that_are_not_read_are_named(change: Callable[[Path], None], messa
 
 def one_in_another_format(root: Path) -> None:
     for part in ("imagesTr", "labelsTr"):
-        rename(root, f"{part}/case_003.nii.gz", f"{part}/case_003.mha")
+        rename(root, f"{part}/case_003.nii.gz", f"{part}/case_003.mgz")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda root: (root / "labelsTr/case_003.nii.gz").unlink(), "1 images have no label and are not used"),
-        (one_in_another_format, r"labelsTr: 1 volumes are not read \(case_003\.mha, \.\.\.\), expected each"),
+        (one_in_another_format, r"labelsTr: 1 volumes are not read \(case_003\.mgz, \.\.\.\), expected each"),
         (lambda root: write(root, "splits_final.json", [{}]), r"splits_final\.json: not read, the cases are split at"),
         (
-            lambda root: describe(root, [pair(f"case_00{n}") for n in range(4)], validation=[pair("case_004")]),
-            "the list 'validation' is not read",
+            lambda root: describe(root, [{**pair(f"case_00{n}"), "fold": n % 2} for n in range(4)]),
+            r"dataset\.json: the keys 'fold' are not read, the cases are split at random; expected --fold N",
         ),
     ],
 )
@@ -229,8 +236,8 @@ def test_what_a_random_split_leaves_out_is_a_warning(
     [
         ([LABELS], "found a list, expected an object with labels and training"),
         (
-            {"labels": {"background": 0, "front": 1, "ignore": 2}},
-            "found the label 'ignore' (nnU-Net), expected classes",
+            {"labels": {"background": 0, "front": 1, "ignore": [2, 3]}},
+            "found [2, 3] as the label 'ignore', expected one whole number above 0",
         ),
         ({"labels": {"background": 0, "whole": [1, 2]}}, "found the region 'whole' of several values (nnU-Net)"),
         ({"labels": ["background", "front"]}, "found labels ['background', 'front'], expected"),

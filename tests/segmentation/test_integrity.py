@@ -123,7 +123,7 @@ def coloured(voxels: np.ndarray) -> np.ndarray:
         (LABEL, holding(0.999), "found label values 0.999 (1 voxels), expected 0 (background)"),
         (LABEL, coloured, "found voxels that are colours (RGB), expected one real number each"),
         (LABEL, lambda label: label.astype(np.complex64), "found voxels that are complex64 numbers"),
-        (LABEL, lambda label: label[..., None], "with a fourth axis of 1, which is not read, expected (18, 20, 16)"),
+        (LABEL, lambda label: np.stack([label] * 2, -1), "found shape (18, 20, 16, 2), expected (18, 20, 16) as in"),
         (IMAGE, coloured, "found voxels that are colours (RGB), expected one real number each"),
         (IMAGE, lambda image: image.astype(np.complex128), "found voxels that are complex128 numbers"),
         (IMAGE, holding(1e39), "found 1 voxels beyond float32 (up to 1e+39), expected less than 3.4e38"),
@@ -141,6 +141,14 @@ def test_voxels_that_are_no_numbers_to_learn_from_are_named(
     assert str(raised.value).startswith(f"{data / name}: ")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_label_with_a_fourth_axis_of_1_is_read_as_one_without(data: Path) -> None:
+    (plain,) = load_volumes(read_dataset(data).train[:1], (1.5, 1.5, 1.5))
+    save(data, LABEL, voxels_of(data, LABEL)[..., None])
+    (volume,) = load_volumes(read_dataset(data).train[:1], (1.5, 1.5, 1.5))
+    assert torch.equal(plain.label, volume.label)
+    assert torch.equal(plain.truth, volume.truth)
 
 
 def test_the_scaling_of_a_header_is_named_where_it_makes_fractions(data: Path) -> None:

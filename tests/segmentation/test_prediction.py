@@ -232,7 +232,7 @@ def test_nothing_is_kept_from_one_scan_to_the_next(tmp_path: Path, monkeypatch: 
     alive, held = [], []
     one = predict_image
 
-    def fake(path: Path, channels: int) -> Tensor:
+    def fake(path: Path, channels: int, others: tuple[Path, ...]) -> Tensor:
         alive.append(sum(ref() is not None for ref in (*read, *predicted)))
         held.append(tracemalloc.get_traced_memory()[0])
         image = MetaTensor(torch.from_numpy(blob())[None], affine=torch.eye(4, dtype=torch.float64))
@@ -352,9 +352,9 @@ def test_volumes_of_other_formats_in_a_folder_are_a_warning(tmp_path: Path) -> N
 def test_a_format_without_its_reader_says_what_to_install(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tcurlora_ext.segmentation import scans
+    from tcurlora_ext.segmentation import formats
 
-    monkeypatch.setattr(scans, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
     (tmp_path / f"a{suffix}").touch()
     with pytest.raises(ValueError, match=rf"the package that reads \{suffix} is not installed; expected itk"):
         predict_scans(levels(), [tmp_path], tmp_path / "out")
