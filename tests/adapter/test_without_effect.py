@@ -213,7 +213,9 @@ def test_the_summary_says_what_is_covered() -> None:
     found = tcur.summary(adapted())
     assert (found.adapted, found.left_out) == (3, ("head",))
     assert found.coverage == pytest.approx(3 * 64 / (3 * 64 + 16))
-    assert str(found).endswith("adapted: 3 of 4 linear layers, 92% of their weights; left out: head (not in target_modules)")
+    assert str(found).endswith(
+        "adapted: 3 of 4 linear layers, 92% of their weights; left out: head (not in target_modules)"
+    )
 
 
 MADE_ANEW: dict[str, Callable[[nn.Module], object]] = {

@@ -1,7 +1,7 @@
 """Which linear layers are adapted where a configuration names none: those in the blocks that a model repeats.
 
-1. A linear layer is in a repeated block where another one has the same name but for a number, as in ``layers.3.fc1``
-   and ``layers.4.fc1``. The number is a component of the name, or its end (``encoder_layer_3``), and not its last one.
+1. A block is repeated where another one has the same name but for a number and they have a linear layer in common, as
+   ``layers.3`` and ``layers.4`` have ``mlp.fc1``. All linear layers in both are then adapted, also those of one alone.
 2. Heads, embeddings and routers are left out by their names, and layers narrower than the rank by their shapes.
 3. Layers that their parent does not call are left out: an adapter in them would do nothing.
 4. Names that are known from MONAI and transformers settle doubts: such a layer is adapted also in a single block.
@@ -26,12 +26,12 @@ DEFAULT_TARGETS = (
     r"|(attention\.output|intermediate|(?<!attention\.)output)\.dense"
     r")"
 )
-_NUMBER = re.compile(r"(.*_)?\d+")
+_NUMBER = re.compile(r"(.*_)?\d+")  # "3", and "encoder_layer_3" as in torchvision
 # A component of a name -> what the layer is then.
 _KINDS = {
+    "a router": re.compile(r"(.*_)?router"),
     "a head": re.compile(r"(.*_)?(heads?|classifiers?)"),
     "an embedding": re.compile(r"(.*_)?embed(s|der|dings?)?"),
-    "a router": re.compile(r"(.*_)?router"),
 }
 # Classes, with their modules, that read the weights of these children themselves. Mamba's layers do so in their fused
 # kernels, and call the layers on devices without them.
@@ -84,17 +84,20 @@ def left_out_by_default(
 
 
 def repeated_names(names: Iterable[str]) -> set[str]:
-    """The names that occur again with one number exchanged, the last component left alone."""
-    numbers: dict[tuple[str, str], set[str]] = defaultdict(set)
-    places: list[tuple[str, tuple[str, str]]] = []
+    """The names of the layers that are in repeated blocks, among the names of all linear layers."""
+    blocks: dict[str, list[tuple[str, str, str]]] = {}  # name -> (path before a number, number, path after it)
+    numbers: dict[tuple[str, str], set[str]] = defaultdict(set)  # the paths around a number -> the numbers there
     for name in names:
         parts = name.split(".")
         for at, part in enumerate(parts[:-1]):
             if _NUMBER.fullmatch(part):
-                around = ".".join([*parts[:at], part.rstrip("0123456789")]), ".".join(parts[at + 1 :])
-                numbers[around].add(part)
-                places.append((name, around))
-    return {name for name, around in places if len(numbers[around]) > 1}
+                before = ".".join([*parts[:at], part.rstrip("0123456789")])
+                after = ".".join(parts[at + 1 :])
+                numbers[before, after].add(part)
+                blocks.setdefault(name, []).append((before, part, after))
+    places = [place for around in blocks.values() for place in around]
+    repeated = {(before, part) for before, part, after in places if len(numbers[before, after]) > 1}
+    return {name for name, around in blocks.items() if any((before, part) in repeated for before, part, _ in around)}
 
 
 def bypassed(model: nn.Module) -> dict[str, str]:

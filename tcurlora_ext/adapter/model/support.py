@@ -42,8 +42,7 @@ def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
         return carried_type(type(module)) if can_dequantise(module) else None
     kind = type(module)
     if issubclass(kind, nn.Linear):
-        computes = computes_linear(kind) and (kind is nn.Linear or not parametrize.is_parametrized(module))
-        return subclassed_type(kind) if computes else None
+        return subclassed_type(kind) if computes_linear(kind) and not parametrize.is_parametrized(module) else None
     return TCURConv1D if is_conv1d(module) else None
 
 

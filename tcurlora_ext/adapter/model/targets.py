@@ -19,8 +19,7 @@ from tcurlora_ext.adapter.layer.quantised import dequantised, is_quantised
 from tcurlora_ext.adapter.options import pair_of
 
 from .blocks import DEFAULT_TARGETS as DEFAULT_TARGETS  # also known by this name
-from .blocks import bypassed as bypassed
-from .blocks import left_out_by_default
+from .blocks import bypassed, left_out_by_default
 from .fused import parts_of
 from .support import EXPECTED, adapted_type, class_of, has_matrix, is_linear, reason_against, refuse
 
