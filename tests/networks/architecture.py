@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,20 +21,30 @@ class Architecture:
 
     Attributes:
         name: As its users call it.
-        package: The package that it comes from.
+        symbol: The class or function that builds it, with its package.
         build: Builds it, tiny.
         inputs: Its keyword arguments; with names "0", "1", ... positional ones.
     """
 
     name: str
-    package: str
+    symbol: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
 
     @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return find_spec(self.package) is not None
+    def package(self) -> str:
+        """The package that it comes from."""
+        return self.symbol.partition(".")[0]
+
+    @property
+    def missing(self) -> str:
+        """What is not installed; "" where all is."""
+        if find_spec(self.package) is None:
+            return f"the package {self.package} is not installed"
+        module, _, name = self.symbol.rpartition(".")
+        if not hasattr(import_module(module), name):
+            return f"{self.package} {version(self.package)} has no {name}"
+        return ""
 
     def network(self) -> nn.Module:
         """The network in eval mode. Its matrices are drawn anew, large enough for every block to affect the output."""

@@ -10,14 +10,15 @@ from torch import nn
 
 from .architecture import Architecture, Inputs
 
-PACKAGE = "transformers"
 WIDTH = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**WIDTH, "vocab_size": 40, "intermediate_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = {**TEXT, "num_key_value_heads": 2}
+DISENTANGLED = {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 POSITIONS = {"max_position_embeddings": 32}
 EXPERTS = {**GROUPED, "num_experts_per_tok": 2}
 SPEECH = {
-    **WIDTH, "intermediate_size": 24, "vocab_size": 20, "conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 8),
+    **WIDTH, "intermediate_size": 24, "vocab_size": 20, "conv_dim": (8, 8), "conv_stride": (4, 4),
+    "conv_kernel": (8, 8),
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2,
 }  # fmt: skip
 
@@ -39,7 +40,11 @@ def waves() -> Inputs:
 
 
 def listening() -> Inputs:
-    return {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.randint(3, 40, (2, 5)), "use_cache": False}
+    return {
+        "input_features": torch.randn(2, 8, 40),
+        "decoder_input_ids": torch.randint(3, 40, (2, 5)),
+        "use_cache": False,
+    }
 
 
 def spectrum() -> Inputs:
@@ -56,7 +61,7 @@ def of(name: str, model: str, inputs: Callable[[], Inputs], **options: Any) -> A
         made: nn.Module = kind(kind.config_class(**options))
         return made
 
-    return Architecture(name, PACKAGE, build, inputs)
+    return Architecture(name, f"transformers.{model}", build, inputs)
 
 
 LANGUAGE = (
@@ -66,8 +71,8 @@ LANGUAGE = (
     of("ALBERT", "AlbertForMaskedLM", tokens, **TEXT, embedding_size=8),
     of("ELECTRA", "ElectraForMaskedLM", tokens, **TEXT, embedding_size=8),
     of("MPNet", "MPNetForMaskedLM", tokens, **TEXT),
-    of("DeBERTa", "DebertaForMaskedLM", tokens, **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
-    of("DeBERTa v2 and v3", "DebertaV2ForMaskedLM", tokens, **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    of("DeBERTa", "DebertaForMaskedLM", tokens, **DISENTANGLED),
+    of("DeBERTa v2 and v3", "DebertaV2ForMaskedLM", tokens, **DISENTANGLED),
     of("ModernBERT", "ModernBertForMaskedLM", tokens, **TEXT),
     of("GPT-2", "GPT2LMHeadModel", causal, vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32),
     of("GPT-Neo", "GPTNeoForCausalLM", causal, vocab_size=40, hidden_size=16, num_layers=2, num_heads=4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import tcurlora_ext as tcur
 
 from .architecture import Architecture
 from .checks import ARCHITECTURES, CONFIG, check, find
+from .table import PAGE, read, row
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda one: f"{one.package}-{one.name}")
 def architecture(request: pytest.FixtureRequest) -> Architecture:
     one: Architecture = request.param
-    if not one.installed:
-        pytest.skip(f"the package {one.package} is not installed")
+    if one.missing:
+        pytest.skip(one.missing)
     return one
 
 
@@ -29,3 +31,16 @@ def test_it_trains_saves_loads_and_merges(architecture: Architecture, tmp_path: 
     assert not found.covers.adapted
     with pytest.raises(ValueError, match="the default adapts none of the"):
         tcur.inject(architecture.network(), CONFIG)
+
+
+def test_its_row_in_the_page_is_what_is_found(architecture: Architecture) -> None:
+    rows, versions = read(PAGE.read_text())
+    if versions.get(architecture.package) != version(architecture.package):
+        pytest.skip(f"the table is that of {architecture.package} {versions.get(architecture.package)}")
+    assert rows.get(architecture.name) == row(architecture), "run python -m tests.networks.table"
+
+
+def test_the_page_has_a_row_for_each_architecture_of_the_packages_it_names() -> None:
+    rows, versions = read(PAGE.read_text())
+    assert list(rows) == [one.name for one in ARCHITECTURES if one.package in versions]
+    assert len(rows) >= 45

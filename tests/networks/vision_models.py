@@ -58,7 +58,7 @@ def timm(name: str, model: str, side: int = 32, **options: Any) -> Architecture:
         made: nn.Module = timm.create_model(model, num_classes=3, **options)
         return made
 
-    return Architecture(name, "timm", build, positional(side))
+    return Architecture(name, "timm.create_model", build, positional(side))
 
 
 def torchvision(name: str, model: str, side: int = 32, **options: Any) -> Architecture:
@@ -68,7 +68,7 @@ def torchvision(name: str, model: str, side: int = 32, **options: Any) -> Archit
         made: nn.Module = getattr(torchvision.models, model)(num_classes=3, **options)
         return made
 
-    return Architecture(name, "torchvision", build, positional(side))
+    return Architecture(name, f"torchvision.models.{model}", build, positional(side))
 
 
 VISION_MODELS = (

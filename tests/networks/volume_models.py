@@ -43,14 +43,15 @@ def of(name: str, network: str, inputs: Callable[[], Inputs], **options: Any) ->
         made: nn.Module = getattr(nets, network)(**options)
         return made
 
-    return Architecture(name, "monai", build, inputs)
+    return Architecture(name, f"monai.networks.nets.{network}", build, inputs)
 
 
 def vista() -> nn.Module:
     """VISTA3D as its package builds it, with narrower parts."""
     from monai.networks.nets import vista3d
 
-    encoder = vista3d.SegResNetDS2(in_channels=1, init_filters=8, out_channels=8, blocks_down=(1, 1, 1), norm="instance", dsdepth=1)
+    sizes = {"init_filters": 8, "out_channels": 8, "blocks_down": (1, 1, 1), "dsdepth": 1}
+    encoder = vista3d.SegResNetDS2(in_channels=1, norm="instance", **sizes)
     points = vista3d.PointMappingSAM(feature_size=8, n_classes=16, last_supported=8)
     named = vista3d.ClassMappingClassify(n_classes=16, feature_size=8, use_mlp=True)
     return vista3d.VISTA3D(image_encoder=encoder, class_head=named, point_head=points)
@@ -60,7 +61,8 @@ VOLUME_MODELS = (
     of("UNETR", "UNETR", volume(32), in_channels=1, out_channels=2, img_size=(32, 32, 32), feature_size=4, **BLOCKS),
     of("SwinUNETR", "SwinUNETR", volume(32), in_channels=1, out_channels=2, feature_size=12, num_heads=(1, 2, 2, 2),
        norm_name="batch"),
-    of("ViT", "ViT", volume(16), in_channels=1, img_size=(16, 16, 16), patch_size=(8, 8, 8), num_layers=2, **BLOCKS),
+    of("ViT of MONAI", "ViT", volume(16), in_channels=1, img_size=(16, 16, 16), patch_size=(8, 8, 8), num_layers=2,
+       **BLOCKS),
     of("ViTAutoEnc", "ViTAutoEnc", volume(32), in_channels=1, img_size=(32, 32, 32), patch_size=(16, 16, 16),
        num_layers=2, **BLOCKS),
     of("MaskedAutoEncoderViT", "MaskedAutoEncoderViT", volume(16), in_channels=1, img_size=(16, 16, 16),
@@ -71,7 +73,7 @@ VOLUME_MODELS = (
     of("DiffusionModelUNet", "DiffusionModelUNet", diffused, spatial_dims=2, in_channels=1, out_channels=1,
        num_res_blocks=1, channels=(8, 16), attention_levels=(False, True), norm_num_groups=4, num_head_channels=4,
        with_conditioning=True, transformer_num_layers=2, cross_attention_dim=8),
-    Architecture("VISTA3D", "monai", vista, classes),
+    Architecture("VISTA3D", "monai.networks.nets.VISTA3D", vista, classes),
     of("DynUNet", "DynUNet", volume(16), spatial_dims=3, in_channels=1, out_channels=2, kernel_size=[3, 3, 3],
        strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[4, 8, 8]),
     of("SegResNet", "SegResNet", volume(16), spatial_dims=3, init_filters=8, blocks_down=(1, 1), blocks_up=(1,)),

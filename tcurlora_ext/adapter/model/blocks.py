@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from .support import class_of, features_of, is_read_by_attention, reason_against
+from .support import features_of, is_read_by_attention, reason_against
 
 # Attention and MLP projections as MONAI (UNETR, SwinUNETR, ViT) and transformers (ViT, BERT, CLIP, Llama, Qwen, GPT-2)
 # name them. Poolers, embeddings, heads and patch merging do not match.
@@ -121,9 +121,9 @@ def not_called(model: nn.Module) -> dict[str, str]:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         children = next((children for reader, children in _READERS.items() if re.fullmatch(reader, kind)), ())
         for child in children:
-            found[f"{name}.{child}".lstrip(".")] = f"{class_of(module)} reads its weight and may not call it"
+            found[f"{name}.{child}".lstrip(".")] = f"{type(module).__name__} may read its weight in place of calling it"
         if getattr(module, "with_cross_attention", None) is False:  # MONAI's TransformerBlock up to 1.5
             for child, _ in module.named_modules():
                 if child.startswith("cross_attn."):
-                    found[f"{name}.{child}".lstrip(".")] = f"{class_of(module)} does not call its cross-attention"
+                    found[f"{name}.{child}".lstrip(".")] = f"{type(module).__name__} does not call its cross-attention"
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
+from typing import Any
 
 from torch import nn
 
@@ -91,6 +92,11 @@ class Coverage:
         return tuple(part for part in self.linear if not part.slices)
 
     @property
+    def share_of_all(self) -> float:
+        """The share of all weights that are adapted, 0 to 1."""
+        return sum(part.weights for part in self.adapted) / max(1, sum(part.weights for part in self.parts))
+
+    @property
     def share(self) -> float:
         """The share of the linear layers' weights that are adapted, 0 to 1; 0 without linear layers."""
         return sum(part.weights for part in self.adapted) / max(1, sum(part.weights for part in self.linear))
@@ -101,6 +107,13 @@ class Coverage:
         for part in self.parts:
             found.setdefault((part.pattern, part.kind, part.slices, part.reason), []).append(part)
         return [Group(*key, len(parts), sum(part.weights for part in parts)) for key, parts in found.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and :meth:`groups`, as values that JSON can hold."""
+        return {
+            "adapted": len(self.adapted), "linear": len(self.linear), "share": self.share,
+            "share_of_all": self.share_of_all, "groups": [asdict(group) for group in self.groups()],
+        }  # fmt: skip
 
     def __str__(self) -> str:
         adapted, linear = len(self.adapted), len(self.linear)
@@ -139,7 +152,8 @@ def coverage(model: nn.Module, config: TCURConfig, adapted: Mapping[str, int] | 
         why = "" if isinstance(module, TCURLayer) else reason_against(module)
         return why or ("not in the adapter" if config.target_modules is None else "not in target_modules")
 
-    parts = []
+    parts: list[Part] = []
+    tied = {id(module.weight) for module in model.modules() if is_linear(module)}
     for name, module in model.named_modules():
         if CONTAINER in name.split("."):
             continue
@@ -147,14 +161,17 @@ def coverage(model: nn.Module, config: TCURConfig, adapted: Mapping[str, int] | 
             slices = adapted.get(name, 0)
             parts.append(Part(name, "linear", features_of(module), slices, "" if slices else reason(name, module)))
         else:
-            parts += _other_weights(name, module)
+            parts += _other_weights(name, module, tied)
     return Coverage(tuple(parts))
 
 
-def _other_weights(name: str, module: nn.Module) -> Iterator[Part]:
-    """The weights of a module that is no linear layer: its own parameters of two or more dimensions."""
+def _other_weights(name: str, module: nn.Module, tied: set[int]) -> Iterator[Part]:
+    """The weights of a module that is no linear layer: its own parameters of two or more dimensions.
+
+    One that is ``tied`` to a linear layer, as an embedding to the output layer, is that layer's.
+    """
     for own, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or id(parameter) in tied:
             continue
         called = name if own == "weight" else f"{name}.{own}".lstrip(".")
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -163,6 +180,8 @@ def _other_weights(name: str, module: nn.Module) -> Iterator[Part]:
             kind, reason = "embedding", "an embedding"
         elif parameter.dim() == 3 and re.search("expert", f"{type(module).__name__} {called}", re.IGNORECASE):
             kind, reason = "parameter", EXPERTS
+        elif re.search("router", f"{type(module).__name__} {called}", re.IGNORECASE):
+            kind, reason = "parameter", "a router"
         else:
             kind, reason = "parameter", f"a parameter of a {class_of(module)}, no linear layer"
         yield Part(called, kind, tuple(parameter.shape), 0, reason)
