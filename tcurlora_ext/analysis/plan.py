@@ -124,7 +124,7 @@ class StackPlan:
 class Plan:
     """The plans of all stacks and their totals. ``str()`` formats them as a table, :meth:`rows` as records.
 
-    ``covers`` says which of the model's weights are adapted, and why the others are left out. ``learned`` is the plan of
+    ``covers`` says which of the model's weights are adapted, and why the others are not. ``learned`` is the plan of
     learned factors; None where they are columns and rows of the weights.
     """
 

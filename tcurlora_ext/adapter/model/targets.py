@@ -172,8 +172,11 @@ def _nothing_matches(model: nn.Module, config: TCURConfig, linear: Sequence[str]
     if wanted is not None:
         hint = "; a string is a regex for the whole name, names go into a list" if isinstance(wanted, str) else ""
         return f"target_modules {wanted!r} match none of {such_as}{hint}"
-    reasons = {reason: name for name, reason in reasons_by_default(model, config).items() if reason}
-    why = "".join(f"; {name} is left out: {reason}" for reason, name in list(reasons.items())[:3])
+    reasons: dict[str, str] = {}
+    for name, reason in reasons_by_default(model, config).items():
+        if reason:
+            reasons.setdefault(reason, name)
+    why = "".join(f"; {name} is left out: {reason}" for reason, name in list(reasons.items())[:2])
     return f"the default adapts none of {such_as}{why}; set target_modules"
 
 
