@@ -77,8 +77,8 @@ def plan(
         typer.Option(
             parser=options.named_split,
             metavar="NAME=N",
-            help="Fused modules of which the N equal parts are slices of their own. Default: the preset's, qkv=3 and "
-            "c_attn=3, or none.",
+            help="Fused modules of which the N equal parts are slices of their own. Default: the preset's, those known "
+            "by name whose parts have one shape, or none.",
         ),
     ] = None,
     stack_by: Annotated[

@@ -61,7 +61,7 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
 
     They are the parts after the block's number, or whole names where such a part also ends the name of another module.
 
-    Raises ValueError where the default matches no module.
+    Raises ValueError where the default matches no module, or where an option needs names that hold for every block.
     """
     layers = {name: base_of(module) for name, module in outer_modules(model)}
     linear = {name: layer for name, layer in layers.items() if is_supported(layer, model)}
@@ -74,7 +74,13 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
         )
     others = [name for name in layers if name not in found]
     unclear = {role for role in set(found.values()) if not role or any(matches(name, [role]) for name in others)}
-    return {name if role in unclear else role for name, role in found.items()}
+    whole = sorted(name for name, role in found.items() if role in unclear)
+    if whole and (config.layers_to_transform is not None or config.layer_replication is not None):
+        raise ValueError(
+            "set `target_modules`: layers_to_transform and layer_replication need names that are those of one layer in "
+            f"each block, which the default has not found for {', '.join(whole[:4])}"
+        )
+    return {*whole, *found.values()} - unclear
 
 
 def _made_anew(layer: nn.Module) -> str:
