@@ -82,7 +82,7 @@ VISION_MODELS = (
     of("DINOv3 ConvNeXt", "DINOv3ConvNextModel", larger, **PYRAMID, layer_scale_init_value=1.0),
     of("I-JEPA", "IJepaModel", image, **VISION),
     of("Swin", "SwinForImageClassification", larger, **STAGES),
-    of("Swin v2", "Swinv2ForImageClassification", larger, **STAGES),
+    of("Swin v2", "Swinv2ForImageClassification", image, **{**STAGES, "image_size": 16}),
     of("Hiera", "HieraModel", larger, embed_dim=8, image_size=[32, 32], patch_stride=[4, 4], depths=[2, 2],
        num_heads=[1, 2], num_query_pool=1, masked_unit_size=[4, 4], masked_unit_attention=[True, False]),
     of("SegFormer", "SegformerForSemanticSegmentation", larger, **{**PYRAMID, "num_attention_heads": [1, 2, 2, 2]},

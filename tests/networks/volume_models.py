@@ -13,8 +13,9 @@ from .architecture import Architecture, Inputs
 BLOCKS = {"hidden_size": 16, "mlp_dim": 24, "num_heads": 4}
 
 
-def volume(side: int) -> Callable[[], Inputs]:
-    return lambda: {"0": torch.randn(1, 1, side, side, side)}
+def volume(*sides: int) -> Callable[[], Inputs]:
+    """A volume, or with two sides an image."""
+    return lambda: {"0": torch.randn(1, 1, *sides)}
 
 
 def plane() -> Inputs:
@@ -31,8 +32,8 @@ def words() -> Inputs:
 
 def classes() -> Inputs:
     return {
-        "0": torch.randn(1, 1, 32, 32, 32), "class_vector": torch.tensor([[1], [2]]),
-        "point_coords": torch.randint(32, (2, 2, 3)).float(), "point_labels": torch.ones(2, 2).long(),
+        "0": torch.randn(1, 1, 16, 16, 16), "class_vector": torch.tensor([[1], [2]]),
+        "point_coords": torch.randint(16, (2, 2, 3)).float(), "point_labels": torch.ones(2, 2).long(),
     }  # fmt: skip
 
 
@@ -58,23 +59,24 @@ def vista() -> nn.Module:
 
 
 VOLUME_MODELS = (
-    of("UNETR", "UNETR", volume(32), in_channels=1, out_channels=2, img_size=(32, 32, 32), feature_size=4, **BLOCKS),
-    of("SwinUNETR", "SwinUNETR", volume(32), in_channels=1, out_channels=2, feature_size=12, num_heads=(1, 2, 2, 2),
-       norm_name="batch"),
-    of("ViT of MONAI", "ViT", volume(16), in_channels=1, img_size=(16, 16, 16), patch_size=(8, 8, 8), num_layers=2,
+    of("UNETR", "UNETR", volume(32, 16, 16), in_channels=1, out_channels=2, img_size=(32, 16, 16), feature_size=4,
        **BLOCKS),
-    of("ViTAutoEnc", "ViTAutoEnc", volume(32), in_channels=1, img_size=(32, 32, 32), patch_size=(16, 16, 16),
+    of("SwinUNETR", "SwinUNETR", volume(64, 64), spatial_dims=2, in_channels=1, out_channels=2, feature_size=12,
+       num_heads=(1, 2, 2, 2), norm_name="batch"),
+    of("ViT of MONAI", "ViT", volume(16, 16, 16), in_channels=1, img_size=(16, 16, 16), patch_size=(8, 8, 8),
        num_layers=2, **BLOCKS),
-    of("MaskedAutoEncoderViT", "MaskedAutoEncoderViT", volume(16), in_channels=1, img_size=(16, 16, 16),
+    of("ViTAutoEnc", "ViTAutoEnc", volume(32, 32, 32), in_channels=1, img_size=(32, 32, 32), patch_size=(16, 16, 16),
+       num_layers=2, **BLOCKS),
+    of("MaskedAutoEncoderViT", "MaskedAutoEncoderViT", volume(16, 16, 16), in_channels=1, img_size=(16, 16, 16),
        patch_size=(8, 8, 8), num_layers=2, decoder_hidden_size=12, decoder_mlp_dim=16, decoder_num_layers=2,
        decoder_num_heads=3, hidden_size=24, mlp_dim=24, num_heads=4),
     of("DecoderOnlyTransformer", "DecoderOnlyTransformer", words, num_tokens=40, max_seq_len=8, attn_layers_dim=16,
        attn_layers_depth=2, attn_layers_heads=4, with_cross_attention=True),
     of("DiffusionModelUNet", "DiffusionModelUNet", diffused, spatial_dims=2, in_channels=1, out_channels=1,
        num_res_blocks=1, channels=(8, 16), attention_levels=(False, True), norm_num_groups=4, num_head_channels=4,
-       with_conditioning=True, transformer_num_layers=2, cross_attention_dim=8),
+       with_conditioning=True, transformer_num_layers=1, cross_attention_dim=8),
     Architecture("VISTA3D", "monai.networks.nets.VISTA3D", vista, classes),
-    of("DynUNet", "DynUNet", volume(16), spatial_dims=3, in_channels=1, out_channels=2, kernel_size=[3, 3, 3],
+    of("DynUNet", "DynUNet", volume(16, 16, 16), spatial_dims=3, in_channels=1, out_channels=2, kernel_size=[3, 3, 3],
        strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[4, 8, 8]),
-    of("SegResNet", "SegResNet", volume(16), spatial_dims=3, init_filters=8, blocks_down=(1, 1), blocks_up=(1,)),
+    of("SegResNet", "SegResNet", volume(16, 16, 16), spatial_dims=3, init_filters=8, blocks_down=(1, 1), blocks_up=(1,)),
 )  # fmt: skip
