@@ -78,5 +78,5 @@ VOLUME_MODELS = (
     Architecture("VISTA3D", "monai.networks.nets.VISTA3D", vista, classes),
     of("DynUNet", "DynUNet", volume(16, 16, 16), spatial_dims=3, in_channels=1, out_channels=2, kernel_size=[3, 3, 3],
        strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[4, 8, 8]),
-    of("SegResNet", "SegResNet", volume(16, 16, 16), spatial_dims=3, init_filters=8, blocks_down=(1, 1), blocks_up=(1,)),
+    of("SegResNet", "SegResNet", volume(16, 16, 16), init_filters=8, blocks_down=(1, 1), blocks_up=(1,)),
 )  # fmt: skip
