@@ -13,8 +13,8 @@ from tcurlora_ext.maths.selection import RULES
 
 from .options import WEIGHTS, Rank, StackOptions, explains_lora_names, one_of, pair_of, positive, warn_of_lora_alpha
 
-# The row blocks of the fused projections of MONAI and GPT-2.
-DEFAULT_SPLIT = {"qkv": 3, "c_attn": 3}
+# The equal row blocks of fused projections by name: MONAI, timm, GPT-2, ModernBERT, MPT, Phi-3.
+DEFAULT_SPLIT = {"qkv": 3, "c_attn": 3, "Wqkv": 3, "qkv_proj": 3, "kv": 2, "gate_up_proj": 2, "Wi": 2}
 STACK_BY = ("shape", "role", "none")
 # Options that the first files of format 1 do not have, and what they stand for.
 LATER = {"factors": WEIGHTS, "orthonormal": False}
@@ -33,14 +33,16 @@ class TCURConfig(StackOptions):
 
     Args:
         rank: r, or (c, r): c columns and r rows of every stack.
-        target_modules: ``None``: the attention and MLP projections of MONAI's and transformers' blocks; a list: names
-            of modules, or ends of names in whole components; a string: a regex that has to match the whole name.
+        target_modules: ``None``: the linear layers in blocks that the model repeats, without heads, embeddings and
+            routers; a list: names of modules, or ends of names in whole components; a string: a regex that has to match
+            the whole name.
         exclude_modules: Modules to leave out, in the same forms.
         stack_by: Which layers form a stack. ``"shape"`` (the paper): layers of one shape in one tower, the tower being
             the path before the first number in a name; ``"role"``: layers of one shape in one tower with the same name
             within their blocks; ``"none"``: every layer alone; or a function (name, module) -> key of the stack.
         split_fused: Last component of a name -> number of equal blocks of rows into which such a projection is split;
-            every block is a slice. By default ``{"qkv": 3, "c_attn": 3}``.
+            every block is a slice. By default the fused projections that are known by name, where their parts have one
+            shape; those of unequal parts are one slice.
         selection: Rule for rows and columns, see :mod:`tcurlora_ext.maths.selection`; ``"activation"`` needs the
             result of :func:`calibrate`.
         scale: ``None``: C and R have unit norm, and the rule of :mod:`tcurlora_ext.maths.scale` gives the scale; a

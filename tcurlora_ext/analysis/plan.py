@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.model.coverage import Coverage, coverage
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
@@ -123,7 +124,8 @@ class StackPlan:
 class Plan:
     """The plans of all stacks and their totals. ``str()`` formats them as a table, :meth:`rows` as records.
 
-    ``learned`` is the plan of learned factors; None where they are columns and rows of the weights.
+    ``covers`` says which of the model's weights are adapted, and why the others are not. ``learned`` is the plan of
+    learned factors; None where they are columns and rows of the weights.
     """
 
     stacks: tuple[StackPlan, ...]
@@ -132,6 +134,7 @@ class Plan:
     lora: Cost
     lora_rank: int
     dtype: str
+    covers: Coverage
     learned: LearnedPlan | None = None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -230,8 +233,9 @@ def plan(
     base, tcur, lora = (sum((getattr(s, kind) for s in stacks), Cost()) for kind in ("base", "tcur", "lora"))
     tcur = Cost(**(asdict(tcur) | {"file": file_bytes(config, groups, ranks, bits)}))
     learned = None if config.factors == WEIGHTS else plan_learned(config, groups, ranks, bits, parts)
+    covers = coverage(model, config, {target.name: target.slices for members in groups.values() for target in members})
     found = dtype or next(iter(groups.values()))[0].weight.dtype
-    return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."), learned)
+    return Plan(tuple(stacks), base, tcur, lora, lora_rank, str(found).removeprefix("torch."), covers, learned)
 
 
 def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: Any) -> dict[str, Call]:

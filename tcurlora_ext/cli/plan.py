@@ -77,8 +77,8 @@ def plan(
         typer.Option(
             parser=options.named_split,
             metavar="NAME=N",
-            help="Fused modules of which the N equal parts are slices of their own. Default: the preset's, qkv=3 and "
-            "c_attn=3, or none.",
+            help="Fused modules of which the N equal parts are slices of their own. Default: the preset's, those known "
+            "by name whose parts have one shape, or none.",
         ),
     ] = None,
     stack_by: Annotated[
@@ -136,12 +136,14 @@ def plan(
 ) -> None:
     """Count what tCUR costs on a model beside LoRA, per stack and in all, without reading any weights.
 
-    Counted are trained parameters, FLOPs, bytes kept for backward and bytes of the adapter file.
+    Counted are trained parameters, FLOPs, bytes kept for backward and bytes of the adapter file. A tree shows which
+    layers are adapted, and why the others are not.
     """
     from tcurlora_ext.adapter.config import TCURConfig
     from tcurlora_ext.analysis.plan import plan as count
     from tcurlora_ext.analysis.plan import trace_calls
     from tcurlora_ext.analysis.processes import Rates, rank_costs, rank_rows, rank_table, rank_text
+    from tcurlora_ext.cli.coverage_tree import coverage_tree
     from tcurlora_ext.cli.model_source import build_model, preset_input
     from tcurlora_ext.io.records import write_csv, write_json
 
@@ -175,7 +177,7 @@ def plan(
     shown_rank = ",".join(map(str, config.rank)) if isinstance(config.rank, tuple) else config.rank
     heading = f"{model}: {rows}, {found.dtype}, tCUR of rank {shown_rank} beside LoRA of rank {lora_rank}"
     content: dict[str, Any] = {"model": model, "tokens": rows, "dtype": found.dtype, "lora_rank": lora_rank,
-               "config": config.to_json(), "rows": found.rows()}  # fmt: skip
+               "config": config.to_json(), "rows": found.rows(), "coverage": found.covers.to_json()}  # fmt: skip
     if found.learned is not None:
         content["learned"] = found.learned.to_json()
     costs = None if ranks is None else rank_costs(built, found, ranks, rates, dtype)
@@ -189,6 +191,7 @@ def plan(
     if json is not None:
         write_json(json, content)
     _show(found.table(), str(found), heading, NOTES)
+    terminal().print("\n", coverage_tree(found.covers), sep="")
     if found.learned is not None:
         typer.echo(f"\n{found.learned}\n\n{LEARNED_NOTES}")
     if costs is not None:

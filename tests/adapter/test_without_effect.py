@@ -33,7 +33,10 @@ def x() -> Tensor:
 
 
 class Scaled(nn.Linear):
-    pass
+    """Computes something else with its weight, which an adapter must not change silently."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
 
 # -- without effect ---------------------------------------------------------------------------------------------------
@@ -210,7 +213,9 @@ def test_the_summary_says_what_is_covered() -> None:
     found = tcur.summary(adapted())
     assert (found.adapted, found.left_out) == (3, ("head",))
     assert found.coverage == pytest.approx(3 * 64 / (3 * 64 + 16))
-    assert str(found).endswith("adapted: 3 of 4 linear layers, 92% of their weights; left out: head")
+    assert str(found).endswith(
+        "adapted: 3 of 4 linear layers, 92% of their weights; left out: head (not in target_modules)"
+    )
 
 
 MADE_ANEW: dict[str, Callable[[nn.Module], object]] = {

@@ -20,6 +20,15 @@ class Net(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(width, width)}) for _ in range(2))
 
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        attention = lambda: nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)})
+        convolutions = lambda: nn.ModuleDict({name: nn.Conv3d(1, 2, 3, bias=False) for name in "ab"})
+        block = lambda: nn.ModuleDict({"attn": attention(), "convs": convolutions()})
+        self.layers = nn.ModuleList(block() for _ in range(2))
+        self.lm_head = nn.Linear(8, 8)
+
 def not_a_model(): return 3
 value = 5
 """
@@ -51,6 +60,27 @@ def test_the_papers_numbers_for_unetr(tmp_path: Path) -> None:
     assert {row["tokens"] for row in content["rows"] if row["stack"] == "768x768"} == {24 * 216}
     assert "768 x 768" in done.output
     assert "lora" in done.output
+
+
+def test_a_tree_says_what_is_adapted_and_what_is_not(own_model: str) -> None:
+    done = run("own_networks:Mixed", "--rank", "2")
+    assert done.exit_code == 0, done.output
+    tree = done.output[done.output.index("adapted: 4 of 5 linear layers") :].splitlines()
+    assert tree == [
+        "adapted: 4 of 5 linear layers, 89% of their weights; left out: lm_head (a head); 216 weights that are a "
+        "convolution",
+        "├── layers.*",
+        "│   ├── attn",
+        "│   │   ├── qkv  2 x linear, 384 weights: adapted as 3 slices each",
+        "│   │   └── proj  2 x linear, 128 weights: adapted",
+        "│   └── convs  4 x convolution, 216 weights: left out",
+        "└── lm_head  1 x linear, 64 weights: left out, a head",
+    ]
+    content = json.loads(run("own_networks:Mixed", "--rank", "2", "--json", "-").stdout)["coverage"]
+    assert (content["adapted"], content["linear"], content["share"]) == (4, 5, 512 / 576)
+    assert content["groups"][0] == {
+        "name": "layers.*.attn.qkv", "kind": "linear", "slices": 3, "reason": "", "layers": 2, "weights": 384,
+    }  # fmt: skip
 
 
 def test_json_alone_on_stdout(own_model: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +18,7 @@ from tcurlora_ext.adapter.stack.factors import LearnedFactors
 from tcurlora_ext.adapter.subspace import Subspace
 
 from .calibration import stack_inputs
+from .coverage import coverage
 from .effect import sample, watch_first_call
 from .ranks import stack_ranks
 from .structure import (
@@ -31,6 +33,8 @@ from .structure import (
 from .support import adapted_type, plain_type
 from .targets import Target, find_targets, group, placed, slice_names, stacked_weights
 
+_log = logging.getLogger("tcurlora_ext")
+
 
 def inject(
     model: nn.Module,
@@ -43,10 +47,13 @@ def inject(
     Until a core is trained, the output equals that of the model without adapter bit for bit. A fused projection with
     ``transform="identity"`` is an exception: its sums may be in another order.
 
+    How many of the linear layers are adapted, and why others are left out, is logged at level INFO under the name
+    ``tcurlora_ext``; :func:`tcurlora_ext.summary` says it at any time.
+
     Args:
         model: Any module whose weights have a floating dtype and are not on the meta device.
         config: By default that of the subspace; without one ``TCURConfig()``: the paper's selection at rank 8, in the
-            projections that it knows by name.
+            linear layers of the blocks that the model repeats.
         calibration: The result of :func:`calibrate`; required by ``selection="activation"``, refused by other rules.
         subspace: Learned factors, of :func:`learn_factors` or :meth:`Subspace.load`; required by a configuration whose
             ``factors`` are not ``"weights"``, refused by others. The rank may be lower than that which was learned.
@@ -74,7 +81,11 @@ def inject(
     stacks = {
         name: build_stack(name, members, config, ranks[name], calibration, subspace) for name, members in groups.items()
     }
-    return attach(model, groups, stacks, config, subspace)
+    attach(model, groups, stacks, config, subspace)
+    if _log.isEnabledFor(logging.INFO):
+        slices = {target.name: target.slices for members in groups.values() for target in members}
+        _log.info("%s: %s", type(model).__name__, coverage(model, config, slices))
+    return model
 
 
 def attach(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.io.table import text_table
 
+from .coverage import Coverage, coverage
 from .structure import CONTAINER, adapted_layers, require_adapted, stacks
-from .support import is_conv1d
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Summary:
         adapted: How many linear layers are adapted.
         coverage: The share of the linear layers' weights that they have, 0 to 1.
         left_out: The names of the linear layers that are not adapted.
+        covers: All weights, each with why it is left out.
         factors: What learned factors are, for people; "" where they are columns and rows of the weights.
     """
 
@@ -59,6 +58,7 @@ class Summary:
     adapted: int
     coverage: float
     left_out: tuple[str, ...]
+    covers: Coverage
     factors: str = ""
 
     @property
@@ -84,12 +84,7 @@ class Summary:
     @property
     def covered(self) -> str:
         """What is adapted and what is left out, in a line."""
-        layers = self.adapted + len(self.left_out)
-        line = f"adapted: {self.adapted} of {layers} linear layers, {self.coverage:.0%} of their weights"
-        if not self.left_out:
-            return line
-        more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""
-        return f"{line}; left out: {', '.join(self.left_out[:4])}{more}"
+        return str(self.covers)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -104,7 +99,8 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         ValueError: The model is not adapted.
     """
-    subspace = require_adapted(model).container.subspace
+    container = require_adapted(model).container
+    subspace = container.subspace
     described = []
     for name, stack in stacks(model).items():
         trained = sum(p.numel() for p in stack.parameters() if p.requires_grad)
@@ -115,21 +111,17 @@ def summary(model: nn.Module) -> Summary:
                 sum(_bytes(t) for t in (stack.core, stack.held_col, stack.row) if t is not None),
             )
         )  # fmt: skip
-    layers = [layer for _, layer in adapted_layers(model)]
-    others = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not isinstance(module, TCURLayer)
-    }
-    covered = sum(layer.num_slices * prod(layer.stack.shape) for layer in layers)  # a 4 bit weight packs two into one
+    slices = {name: layer.num_slices for name, layer in adapted_layers(model)}
+    covers = coverage(model, container.config, slices)
     beside = [p for name, p in model.named_parameters() if CONTAINER not in name.split(".")]
     return Summary(
         tuple(described),
         trained_beside=sum(p.numel() for p in beside if p.requires_grad),
         frozen=sum(p.numel() for p in beside if not p.requires_grad),
-        adapted=len(layers),
-        coverage=covered / (covered + sum(weight.numel() for weight in others.values())),
-        left_out=tuple(others),
+        adapted=len(covers.adapted),
+        coverage=covers.share,
+        left_out=tuple(part.name for part in covers.left_out),
+        covers=covers,
         factors="" if subspace is None else str(subspace),
     )
 

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 from tcurlora_ext.adapter.layer.carried import TCURCarried, carried_type
 from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer, TCURLinear
 from tcurlora_ext.adapter.layer.quantised import can_dequantise, is_quantised
+from tcurlora_ext.adapter.layer.subclassed import TCURSubclassed, computes_linear, subclassed_type
 
 EXPECTED = "expected nn.Linear or transformers' Conv1D"
 
@@ -17,23 +18,37 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(t.__name__ == "Conv1D" and t.__module__.startswith("transformers.") for t in type(module).__mro__)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, adapted or not: nn.Linear, a subclass of it, or transformers' Conv1D."""
+    return isinstance(module, (nn.Linear, TCURLayer)) or is_conv1d(module)
+
+
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer; of a quantised one, too, whose weight has another shape."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1], weight.shape[0]  # Conv1D stores (in, out)
+
+
 def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
     """The class of the adapted layer for a module; None where the module cannot be adapted.
 
-    Subclasses of ``nn.Linear`` are not adapted: a subclass may use its weight in another way, or its parent may not
-    call it (``nn.MultiheadAttention.out_proj``), and the adapter would silently have no effect. A quantised layer keeps
-    its own forward pass.
+    A subclass of ``nn.Linear`` is adapted where it computes the same. One with a forward pass of its own may use its
+    weight in another way, and the adapter would silently have no effect. A quantised layer keeps its own forward pass.
     """
     if is_quantised(module):
         return carried_type(type(module)) if can_dequantise(module) else None
-    if type(module) is nn.Linear:
-        return TCURLinear
+    kind = type(module)
+    if issubclass(kind, nn.Linear):
+        return subclassed_type(kind) if computes_linear(kind) and not parametrize.is_parametrized(module) else None
     return TCURConv1D if is_conv1d(module) else None
 
 
 def plain_type(layer: TCURLayer) -> type[nn.Module]:
     """The inverse of :func:`adapted_type`."""
-    if isinstance(layer, TCURCarried):
+    if isinstance(layer, (TCURCarried, TCURSubclassed)):
         return layer.kind
     if isinstance(layer, TCURLinear):
         return nn.Linear

@@ -16,18 +16,12 @@ from typing_extensions import Self
 
 from tcurlora_ext.adapter.config import DEFAULT_SPLIT, TCURConfig
 from tcurlora_ext.adapter.layer.quantised import dequantised, is_quantised
+from tcurlora_ext.adapter.options import pair_of
 
-from .support import EXPECTED, adapted_type, class_of, has_matrix, reason_against, refuse
-
-# Attention and MLP projections as MONAI (UNETR, SwinUNETR, ViT) and transformers (ViT, BERT, CLIP, Llama, Qwen, GPT-2)
-# name them. Poolers, embeddings, heads and patch merging do not match.
-DEFAULT_TARGETS = (
-    r"(.*\.)?("
-    r"(attn|self_attn|attention|self)\.(qkv|out_proj|proj|to_[qkv]|[qkvo]_proj|query|key|value|c_attn|c_proj)"
-    r"|mlp\.(linear[12]|fc[12]|(gate|up|down)_proj|c_fc|c_proj)"
-    r"|(attention\.output|intermediate|(?<!attention\.)output)\.dense"
-    r")"
-)
+from .blocks import DEFAULT_TARGETS as DEFAULT_TARGETS  # also known by this name
+from .blocks import bypassed, left_out_by_default
+from .fused import parts_of
+from .support import EXPECTED, adapted_type, class_of, has_matrix, is_linear, reason_against, refuse
 
 
 @dataclass(frozen=True)
@@ -82,15 +76,9 @@ class Target:
         return self.name[: len(self.name) - len(self.role)]
 
     def split(self, split_fused: Mapping[str, int]) -> Self:
-        """This target with the number of slices that ``split_fused`` has for the last component of its name, or one.
-
-        Raises ValueError where the output features cannot be split into this number of equal slices.
-        """
-        slices = split_fused.get(self.name.rsplit(".", 1)[-1], 1)
-        out_features = self.shape[0] * self.slices
-        if out_features % slices:
-            raise ValueError(f"{self.name}: {out_features} output features do not split into {slices} equal slices")
-        return replace(self, slices=slices)
+        """This target with the number of slices that :func:`parts_of` gives it, which may raise ValueError."""
+        out_features, in_features = self.shape
+        return replace(self, slices=parts_of(self.name, (out_features * self.slices, in_features), split_fused))
 
     def _around_numbers(self) -> tuple[str, str]:
         parts = self.name.split(".")
@@ -123,7 +111,7 @@ def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> 
 
 
 def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
-    """The modules that the configuration names, in registration order.
+    """The modules that the configuration names, or those in repeated blocks (``blocks.py``), in registration order.
 
     Raises:
         ValueError: No module matches; a fused projection cannot be split as ``split_fused`` says; or a module cannot
@@ -135,19 +123,15 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
             are left out, because they are no linear layers.
     """
     named = {name: module for name, module in model.named_modules() if name}
-    excluded = {name for name in named if matches(name, config.exclude_modules)}
-    wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
-    matching = {name: module for name, module in named.items() if matches(name, wanted) and name not in excluded}
     linear = [name for name, module in named.items() if adapted_type(module)]
+    if config.target_modules is None:
+        reasons = reasons_by_default(model, config)
+        matching = {name: named[name] for name, reason in reasons.items() if not reason}
+    else:
+        matching = {name: module for name, module in named.items() if matches(name, config.target_modules)}
+    matching = {name: module for name, module in matching.items() if not matches(name, config.exclude_modules)}
     if not matching:
-        asked = "the names known by default" if config.target_modules is None else f"target_modules {wanted!r}"
-        hint = "; a string is a regex for the whole name, names go into a list" if isinstance(wanted, str) else ""
-        if config.target_modules is None:
-            hint = "; set target_modules"
-        raise ValueError(
-            f"{asked} match none of the {len(linear)} linear modules of "
-            f"{type(model).__name__}, such as {', '.join(linear[:4]) or '(it has none)'}{hint}"
-        )
+        raise ValueError(_nothing_matches(model, config, linear))
     for name, reason in bypassed(model).items():
         if name in matching:
             raise ValueError(f"{name}: {reason}")
@@ -159,8 +143,8 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     if not found:
         kinds = sorted({class_of(module) for module in left_out.values()})
         raise ValueError(
-            f"target_modules {wanted!r} match {len(left_out)} modules, such as {next(iter(left_out))}, but none that "
-            f"can be adapted: found {', '.join(kinds)}, {EXPECTED}"
+            f"target_modules {config.target_modules!r} match {len(left_out)} modules, such as {next(iter(left_out))}, "
+            f"but none that can be adapted: found {', '.join(kinds)}, {EXPECTED}"
         )
     unused = warn_unused("target_modules", config.target_modules, linear, model)
     warn_unused("exclude_modules", config.exclude_modules, list(named), model)
@@ -176,15 +160,24 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     return found
 
 
-def bypassed(model: nn.Module) -> dict[str, str]:
-    """The modules that are known not to be called by their parent: name -> reason."""
-    reason = "is an nn.TransformerEncoderLayer, which in eval mode does not call its linear layers; an adapter in it"
-    return {
-        f"{name}.{child}".lstrip("."): f"{name or 'the model'} {reason} would do nothing"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        for child, _ in module.named_children()
-    }
+def reasons_by_default(model: nn.Module, config: TCURConfig) -> dict[str, str]:
+    """Of every linear layer, adapted or not, why ``target_modules=None`` leaves it out; "" where it does not."""
+    layers = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    return left_out_by_default(layers, model, max(pair_of(config.rank)))
+
+
+def _nothing_matches(model: nn.Module, config: TCURConfig, linear: Sequence[str]) -> str:
+    wanted, kind = config.target_modules, type(model).__name__
+    such_as = f"the {len(linear)} linear modules of {kind}, such as {', '.join(linear[:4]) or '(it has none)'}"
+    if wanted is not None:
+        hint = "; a string is a regex for the whole name, names go into a list" if isinstance(wanted, str) else ""
+        return f"target_modules {wanted!r} match none of {such_as}{hint}"
+    reasons: dict[str, str] = {}
+    for name, reason in reasons_by_default(model, config).items():
+        if reason:
+            reasons.setdefault(reason, name)
+    why = "".join(f"; {name} is left out: {reason}" for reason, name in list(reasons.items())[:2])
+    return f"the default adapts none of {such_as}{why}; set target_modules"
 
 
 def warn_unused(option: str, entries: Sequence[str] | str | None, names: Sequence[str], model: nn.Module) -> list[str]:

@@ -60,8 +60,8 @@ class TcurLoraConfig(PeftConfig):
         r: Tubal rank, or (c, r): c columns and r rows of every stack.
         alpha: Multiplies the default scale rule; with 1.0 a step has the length of a step of LoRA. Without effect where
             ``scale`` is a number.
-        target_modules: None: the projections that :func:`tcurlora_ext.inject` finds; else as in PEFT's LoRA: names,
-            ends of names, a regex for the whole name, or ``"all-linear"``.
+        target_modules: None: the layers that :func:`tcurlora_ext.inject` adapts by default; else as in PEFT's LoRA:
+            names, ends of names, a regex for the whole name, or ``"all-linear"``.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: As in PEFT's LoRA.
         rank_pattern: End of a name, or regex -> rank in place of ``r``. All layers of a stack need the same rank.
         alpha_pattern: End of a name, or regex -> alpha in place of ``alpha``. All layers of a stack need the same.

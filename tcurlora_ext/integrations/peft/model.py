@@ -110,7 +110,7 @@ class TcurLoraModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: TcurLoraConfig, model_config: dict[str, Any]) -> TcurLoraConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_names(self.model)
+            peft_config.target_modules = default_names(self.model, peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:

@@ -15,10 +15,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.model.blocks import bypassed, left_out_by_default
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.support import is_conv1d, is_made_anew, is_read_by_attention, reason_against
-from tcurlora_ext.adapter.model.targets import DEFAULT_TARGETS, Target, bypassed, group, is_no_name, warn_unused
-from tcurlora_ext.adapter.options import Rank
+from tcurlora_ext.adapter.model.targets import Target, group, is_no_name, matches, warn_unused
+from tcurlora_ext.adapter.options import Rank, pair_of
 
 from .config import TcurLoraConfig
 from .quantised import QuantisedTarget, backend_of
@@ -55,22 +56,35 @@ def is_supported(module: nn.Module, model: nn.Module) -> bool:
     return is_linear(module) or getattr(backend_of(module, model), "layer_type", None) == "linear"
 
 
-def default_names(model: nn.Module) -> set[str]:
-    """The ends of the names of the modules adapted by default: the parts after the block's number.
+def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
+    """The names of the modules adapted by default, which are those that :func:`tcurlora_ext.inject` adapts.
 
-    Raises ValueError where the default matches no module.
+    They are the parts after the block's number, or whole names where such a part also ends the name of another module.
+
+    Raises ValueError where the default matches no module, or where an option needs names that hold for every block.
     """
-    names = {
-        Target(name, base_of(module)).role
-        for name, module in outer_modules(model)
-        if re.fullmatch(DEFAULT_TARGETS, name) and is_supported(base_of(module), model)
-    }
-    if not names:
+    layers = {name: base_of(module) for name, module in outer_modules(model)}
+    linear = {name: layer for name, layer in layers.items() if is_supported(layer, model)}
+    reasons = left_out_by_default(linear, model, max(pair_of(config.r)), _made_anew)
+    found = {name: Target(name, linear[name]).role for name, reason in reasons.items() if not reason}
+    if not found:
         raise ValueError(
-            f"Please specify `target_modules`: none of the modules of {type(model).__name__} has a name that the "
-            "default knows"
+            f"Please specify `target_modules`: none of the modules of {type(model).__name__} is a linear layer in a "
+            "repeated block, or has a name that the default knows"
         )
-    return names
+    others = [name for name in layers if name not in found]
+    unclear = {role for role in set(found.values()) if not role or any(matches(name, [role]) for name in others)}
+    whole = sorted(name for name, role in found.items() if role in unclear)
+    if whole and (config.layers_to_transform is not None or config.layer_replication is not None):
+        raise ValueError(
+            "set `target_modules`: layers_to_transform and layer_replication need names that are those of one layer in "
+            f"each block, which the default has not found for {', '.join(whole[:4])}"
+        )
+    return {*whole, *found.values()} - unclear
+
+
+def _made_anew(layer: nn.Module) -> str:
+    return reason_against(layer) if is_made_anew(layer) else ""
 
 
 def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
@@ -144,7 +158,7 @@ def with_names(config: TcurLoraConfig, model: nn.Module) -> TcurLoraConfig:
     """
     config = copy.copy(config)
     if config.target_modules is None:
-        config.target_modules = default_names(model)
+        config.target_modules = default_names(model, config)
     return config
 
 

@@ -1,0 +1,187 @@
+"""Which of a model's weights an adapter covers, and why it leaves the others out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.layer.linear import TCURLayer
+
+from .blocks import bypassed
+from .structure import CONTAINER
+from .support import class_of, features_of, is_linear, reason_against
+from .targets import find_targets, matches, reasons_by_default
+
+CONVOLUTION = "a convolution"
+EXPERTS = "3-D, as the experts of a layer in one parameter"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of a model: a matrix or a tensor of more dimensions.
+
+    Attributes:
+        name: The name of its module; of its parameter where that is not called ``weight``.
+        kind: "linear", "convolution", "embedding" or "parameter".
+        shape: (out, in) of a linear layer, otherwise the parameter's shape.
+        slices: How many slices of a stack it is; 0 where it is left out.
+        reason: Why it is left out; "" where it is adapted.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    slices: int
+    reason: str
+
+    @property
+    def weights(self) -> int:
+        """The number of its entries."""
+        return prod(self.shape)
+
+    @property
+    def pattern(self) -> str:
+        """The name with * in place of its numbers."""
+        return re.sub(r"(?<![^._])\d+(?=\.|$)", "*", self.name)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The parts whose names agree up to numbers and that are adapted, or left out for one reason.
+
+    Attributes:
+        name: Their common name, with * in place of numbers.
+        kind, slices, reason: Those of each part.
+        layers: The number of parts.
+        weights: The number of entries of all of them.
+    """
+
+    name: str
+    kind: str
+    slices: int
+    reason: str
+    layers: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The weights of a model, each with why it is left out; ``str()`` says it in a line."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def linear(self) -> tuple[Part, ...]:
+        """The linear layers."""
+        return tuple(part for part in self.parts if part.kind == "linear")
+
+    @property
+    def adapted(self) -> tuple[Part, ...]:
+        """The layers that are adapted."""
+        return tuple(part for part in self.parts if part.slices)
+
+    @property
+    def left_out(self) -> tuple[Part, ...]:
+        """The linear layers that are not adapted."""
+        return tuple(part for part in self.linear if not part.slices)
+
+    @property
+    def share_of_all(self) -> float:
+        """The share of all weights that are adapted, 0 to 1."""
+        return sum(part.weights for part in self.adapted) / max(1, sum(part.weights for part in self.parts))
+
+    @property
+    def share(self) -> float:
+        """The share of the linear layers' weights that are adapted, 0 to 1; 0 without linear layers."""
+        return sum(part.weights for part in self.adapted) / max(1, sum(part.weights for part in self.linear))
+
+    def groups(self) -> list[Group]:
+        """The parts in groups of one name, kind and reason, in the order of their first parts."""
+        found: dict[tuple[str, str, int, str], list[Part]] = {}
+        for part in self.parts:
+            found.setdefault((part.pattern, part.kind, part.slices, part.reason), []).append(part)
+        return [Group(*key, len(parts), sum(part.weights for part in parts)) for key, parts in found.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and :meth:`groups`, as values that JSON can hold."""
+        return {
+            "adapted": len(self.adapted), "linear": len(self.linear), "share": self.share,
+            "share_of_all": self.share_of_all, "groups": [asdict(group) for group in self.groups()],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        adapted, linear = len(self.adapted), len(self.linear)
+        line = f"adapted: {adapted} of {linear} linear layers, {self.share:.0%} of their weights"
+        beside: dict[str, int] = {}
+        for part in self.parts:
+            if part.kind == "convolution" or part.reason == EXPERTS:
+                beside[part.reason] = beside.get(part.reason, 0) + part.weights
+        names = [f"{part.name} ({part.reason})" for part in self.left_out[:4]]
+        more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""
+        others = [f"{weights:,} weights that are {reason}" for reason, weights in beside.items()]
+        return line + (f"; left out: {', '.join(names)}{more}" if names else "") + "".join(f"; {o}" for o in others)
+
+
+def coverage(model: nn.Module, config: TCURConfig, adapted: Mapping[str, int] | None = None) -> Coverage:
+    """What an adapter covers of a model.
+
+    Args:
+        model: The model, adapted or not; it may be on the meta device.
+        config: The adapter's configuration.
+        adapted: The number of slices of each adapted layer by name; None: of those that the configuration names.
+
+    Raises:
+        ValueError: As :func:`find_targets` does, where ``adapted`` is None.
+    """
+    if adapted is None:
+        adapted = {target.name: target.slices for target in find_targets(model, config)}
+    reasons = reasons_by_default(model, config) if config.target_modules is None else {}
+    reasons = bypassed(model) | reasons
+
+    def reason(name: str, module: nn.Module) -> str:
+        if matches(name, config.exclude_modules):
+            return "in exclude_modules"
+        if reasons.get(name):
+            return reasons[name]
+        why = "" if isinstance(module, TCURLayer) else reason_against(module)
+        return why or ("not in the adapter" if config.target_modules is None else "not in target_modules")
+
+    parts: list[Part] = []
+    tied = {id(module.weight) for module in model.modules() if is_linear(module)}
+    for name, module in model.named_modules():
+        if CONTAINER in name.split("."):
+            continue
+        if is_linear(module):
+            slices = adapted.get(name, 0)
+            parts.append(Part(name, "linear", features_of(module), slices, "" if slices else reason(name, module)))
+        else:
+            parts += _other_weights(name, module, tied)
+    return Coverage(tuple(parts))
+
+
+def _other_weights(name: str, module: nn.Module, tied: set[int]) -> Iterator[Part]:
+    """The weights of a module that is no linear layer: its own parameters of two or more dimensions.
+
+    One that is ``tied`` to a linear layer, as an embedding to the output layer, is that layer's.
+    """
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() < 2 or id(parameter) in tied:
+            continue
+        called = name if own == "weight" else f"{name}.{own}".lstrip(".")
+        if isinstance(module, nn.modules.conv._ConvNd):
+            kind, reason = "convolution", CONVOLUTION
+        elif isinstance(module, nn.Embedding):
+            kind, reason = "embedding", "an embedding"
+        elif parameter.dim() == 3 and re.search("expert", f"{type(module).__name__} {called}", re.IGNORECASE):
+            kind, reason = "parameter", EXPERTS
+        elif re.search("router", f"{type(module).__name__} {called}", re.IGNORECASE):
+            kind, reason = "parameter", "a router"
+        else:
+            kind, reason = "parameter", f"a parameter of a {class_of(module)}, no linear layer"
+        yield Part(called, kind, tuple(parameter.shape), 0, reason)
