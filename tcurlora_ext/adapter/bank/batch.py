@@ -12,6 +12,7 @@ from tcurlora_ext.adapter.model.structure import module_of
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.stack import layer_parts
 from tcurlora_ext.maths.contract import Factors
+from tcurlora_ext.operator.backends.native import extension
 from tcurlora_ext.operator.bank import TokenPlan, ordinary, riding
 
 from .ids import Owners
@@ -31,7 +32,8 @@ class Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(g[position] for position in ctx.positions)
+        parts = g.unbind(0)
+        return None, None, *(parts[position] for position in ctx.positions)
 
 
 class AdapterBatch:
@@ -94,7 +96,7 @@ class AdapterBatch:
         cores = self._cores_of(stack)
         if stack.rides:
             return _concatenated(
-                riding(x, *part, stack.riding(at, weight.dtype), stack.among_columns(cores[:, at], at), plan)
+                riding(x, *part, stack.riding(at, weight.dtype), stack.among_columns(_of_slice(cores, at), at), plan)
                 for part, at in zip(layer_parts(weight, bias, len(layers)), layers, strict=True)
             )
         calls = _calls(stack, cores, layers, weight.dtype)
@@ -120,7 +122,7 @@ class AdapterBatch:
             return known[1]
         cores = self._store.gather(name, len(self.slots), self._places)
         if key[1]:
-            cores = Gathered.apply([cores], list(trained), *trained.values())
+            cores = _with_gradients(cores, list(trained), list(trained.values()))
         self._cores[key] = versions, cores
         return cores
 
@@ -135,6 +137,19 @@ class OwnCores:
     def adapt(self, *_: Any) -> None:
         """None: the stack uses its own core."""
         self.used = True
+
+
+def _with_gradients(cores: Tensor, positions: list[int], parameters: list[nn.Parameter]) -> Tensor:
+    """Gathered cores (D, S, c, r) whose gradients at some positions go to parameters."""
+    if extension() is None:
+        found: Tensor = Gathered.apply([cores], positions, *parameters)
+        return found
+    return torch.ops.tcurlora.gathered(cores, positions, parameters)
+
+
+def _of_slice(cores: Tensor, at: int) -> Tensor:
+    """The cores (D, c, r) of one slice; where it is the only one its gradient needs no copy."""
+    return cores[:, at] if cores.shape[1] > 1 else cores.flatten(0, 1)
 
 
 def _calls(stack: TCURStack, cores: Tensor, layers: range, dtype: torch.dtype) -> list[tuple[Factors, Tensor]]:
