@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../messages.h"
@@ -65,6 +66,25 @@ std::tuple<Tensor, Tensor> ride_many_backward(
   return {needs_h ? dh : at::empty({0}, g.options()), h.has_value() ? dcores : at::empty({0}, cores.options())};
 }
 
+// The whole layer of one slice, for inference: layers of a few tokens feel every call from Python.
+Tensor riding_many(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& columns, const Tensor& cores,
+    const Tensor& row, const Tensor& gain, int64_t slice_index, double scale, const Tensor& owners) {
+  TORCH_CHECK_VALUE(
+      cores.dim() == 4 && row.dim() == 2, "cores ", shape_text(cores.sizes()), " and row ", shape_text(row.sizes()),
+      ": expected 4 and 2 dimensions");
+  const int64_t r = cores.size(3), slices = row.size(0) / std::max<int64_t>(r, 1);
+  TORCH_CHECK_VALUE(
+      slice_index >= 0 && slice_index < slices && (cores.size(1) == 1 || cores.size(1) == slices), "slice ",
+      slice_index, " asked for, row has ", slices, " and cores have ", cores.size(1));
+  const Tensor own_cores = cores.select(1, cores.size(1) == 1 ? 0 : slice_index);
+  const Tensor own_row = slices == 1 ? row : row.narrow(0, slice_index * r, r);
+  const auto [changed, h] = ride_many(rows_of(x), own_row, own_cores, columns, gain, scale, owners);
+  const Stage stage("y = x' W^T + bias");
+  const Tensor y = product(changed, transposed(weight), bias);
+  return x.dim() == 2 ? y : y.view(with_last(x.sizes(), weight.size(0)));
+}
+
 // Cores (D, ...) that were copied from parameters: gradients go to the parameters. It is for thousands of them, for
 // which a function of autograd in Python takes as long as a layer.
 struct GatheredFunction : torch::autograd::Function<GatheredFunction> {
@@ -80,13 +100,23 @@ struct GatheredFunction : torch::autograd::Function<GatheredFunction> {
     const auto positions = context->saved_data["positions"].toIntVector();
     torch::autograd::variable_list result(2 + positions.size());
     if (!gradients[0].defined()) return result;
-    auto parts = gradients[0].unbind(0);
-    for (size_t i = 0; i < positions.size(); ++i) result[2 + i] = std::move(parts[positions[i]]);
+    // unbind() without its calls of the dispatcher, which take half of the time.
+    const Tensor& all = gradients[0];
+    const auto sizes = all.sizes().slice(1), strides = all.strides().slice(1);
+    for (size_t i = 0; i < positions.size(); ++i) {
+      const int64_t offset = all.storage_offset() + positions[i] * all.stride(0);
+      result[2 + i] = at::native::as_strided_tensorimpl(all, sizes, strides, offset);
+    }
     return result;
   }
 };
 
 Tensor gathered(const Tensor& cores, at::IntArrayRef positions, at::TensorList parameters) {
+  for (const int64_t position : positions) {
+    TORCH_CHECK_INDEX(
+        position >= 0 && position < cores.size(0), "position ", position, " is out of range: there are ", cores.size(0),
+        " cores");
+  }
   TORCH_CHECK_VALUE(
       positions.size() == parameters.size(), "gathered has ", positions.size(), " positions for ", parameters.size(),
       " parameters");
@@ -100,12 +130,16 @@ TORCH_LIBRARY_FRAGMENT(tcurlora, library) {
   library.def(
       "ride_many_backward(Tensor g, Tensor? h, Tensor cores, Tensor columns, Tensor gain, float scale, Tensor order, "
       "Tensor ends, bool needs_h) -> (Tensor dh, Tensor dcores)");
+  library.def(
+      "riding_many(Tensor x, Tensor weight, Tensor? bias, Tensor columns, Tensor cores, Tensor row, Tensor gain, "
+      "int slice_index, float scale, Tensor owners) -> Tensor");
   library.def("gathered(Tensor cores, int[] positions, Tensor[] parameters) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tcurlora, CPU, library) {
   library.impl("ride_many", ride_many);
   library.impl("ride_many_backward", ride_many_backward);
+  library.impl("riding_many", riding_many);
 }
 
 TORCH_LIBRARY_IMPL(tcurlora, CompositeImplicitAutograd, library) { library.impl("gathered", gathered); }

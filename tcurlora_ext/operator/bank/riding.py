@@ -40,10 +40,11 @@ class Cores(NamedTuple):
         """``scale * gain`` as a column, (c, 1)."""
         return (self.gain * self.scale).unsqueeze(1)
 
-    def has_kernels(self, x: Tensor) -> bool:
-        """Whether the C++ kernels compute this batch: on the CPU, with sums in the dtype of the cores."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return x.device.type == "cpu" and self.cores.dtype == wide and extension() is not None
+
+def has_kernels(x: Tensor, cores: Tensor) -> bool:
+    """Whether the C++ kernels compute this batch: on the CPU, with sums in the dtype of the cores."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.device.type == "cpu" and cores.dtype == wide and extension() is not None
 
 
 def riding(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Riding, cores: Tensor, plan: TokenPlan) -> Tensor:
@@ -54,25 +55,30 @@ def riding(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Riding, core
         weight: (out, in), frozen, in the dtype of x.
         bias: (out,) or None.
         adapter: What the operator takes for one adapter; its core is not used.
-        cores: U of the layer's slice of each adapter, (D, c, r).
+        cores: U of all slices of the stack, or of the layer's alone, of each adapter: (D, S or 1, c, r).
         plan: Which tokens have which adapter.
 
     Returns:
         (..., out) in the dtype of x. Rows of the base's tokens are those of ``nn.functional.linear``.
     """
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if not torch.is_grad_enabled() and has_kernels(x, cores):
+        columns, _, row, gain, at, scale = adapter
+        result: Tensor = torch.ops.tcurlora.riding_many(
+            x, weight, bias, columns, cores, row, gain, at, scale, plan.owners
+        )
+        return result
+    x2 = x.reshape(-1, x.shape[-1])
     wide = torch.promote_types(torch.promote_types(x.dtype, cores.dtype), torch.float32)
-    rest = cores.to(wide), adapter.columns, adapter.gain.to(wide), adapter.scale
-    if torch.is_grad_enabled():
-        y: Tensor = _Riding.apply(x2, weight, bias, adapter.own_row, *rest, plan)
-    else:
-        y = nn.functional.linear(_change(x2, adapter.own_row, Cores(*rest), plan)[0], weight, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    own = cores.flatten(0, 1) if cores.shape[1] == 1 else cores[:, adapter.slice_index]
+    y: Tensor = _Riding.apply(
+        x2, weight, bias, adapter.own_row, own.to(wide), adapter.columns, adapter.gain.to(wide), adapter.scale, plan
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _change(x: Tensor, row: Tensor, on: Cores, plan: TokenPlan) -> tuple[Tensor, Tensor]:
     """x' (T, in) and h (T, r)."""
-    if on.has_kernels(x):
+    if has_kernels(x, on.cores):
         changed, h = torch.ops.tcurlora.ride_many(x, row, *on, plan.owners)
         return changed, h
     with stage("h = x row^T"):
@@ -88,7 +94,7 @@ def _change_back(
     g: Tensor, h: Tensor | None, on: Cores, plan: TokenPlan, needs_h: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """From g (T, in), whose features ``on.columns`` are p, or from p: the gradients of h where needed, and of cores."""
-    if on.has_kernels(g):
+    if has_kernels(g, on.cores):
         dh, dcores = torch.ops.tcurlora.ride_many_backward(g, h, *on, *plan.by_adapter, needs_h)
         return dh if needs_h else None, None if h is None else dcores
     wide = on.cores.dtype
