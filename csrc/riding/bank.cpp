@@ -133,7 +133,7 @@ TORCH_LIBRARY_FRAGMENT(tcurlora, library) {
   library.def(
       "riding_many(Tensor x, Tensor weight, Tensor? bias, Tensor columns, Tensor cores, Tensor row, Tensor gain, "
       "int slice_index, float scale, Tensor owners) -> Tensor");
-  library.def("gathered(Tensor cores, int[] positions, Tensor[] parameters) -> Tensor");
+  library.def("gathered(Tensor(a) cores, int[] positions, Tensor[] parameters) -> Tensor(a)");
 }
 
 TORCH_LIBRARY_IMPL(tcurlora, CPU, library) {

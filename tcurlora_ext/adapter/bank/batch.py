@@ -74,9 +74,13 @@ class AdapterBatch:
                 "adapt the model with dropout=0, or call model.eval()"
             )
         if x.shape[-1:] != weight.shape[1:]:
-            raise ValueError(f"{_name(stack, first)}: x has shape {tuple(x.shape)}, expected {weight.shape[1]} features")
+            raise ValueError(
+                f"{_name(stack, first)}: x has shape {tuple(x.shape)}, expected {weight.shape[1]} features"
+            )
         if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{_name(stack, first)}: its weight trains, but the adapters of a bank share a frozen base")
+            raise ValueError(
+                f"{_name(stack, first)}: its weight trains, but the adapters of a bank share a frozen base"
+            )
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -87,9 +91,7 @@ class AdapterBatch:
                 )  # fmt: skip
         return self._compute(stack, x, weight, bias, range(first, first + number))
 
-    def _compute(
-        self, stack: TCURStack, x: Tensor, weight: Tensor, bias: Tensor | None, layers: range
-    ) -> Tensor:
+    def _compute(self, stack: TCURStack, x: Tensor, weight: Tensor, bias: Tensor | None, layers: range) -> Tensor:
         plan = self._plan(x, stack, layers.start)
         if not self.slots or x.numel() == 0:
             return nn.functional.linear(x, weight, bias)
