@@ -71,8 +71,9 @@ def results(call: Call, needs_x: bool = True) -> list[Tensor]:
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
     with torch.no_grad():
         alone = riding(x, call.weight, bias, call.adapter, cores, call.plan)
-    assert bias.grad is not None and cores.grad is not None
-    return [y.detach(), alone, bias.grad, cores.grad, *([x.grad] if x.grad is not None else [])]
+    gradients = [tensor.grad for tensor in (bias, cores, x) if tensor.grad is not None]
+    assert len(gradients) == 2 + needs_x
+    return [y.detach(), alone, *gradients]
 
 
 @pytest.mark.parametrize("needs_x", [True, False])
@@ -88,7 +89,8 @@ def test_kernels_equal_operations(
         assert ours.dtype == expected.dtype
         error = (ours.double() - expected.double()).abs().max()
         assert error <= 30 * CLOSE[dtype] * expected.double().abs().max()
-    assert not found[3][4].any() and found[3][2, 1].any()  # an adapter without tokens has a gradient of zeros
+    assert found[3][2, 1].any()
+    assert not found[3][4].any()  # an adapter without tokens has a gradient of zeros
     assert not found[3][:, 0].any()  # and so has a slice of another layer
 
 
@@ -171,7 +173,7 @@ def test_flops_are_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         results(call)
     forward = 2 * tokens * (in_ * out + r * in_ + c * r)
-    backward = 2 * tokens * (in_ * out + r * in_) + 2 * 2 * own * c * r
+    backward = 2 * tokens * in_ * out + 2 * 2 * own * c * r  # PyTorch counts no addmm_, which adds dh R to dx
     assert counter.get_total_flops() == 2 * forward + backward
 
 

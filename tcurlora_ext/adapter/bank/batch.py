@@ -70,8 +70,8 @@ class AdapterBatch:
         self.used = True
         if training and stack.options.dropout > 0:
             raise ValueError(
-                f"{_name(stack, first)}: dropout is {stack.options.dropout}, which is not computed for a batch of several adapters; "
-                "adapt the model with dropout=0, or call model.eval()"
+                f"{_name(stack, first)}: dropout is {stack.options.dropout}, which is not computed for a batch of "
+                "several adapters; adapt the model with dropout=0, or call model.eval()"
             )
         if x.shape[-1:] != weight.shape[1:]:
             raise ValueError(

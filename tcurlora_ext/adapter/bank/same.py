@@ -65,7 +65,8 @@ class SameModel:
 def _indices(stack: TCURStack) -> tuple[Tensor, Tensor]:
     buffers = stack._buffers  # a look-up in a module takes a microsecond, and a model may have hundreds of stacks
     rows, columns = buffers["rows"], buffers["columns"]
-    assert rows is not None and columns is not None
+    assert rows is not None
+    assert columns is not None
     return rows, columns
 
 

@@ -59,8 +59,8 @@ class Store:
     The tensors of stacks whose cores are alike lie side by side, (slots, stacks, S, c, r), so that a batch takes the
     cores of all of them in one step.
 
-    The caller holds the bank's lock, except for :meth:`views`, :meth:`gather` and :meth:`gather_all`: slots that a batch uses are not
-    written, and segments are only ever added.
+    The caller holds the bank's lock, except for :meth:`views`, :meth:`gather` and :meth:`gather_all`: slots that a
+    batch uses are not written, and segments are only ever added.
 
     Args:
         stacks: The stacks by name.
