@@ -96,7 +96,8 @@ class Store:
             more = min(more, self._limit - self.slots)
         if more <= 0:
             return False
-        blocks, segment = [], {}
+        blocks: list[Tensor] = []
+        segment: dict[str, Tensor] = {}
         for names in self._alike.values():
             core = self._like[names[0]]
             size = more, len(names), *core.shape

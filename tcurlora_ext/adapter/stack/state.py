@@ -190,7 +190,7 @@ class StackState(nn.Module):
         row = row if row.dtype == dtype else row.to(dtype)
         gain = gain if gain.dtype == core.dtype else gain.to(core.dtype)
         if gain.dim() == 3:
-            core, gain = gain @ core, gain.new_ones(gain.shape[1])
+            return Riding(self.columns, gain @ core, row, gain.new_ones(gain.shape[1]), slice_index, self.scale)
         return Riding(self.columns, core, row, gain, slice_index, self.scale)
 
     def among_columns(self, cores: Tensor, slice_index: int) -> Tensor:
