@@ -58,8 +58,8 @@ class Riding(NamedTuple):
     @property
     def own_row(self) -> Tensor:
         """R of this slice, (r, in)."""
-        r = self.core.shape[2]
-        return self.row[self.slice_index * r : (self.slice_index + 1) * r]
+        slices, _, r = self.core.shape
+        return self.row if slices == 1 else self.row[self.slice_index * r : (self.slice_index + 1) * r]
 
     @property
     def mixing(self) -> Tensor:

@@ -56,6 +56,29 @@ def ride_backward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int
     return _riding(call["g"], 0, call).backward(call["needs"])
 
 
+def riding_many_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::riding_many``; the counter passes shapes in place of tensors."""
+    call = _named(torch.ops.tcurlora.riding_many.default, given, named)
+    flops = _many(call["x"], call["weight"][0], call["cores"])
+    return flops.base_product() + flops.forward()
+
+
+def ride_many_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::ride_many``; the counter passes shapes in place of tensors."""
+    call = _named(torch.ops.tcurlora.ride_many.default, given, named)
+    return _many(call["x"], 0, call["cores"]).forward()
+
+
+def ride_many_backward_flops(*given: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of ``tcurlora::ride_many_backward``; the counter passes shapes in place of tensors."""
+    call = _named(torch.ops.tcurlora.ride_many_backward.default, given, named)
+    return 2 * call["order"][0] * prod(call["cores"][1:]) * ((call["h"] is not None) + call["needs_h"])
+
+
+def _many(rows: tuple[int, ...], out: int, cores: tuple[int, ...]) -> RidingFlops:
+    return RidingFlops(prod(rows[:-1]), out, rows[-1], *cores[-2:])
+
+
 def _riding(rows: tuple[int, ...], out: int, call: dict[str, Any]) -> RidingFlops:
     _, c, r = call["core"]
     return RidingFlops(prod(rows[:-1]), out, call["row"][1], c, r)
@@ -89,9 +112,12 @@ def register() -> None:
     """
     from torch.utils import flop_counter
 
-    for function in (
+    functions = [
         forward_flops, backward_flops, riding_forward_flops, riding_backward_flops, ride_forward_flops,
         ride_backward_flops,
-    ):  # fmt: skip
+    ]  # fmt: skip
+    if hasattr(torch.ops.tcurlora, "riding_many"):  # in C++ alone
+        functions += [riding_many_flops, ride_many_flops, ride_many_backward_flops]
+    for function in functions:
         operator = getattr(torch.ops.tcurlora, function.__name__.removesuffix("_flops"))
         flop_counter.register_flop_formula(operator)(function)

@@ -12,6 +12,7 @@ from tcurlora_ext.adapter.model.structure import module_of
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.stack import layer_parts
 from tcurlora_ext.maths.contract import Factors
+from tcurlora_ext.operator.backends.native import extension
 from tcurlora_ext.operator.bank import TokenPlan, ordinary, riding
 
 from .ids import Owners
@@ -31,7 +32,8 @@ class Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(g[position] for position in ctx.positions)
+        parts = g.unbind(0)
+        return None, None, *(parts[position] for position in ctx.positions)
 
 
 class AdapterBatch:
@@ -57,70 +59,77 @@ class AdapterBatch:
         self.marked = self.used = False
         self._owners, self._store, self._trained = owners, store, trained
         self._places = store.places(slots)
+        self._together: dict[str, Tensor] | None = None
         self._cores: dict[tuple[TCURStack, bool], tuple[list[int], Tensor]] = {}
-        self._plans: dict[tuple[tuple[int, ...], torch.device], TokenPlan] = {}
+        self._plans: dict[tuple[torch.Size, torch.device], TokenPlan] = {}
 
     def adapt(
         self, stack: TCURStack, x: Tensor, weight: Tensor, bias: Tensor | None, first: int, number: int, training: bool
     ) -> Tensor:
         """As :meth:`tcurlora_ext.TCURStack.adapt`, for the batch's adapters."""
         self.used = True
-        name = module_of(stack.names[first], ())
         if training and stack.options.dropout > 0:
             raise ValueError(
-                f"{name}: dropout is {stack.options.dropout}, which is not computed for a batch of several adapters; "
-                "adapt the model with dropout=0, or call model.eval()"
+                f"{_name(stack, first)}: dropout is {stack.options.dropout}, which is not computed for a batch of "
+                "several adapters; adapt the model with dropout=0, or call model.eval()"
             )
         if x.shape[-1:] != weight.shape[1:]:
-            raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected {weight.shape[1]} features")
+            raise ValueError(
+                f"{_name(stack, first)}: x has shape {tuple(x.shape)}, expected {weight.shape[1]} features"
+            )
         if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: its weight trains, but the adapters of a bank share a frozen base")
+            raise ValueError(
+                f"{_name(stack, first)}: its weight trains, but the adapters of a bank share a frozen base"
+            )
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             with torch.amp.autocast(device, enabled=False):
                 return self._compute(
-                    stack, name, _lowered(x, dtype), _lowered(weight, dtype), bias if bias is None else
+                    stack, _lowered(x, dtype), _lowered(weight, dtype), bias if bias is None else
                     _lowered(bias, dtype), range(first, first + number),
                 )  # fmt: skip
-        return self._compute(stack, name, x, weight, bias, range(first, first + number))
+        return self._compute(stack, x, weight, bias, range(first, first + number))
 
-    def _compute(
-        self, stack: TCURStack, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, layers: range
-    ) -> Tensor:
-        plan = self._plan(tuple(x.shape[:-1]), x.device, name)
+    def _compute(self, stack: TCURStack, x: Tensor, weight: Tensor, bias: Tensor | None, layers: range) -> Tensor:
+        plan = self._plan(x, stack, layers.start)
         if not self.slots or x.numel() == 0:
             return nn.functional.linear(x, weight, bias)
         cores = self._cores_of(stack)
         if stack.rides:
-            return _concatenated(
-                riding(x, *part, stack.riding(at, weight.dtype), stack.among_columns(cores[:, at], at), plan)
-                for part, at in zip(layer_parts(weight, bias, len(layers)), layers, strict=True)
-            )
+            if len(layers) == 1:
+                return _ridden(stack, x, weight, bias, cores, layers.start, plan)
+            parts = layer_parts(weight, bias, len(layers))
+            ridden = [_ridden(stack, x, *part, cores, at, plan) for part, at in zip(parts, layers, strict=True)]
+            return torch.cat(ridden, -1)
         calls = _calls(stack, cores, layers, weight.dtype)
         parts = layer_parts(weight, bias, len(calls))
         return _concatenated(ordinary(x, *part, *call, plan) for part, call in zip(parts, calls, strict=True))
 
-    def _plan(self, leading: tuple[int, ...], device: torch.device, name: str) -> TokenPlan:
-        key = leading, device
+    def _plan(self, x: Tensor, stack: TCURStack, first: int) -> TokenPlan:
+        key = x.shape[:-1], x.device
         plan = self._plans.get(key)
         if plan is None:
-            owners, run = self._owners.of_tokens(leading, name)
-            plan = self._plans[key] = TokenPlan(owners, run, len(self.slots), device)
+            owners, run = self._owners.of_tokens(tuple(key[0]), _name(stack, first))
+            plan = self._plans[key] = TokenPlan(owners, run, len(self.slots), x.device)
         return plan
 
     def _cores_of(self, stack: TCURStack) -> Tensor:
         """The cores of the batch's adapters, (D, S, c, r), gathered once, and again after parameters have changed."""
+        if not self._trained:
+            if self._together is None:
+                self._together = self._store.gather_all(len(self.slots), self._places)
+            return self._together[self.stacks[stack]]
         name = self.stacks[stack]
-        trained = {at: parameters[name] for at, parameters in self._trained.items()}
-        versions = [parameter._version for parameter in trained.values()]
-        key = stack, bool(trained) and torch.is_grad_enabled()
+        parameters = [trained[name] for trained in self._trained.values()]
+        versions = [parameter._version for parameter in parameters]
+        key = stack, torch.is_grad_enabled()
         known = self._cores.get(key)
         if known is not None and known[0] == versions:
             return known[1]
         cores = self._store.gather(name, len(self.slots), self._places)
-        if key[1]:
-            cores = Gathered.apply([cores], list(trained), *trained.values())
+        if torch.is_grad_enabled():
+            cores = _with_gradients(cores, list(self._trained), parameters)
         self._cores[key] = versions, cores
         return cores
 
@@ -135,6 +144,28 @@ class OwnCores:
     def adapt(self, *_: Any) -> None:
         """None: the stack uses its own core."""
         self.used = True
+
+
+def _name(stack: TCURStack, first: int) -> str:
+    """The layer, for messages."""
+    return module_of(stack.names[first], ())
+
+
+def _with_gradients(cores: Tensor, positions: list[int], parameters: list[nn.Parameter]) -> Tensor:
+    """Gathered cores (D, S, c, r) whose gradients at some positions go to parameters."""
+    if extension() is None:
+        found: Tensor = Gathered.apply([cores], positions, *parameters)
+        return found
+    return torch.ops.tcurlora.gathered(cores, positions, parameters)
+
+
+def _ridden(
+    stack: TCURStack, x: Tensor, weight: Tensor, bias: Tensor | None, cores: Tensor, at: int, plan: TokenPlan
+) -> Tensor:
+    """One slice in the riding form."""
+    if stack.options.orthonormal:
+        cores = stack.among_columns(cores[:, at], at).unsqueeze(1)
+    return riding(x, weight, bias, stack.riding(at, weight.dtype), cores, plan)
 
 
 def _calls(stack: TCURStack, cores: Tensor, layers: range, dtype: torch.dtype) -> list[tuple[Factors, Tensor]]:

@@ -179,7 +179,8 @@ class Holding:
             )
         with self._changed:
             slots = self._once_there_is_room(lambda: self._slots_of(adapters), lambda: f"{len(adapters)} adapters")
-            trained = {at: dict(adapter.parameters) for at, adapter in enumerate(adapters) if adapter.parameters}
+            # Not copied: thousands of new dictionaries per batch make the garbage collector run.
+            trained = {at: adapter.parameters for at, adapter in enumerate(adapters) if adapter.parameters}
             return self._store, slots, trained
 
     def _slots_of(self, adapters: Sequence[Adapter]) -> list[Slot] | None:

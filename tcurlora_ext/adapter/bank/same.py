@@ -63,7 +63,11 @@ class SameModel:
 
 
 def _indices(stack: TCURStack) -> tuple[Tensor, Tensor]:
-    return stack.rows, stack.columns
+    buffers = stack._buffers  # a look-up in a module takes a microsecond, and a model may have hundreds of stacks
+    rows, columns = buffers["rows"], buffers["columns"]
+    assert rows is not None
+    assert columns is not None
+    return rows, columns
 
 
 def _state(stack: TCURStack) -> tuple[bool, list[tuple[int, int]]]:

@@ -56,8 +56,11 @@ class Adapter:
 class Store:
     """Segments of slots on one device: of each stack a tensor (slots, S, c, r) per segment.
 
-    The caller holds the bank's lock, except for :meth:`views` and :meth:`gather`: slots that a batch uses are not
-    written, and segments are only ever added.
+    The tensors of stacks whose cores are alike lie side by side, (slots, stacks, S, c, r), so that a batch takes the
+    cores of all of them in one step.
+
+    The caller holds the bank's lock, except for :meth:`views`, :meth:`gather` and :meth:`gather_all`: slots that a
+    batch uses are not written, and segments are only ever added.
 
     Args:
         stacks: The stacks by name.
@@ -68,7 +71,11 @@ class Store:
     def __init__(self, stacks: Mapping[str, TCURStack], device: torch.device | None, limit: int | None) -> None:
         self._like = {name: stack.core.detach() for name, stack in stacks.items()}
         self._device, self._limit = device, limit
+        self._alike: dict[tuple[object, ...], list[str]] = {}
+        for name, core in self._like.items():
+            self._alike.setdefault((core.shape, core.dtype, core.device), []).append(name)
         self._segments: list[dict[str, Tensor]] = []
+        self._blocks: list[list[Tensor]] = []  # of each segment the tensors of stacks side by side, as in _alike
         self._free: list[Slot] = []
         self.slots = 0
 
@@ -89,10 +96,14 @@ class Store:
             more = min(more, self._limit - self.slots)
         if more <= 0:
             return False
-        segment = {
-            name: torch.zeros(more, *core.shape, dtype=core.dtype, device=self._device or core.device)
-            for name, core in self._like.items()
-        }
+        blocks: list[Tensor] = []
+        segment: dict[str, Tensor] = {}
+        for names in self._alike.values():
+            core = self._like[names[0]]
+            size = more, len(names), *core.shape
+            blocks.append(torch.zeros(size, dtype=core.dtype, device=self._device or core.device))
+            segment |= dict(zip(names, blocks[-1].unbind(1), strict=True))
+        self._blocks.append(blocks)
         self._free += [Slot(len(self._segments), offset) for offset in reversed(range(more))]
         self._segments.append(segment)
         self.slots += more
@@ -144,13 +155,24 @@ class Store:
     @torch.no_grad()
     def gather(self, name: str, number: int, places: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
         """The cores of one stack in some slots: a new tensor (number, S, c, r)."""
-        if len(places) == 1:
-            at, _, offsets = places[0]
-            segment = self._segments[at][name]
-            return segment.index_select(0, offsets.to(segment.device))
-        like = self._segments[places[0][0]][name]
-        cores = like.new_empty(number, *like.shape[1:])
-        for at, positions, offsets in places:
-            rows = self._segments[at][name].index_select(0, offsets.to(like.device))
-            cores.index_copy_(0, positions.to(like.device), rows)
+        return _taken([self._segments[at][name] for at, _, _ in places], number, places)
+
+    @torch.no_grad()
+    def gather_all(self, number: int, places: Sequence[tuple[int, Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The cores of every stack in some slots: (number, S, c, r) each, parts of new tensors."""
+        cores: dict[str, Tensor] = {}
+        for group, names in enumerate(self._alike.values()):
+            together = _taken([self._blocks[at][group] for at, _, _ in places], number, places)
+            cores |= dict(zip(names, together.unbind(1), strict=True))
         return cores
+
+
+def _taken(segments: Sequence[Tensor], number: int, places: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """Rows of some segments, as :meth:`Store.places` says: (number, ...)."""
+    device = segments[0].device
+    if len(places) == 1:
+        return segments[0].index_select(0, places[0][2].to(device))
+    rows = segments[0].new_empty(number, *segments[0].shape[1:])
+    for segment, (_, positions, offsets) in zip(segments, places, strict=True):
+        rows.index_copy_(0, positions.to(device), segment.index_select(0, offsets.to(device)))
+    return rows

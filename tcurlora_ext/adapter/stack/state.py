@@ -131,8 +131,9 @@ class StackState(nn.Module):
         return self._gathered_col() if held is None else held
 
     def _gain(self) -> Tensor:
-        assert self.gain is not None  # a stack that may ride has it
-        return self.gain
+        gain = self.gain
+        assert gain is not None  # a stack that may ride has it
+        return gain
 
     @torch.no_grad()
     def _gathered_col(self) -> Tensor:
@@ -185,13 +186,12 @@ class StackState(nn.Module):
             slice_index: The slice.
             dtype: That of the layer's input, into which R is converted.
         """
-        row = self.row if self.row.dtype == dtype else self.row.to(dtype)
-        gain = self._gain()
-        gain = gain if gain.dtype == self.core.dtype else gain.to(self.core.dtype)
+        core, row, gain = self.core, self.row, self._gain()  # once: a look-up in a module takes a microsecond
+        row = row if row.dtype == dtype else row.to(dtype)
+        gain = gain if gain.dtype == core.dtype else gain.to(core.dtype)
         if gain.dim() == 3:
-            core, gain = gain @ self.core, gain.new_ones(gain.shape[1])
-            return Riding(self.columns, core, row, gain, slice_index, self.scale)
-        return Riding(self.columns, self.core, row, gain, slice_index, self.scale)
+            return Riding(self.columns, gain @ core, row, gain.new_ones(gain.shape[1]), slice_index, self.scale)
+        return Riding(self.columns, core, row, gain, slice_index, self.scale)
 
     def among_columns(self, cores: Tensor, slice_index: int) -> Tensor:
         """Cores of one slice as :meth:`riding` has its own: between the chosen columns themselves, up to a factor each.

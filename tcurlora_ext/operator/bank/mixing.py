@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .plan import TokenPlan
+from .plan import Blocks
 
 
-def mixed(h: Tensor, matrices: Tensor, plan: TokenPlan, vectors: int = 1) -> Tensor:
+def mixed(h: Tensor, matrices: Tensor, plan: Blocks, vectors: int = 1) -> Tensor:
     """Every vector of a token times its adapter's matrix, zero for tokens of the base: (G, T, v*p).
 
     Args:
         h: (G, T, v*k).
         matrices: (G, D, p, k), any strides.
-        plan: Which tokens have which adapter.
+        plan: Which tokens have which adapter, as blocks.
         vectors: v.
     """
     products = torch.bmm(_single(plan.spread(h), vectors), plan.of_blocks(matrices).mT)
@@ -26,7 +26,7 @@ def mixed(h: Tensor, matrices: Tensor, plan: TokenPlan, vectors: int = 1) -> Ten
 
 
 def mixed_back(
-    g: Tensor, h: Tensor | None, matrices: Tensor | None, plan: TokenPlan, adapters: int, vectors: int = 1
+    g: Tensor, h: Tensor | None, matrices: Tensor | None, plan: Blocks, adapters: int, vectors: int = 1
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of :func:`mixed`: of h where the matrices are given, and of the matrices where h is given.
 

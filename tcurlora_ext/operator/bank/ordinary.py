@@ -46,7 +46,7 @@ class _Middle:
 
     def __init__(self, call: Factors, cores: Tensor, plan: TokenPlan) -> None:
         _, self.adapters, self.c, self.r = cores.shape
-        self.plan = plan
+        self.plan = plan.blocks
         self.groups = groups = Groups(call._replace(core=cores), cores.dtype)
         # (groups, D, w*c, r): the cores of a group, one below the other.
         parts = groups.grouped(cores, 0).unflatten(0, (groups.groups, groups.width))

@@ -1,6 +1,8 @@
-"""Which tokens of a batch have which adapter, laid out as blocks of equally many tokens for a batched product."""
+"""Which tokens of a batch have which adapter: in order, and as blocks of equally many tokens for a batched product."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,10 +15,7 @@ OVERHEAD = 4
 
 
 class TokenPlan:
-    """The tokens of a batch as blocks: all tokens of a block have one adapter.
-
-    T tokens become ``blocks`` blocks of ``size`` tokens each. Blocks of sorted tokens end with rows of zeros where an
-    adapter's tokens do not fill them. Tokens of the base are in no block.
+    """The tokens of a batch and their adapters. What a form of the product needs of them is computed when it asks.
 
     Args:
         owners: The adapter of each run of tokens, (runs,) int64 on the CPU: its index among the ``adapters`` adapters
@@ -24,6 +23,37 @@ class TokenPlan:
         run: How many consecutive tokens a run has.
         adapters: D, the number of different adapters.
         device: Where the tokens are.
+    """
+
+    def __init__(self, owners: Tensor, run: int, adapters: int, device: torch.device) -> None:
+        self._owners, self._run, self._adapters, self._device = owners, run, adapters, device
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """The adapter of each token, -1 for the base: (T,) int64."""
+        owners = self._owners if self._run == 1 else self._owners.repeat_interleave(self._run)
+        return owners.to(self._device)
+
+    @cached_property
+    def by_adapter(self) -> tuple[Tensor, Tensor]:
+        """The tokens that have an adapter, one adapter's after the other's, and where each one's end: (n,), (D,)."""
+        counts = torch.bincount(self.owners + 1, minlength=self._adapters + 1)
+        return torch.argsort(self.owners, stable=True)[int(counts[0]) :], counts[1:].cumsum(0)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The tokens as blocks."""
+        return Blocks(self._owners, self._run, self._adapters, self._device)
+
+
+class Blocks:
+    """The tokens of a batch as blocks: all tokens of a block have one adapter.
+
+    T tokens become ``blocks`` blocks of ``size`` tokens each. Blocks of sorted tokens end with rows of zeros where an
+    adapter's tokens do not fill them. Tokens of the base are in no block.
+
+    Args:
+        owners, run, adapters, device: As of :class:`TokenPlan`.
 
     Attributes:
         owner: The adapter of each block, (blocks,) int64.

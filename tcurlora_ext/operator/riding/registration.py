@@ -43,6 +43,19 @@ def _ride_backward_fake(g: Tensor, x: Tensor | None, h: Tensor | None, *rest: An
     return _empty(g, adapter.core, (g.shape, adapter.core.shape, adapter.row.shape), needs)
 
 
+def _ride_many_fake(x: Tensor, row: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], row.shape[0])
+
+
+def _riding_many_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _ride_many_backward_fake(g: Tensor, h: Tensor | None, cores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dh = (g.shape[0], cores.shape[2]) if rest[-1] else (0,)
+    return g.new_empty(dh), cores.new_empty((0,) if h is None else cores.shape)
+
+
 def _hidden(x: Tensor, core: Tensor) -> Tensor:
     # Not torch.Size.numel(), which would fix a symbolic number of tokens to that of the first call.
     return x.new_empty(prod(x.shape[:-1]), core.shape[2])
@@ -74,6 +87,10 @@ def register(library: torch.library.Library, built: bool) -> None:
     }  # fmt: skip
     for name, fake in fakes.items():
         torch.library.register_fake(f"tcurlora::{name}", fake, lib=library)
+    if built:
+        torch.library.register_fake("tcurlora::ride_many", _ride_many_fake, lib=library)
+        torch.library.register_fake("tcurlora::riding_many", _riding_many_fake, lib=library)
+        torch.library.register_fake("tcurlora::ride_many_backward", _ride_many_backward_fake, lib=library)
     # As for ``linear``: torch.func's transforms get PyTorch operations, which they can differentiate and batch.
     library.impl("riding", decomposition.riding, "FuncTorchDynamicLayerFrontMode")
     library.impl("ride", decomposition.ride, "FuncTorchDynamicLayerFrontMode")
