@@ -74,8 +74,8 @@ def pretrain(
         train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, fold=fold,
         map_labels=map_labels, steps=steps, batch=batch, lr=lr, seed=seed, data_seed=data_seed,
         checkpoint_every=checkpoint_every, device=device, amp=amp, cache=cache, workers=workers,
-        augment=augment, flips=flips, class_weights=class_weights, accumulate=accumulate, select=select, patience=patience,
-        select_fraction=select_fraction, select_every=select_every, subject_pattern=subject_pattern,
+        augment=augment, flips=flips, class_weights=class_weights, accumulate=accumulate, select=select,
+        patience=patience, select_fraction=select_fraction, select_every=select_every, subject_pattern=subject_pattern,
         log=log or (),
     )  # fmt: skip
     if from_there:
