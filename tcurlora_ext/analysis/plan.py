@@ -165,8 +165,32 @@ class Plan:
             records.append(total | {"method": method, "rank": "", "q": ""} | asdict(cost))
         return records
 
+    def brief(self) -> list[list[str]]:
+        """A line of headings, then one line per record, in at most 80 columns; FLOPs are those of base and adapter."""
+        lines = [["stack", "form", "trained", "GFLOP", "of base", "saved MiB", "file KiB"]]
+        frozen = 0.0
+        for row in self.rows():
+            base, flops = row["method"] == "base", row["forward"] + row["backward"]
+            frozen = flops if base else frozen
+            total = flops if base else frozen + flops
+            name = row["stack"] if len(row["stack"]) <= 14 else f"{row['stack'][:13]}…"
+            rank = row["rank"] or {"tcur": self._shared_rank(), "lora": str(self.lora_rank)}.get(row["method"], "")
+            rank = ",".join(dict.fromkeys(rank.split(",")))  # one number where c = r
+            form = {"base": "frozen", "tcur": f"tCUR r={rank}", "lora": f"LoRA r={rank}"}[row["method"]]
+            cells = ["", "", ""] if base else [
+                f"{total / frozen:.3f}" if frozen else "", f"{row['saved'] / 2**20:,.2f}", f"{row['file'] / 1024:,.1f}",
+            ]  # fmt: skip
+            trained = "" if base else f"{row['trained']:,}"
+            lines.append([name if base else "", form.removesuffix(" r="), trained, f"{total / 1e9:,.2f}", *cells])
+        return lines
+
+    def _shared_rank(self) -> str:
+        """The rank of all stacks, where they have one."""
+        ranks = {stack.rank for stack in self.stacks}
+        return ",".join(map(str, ranks.pop())) if len(ranks) == 1 else ""
+
     def table(self) -> list[list[str]]:
-        """A line of headings, then one line per record, formatted for reading."""
+        """A line of headings, then one line per record with all counts, formatted for reading."""
         lines = [
             ["stack", "layers", "slices", "out x in", "T > dW", "method", "rank", "q", "trained", "forward GFLOP",
              "backward GFLOP", "saved MiB", "factors MiB", "file KiB"]

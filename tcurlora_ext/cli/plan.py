@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tcurlora_ext.cli import options
-from tcurlora_ext.io.table import rich_table, terminal
+from tcurlora_ext.io.table import rich_table, terminal, text_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,12 @@ LEARNED_NOTES = (
     "The warm-up of learned factors holds this beside the model and its activations: gradients of the whole weights, "
     "the optimizer's moments (Adam: two for each weight; factored: one for each row and column), copies of the weights."
 )
-KEYS = ("stack", "method", "layout")  # columns that say what a line is about
+KEYS = ("stack", "method", "form", "layout")  # columns that say what a line is about
+BRIEF_NOTES = (
+    "GFLOP: of one forward and backward pass, the frozen layers included.\n"
+    "saved: for the backward pass, beside what the frozen layers keep.\n"
+    "--wide shows all counts, --json and --csv write them."
+)
 NOTES = (
     "T > dW: from this number of tokens T on, a materialised dW takes fewer forward FLOPs. The rows of tcur and lora "
     "count what the adapter adds to one forward and backward pass; those of base count the frozen layers."
@@ -133,6 +138,7 @@ def plan(
         typer.Option(help="JSON file to write all counts to; - writes them to stdout in place of the table."),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file to write all counts to.")] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="Show all counts, in more than 80 columns.")] = False,
 ) -> None:
     """Count what tCUR costs on a model beside LoRA, per stack and in all, without reading any weights.
 
@@ -175,7 +181,7 @@ def plan(
         found = count(built, config, number, lora_rank, dtype, bits, parts)
         rows = f"{number} tokens a layer"
     shown_rank = ",".join(map(str, config.rank)) if isinstance(config.rank, tuple) else config.rank
-    heading = f"{model}: {rows}, {found.dtype}, tCUR of rank {shown_rank} beside LoRA of rank {lora_rank}"
+    heading = f"{model}: {rows}\n{found.dtype}, tCUR of rank {shown_rank} beside LoRA of rank {lora_rank}"
     content: dict[str, Any] = {"model": model, "tokens": rows, "dtype": found.dtype, "lora_rank": lora_rank,
                "config": config.to_json(), "rows": found.rows(), "coverage": found.covers.to_json()}  # fmt: skip
     if found.learned is not None:
@@ -190,7 +196,8 @@ def plan(
         return
     if json is not None:
         write_json(json, content)
-    _show(found.table(), str(found), heading, NOTES)
+    table, notes = (found.table(), NOTES) if wide else (found.brief(), BRIEF_NOTES)
+    _show(table, text_table(table[0], table[1:], left=_left(table[0])), heading, notes)
     terminal().print("\n", coverage_tree(found.covers), sep="")
     if found.learned is not None:
         typer.echo(f"\n{found.learned}\n\n{LEARNED_NOTES}")
@@ -220,11 +227,14 @@ def _part(table: list[list[str]], columns: list[int]) -> Table:
     from rich.box import SIMPLE_HEAD
 
     header, *lines = [[line[index] for index in columns] for line in table]
-    left = [index for index, name in enumerate(header) if name in KEYS]
-    part = rich_table(header, lines, left, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    part = rich_table(header, lines, _left(header), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in part.rows[2::3] if "stack" in header else ():
         row.end_section = True
     return part
+
+
+def _left(header: list[str]) -> list[int]:
+    return [index for index, name in enumerate(header) if name in KEYS]
 
 
 def _parts(table: list[list[str]], console: Console) -> list[list[int]]:

@@ -58,8 +58,15 @@ def test_the_papers_numbers_for_unetr(tmp_path: Path) -> None:
         assert [row["trained"] for row in csv.DictReader(file)] == [str(row["trained"]) for row in content["rows"]]
     # 216 tokens of a 96^3 window in patches of 16, from a forward pass on the meta device.
     assert {row["tokens"] for row in content["rows"] if row["stack"] == "768x768"} == {24 * 216}
-    assert "768 x 768" in done.output
-    assert "lora" in done.output
+    table = done.output[: done.output.index("adapted:")].splitlines()
+    assert max(map(len, table)) <= 80
+    assert [line.split()[:4] for line in table if line.startswith("total")] == [["total", "frozen", "73.38"]]
+    (tcur,) = (line.split() for line in table if " 4,608 " in line)
+    assert tcur[:5] == ["tCUR", "r=8", "4,608", "99.79", "1.360"]  # of the base's 73.38 GFLOP
+    assert "LoRA r=8" in done.output
+    wide = run("unetr", "--wide").output
+    assert "768 x 768" in wide
+    assert "backward GFLOP" in wide
 
 
 def test_a_tree_says_what_is_adapted_and_what_is_not(own_model: str) -> None:
