@@ -15,7 +15,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from tcurlora_ext.io.tensors import read_weights
 
 from .devices import provenance
 from .entry import run_command
+from .reading.language import NEW
 
 WINDOW, BATCH = 128, 8
 PRETRAIN_STEPS, PRETRAIN_LR = 1500, 3e-3
@@ -43,7 +43,7 @@ TRAIN_BYTES, TEST_BYTES, FAMILY_BYTES = 96 << 10, 64 << 10, 512 << 10
 ENGLISH = "scipy"
 # Text of a family: the package, the suffix of its files.
 FAMILY = (("torch", ".h"), ("sympy", ".py"), ("numpy", ".pyi"))
-CHOICE, NEW = "monai", "networkx"
+CHOICE = "monai"
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "max_position_embeddings": WINDOW, "tie_word_embeddings": True,
@@ -217,7 +217,8 @@ def run(base: Path, adapt: Adapt, text: Text, steps: int, lr: float, seed: int) 
     model, step = base_model(base), loss_step(text.train, 1000 + seed)
     adapt(model, step, seed)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    train(model, step, steps, lr)
+    if steps:
+        train(model, step, steps, lr)
     loss = score(model, text.test)
     return {"lr": lr, "seed": seed, "steps": steps, "trained_parameters": trained, "loss": loss}
 
@@ -260,28 +261,6 @@ def compare(work: Path, seeds: int, steps: int, pretrain_steps: int) -> list[dic
 def of_nothing(model: nn.Module, step: Step, seed: int) -> None:
     """Nothing is adapted."""
     del model, step, seed
-
-
-def language_table(rows: Sequence[dict[str, str]]) -> list[list[str]]:
-    """One line per form: what trains, and perplexity per byte on the new text, mean and standard deviation over seeds.
-
-    Args:
-        rows: Of language.csv.
-    """
-    table = [["form", "trained parameters", "warm-up, steps", "learning rate", "seeds", "perplexity per byte"]]
-    losses: dict[str, list[float]] = {}
-    for row in rows:
-        if row["text"] == NEW:
-            losses.setdefault(row["form"], []).append(math.exp(float(row["loss"])))
-    first = {row["form"]: row for row in reversed(rows) if row["text"] == NEW}
-    for form, values in losses.items():
-        row, spread = first[form], f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        table.append([
-            form, f"{int(row['trained_parameters']):,}", f"{int(row['warm_up_steps']) or ''}",
-            f"{float(row['lr']):g}" if float(row["lr"]) else "", str(len(values)),
-            f"{statistics.mean(values):.3f}{spread}",
-        ])  # fmt: skip
-    return table
 
 
 def language(
