@@ -6,6 +6,7 @@ notices the class, which a hook would not ensure.
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,15 @@ from tcurlora_ext.adapter.stack.batches import beside_by_batch
 from tcurlora_ext.operator.bank.beside import Compute, Values
 
 
-class BankedLinear(nn.Linear):
+class _Banked:
+    """What a bank has made of a module. Its copies and pickles are plain modules, which have no bank."""
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        state = {name: value for name, value in vars(self).items() if name not in NOTES}
+        return copyreg.__newobj__, (PLAIN[type(self)],), state  # type: ignore[attr-defined, index]
+
+
+class BankedLinear(_Banked, nn.Linear):
     """``nn.Linear`` that a running batch of a bank may compute with each adapter's own weight and bias."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -31,7 +40,7 @@ class BankedLinear(nn.Linear):
         return super().forward(input) if y is None else y
 
 
-class BankedLayerNorm(nn.LayerNorm):
+class BankedLayerNorm(_Banked, nn.LayerNorm):
     """``nn.LayerNorm`` that a running batch of a bank may compute with each adapter's own weight and bias."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -42,6 +51,8 @@ class BankedLayerNorm(nn.LayerNorm):
 
 BANKED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: BankedLinear, nn.LayerNorm: BankedLayerNorm}
 PLAIN = {banked: plain for plain, banked in BANKED.items()}
+# What such a module notes: a stack of its model, by which it finds the running batch, and how many banks it belongs to.
+NOTES = ("stack_of_bank", "banks")
 
 
 @dataclass(frozen=True)
@@ -196,7 +207,8 @@ def _let_go(reference: weakref.ref[nn.Module]) -> None:
     state["banks"] -= 1
     if state["banks"] == 0:
         module.__class__ = PLAIN[type(module)]
-        del state["banks"], state["stack_of_bank"]
+        for note in NOTES:
+            del state[note]
 
 
 def _function(module: nn.Module) -> Compute:
