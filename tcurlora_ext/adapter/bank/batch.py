@@ -135,28 +135,20 @@ class AdapterBatch:
         return beside(x, own.compute, base, list(zip(weights, biases, strict=True)), plan)
 
     def _own_of(self, name: str) -> list[Tensor]:
-        """A parameter beside the cores of each of the batch's adapters, gathered as the cores are."""
+        """A parameter beside the cores of each of the batch's adapters: of those that train copies, as of the cores."""
         parameters = {at: trained[name] for at, trained in self._trained.items()}
         versions = [parameter._version for parameter in parameters.values()]
         key = name, torch.is_grad_enabled()
         known = self._own.get(key)
         if known is not None and known[0] == versions:
             return known[1]
-        values = list(self._gathered(name).unbind(0))
-        if torch.is_grad_enabled():
-            # One by one, unlike cores: no gradient as large as a head is computed for adapters that do not train.
-            for at, parameter in parameters.items():
-                values[at] = Gathered.apply([values[at].clone().unsqueeze(0)], [0], parameter)[0]
+        values = self._store.own(name, self.slots)
+        for at, parameter in parameters.items():
+            values[at] = values[at].clone()
+            if torch.is_grad_enabled():
+                values[at] = Gathered.apply([values[at].unsqueeze(0)], [0], parameter)[0]
         self._own[key] = versions, values
         return values
-
-    def _gathered(self, name: str) -> Tensor:
-        """What the batch's adapters have under a name, (D, ...): once for all names where nothing trains."""
-        if self._trained:
-            return self._store.gather(name, len(self.slots), self._places)
-        if self._together is None:
-            self._together = self._store.gather_all(len(self.slots), self._places)
-        return self._together[name]
 
     def _plan(self, x: Tensor, name: str) -> TokenPlan:
         key = x.shape[:-1], x.device
@@ -170,14 +162,16 @@ class AdapterBatch:
         """The cores of the batch's adapters, (D, S, c, r), gathered once, and again after parameters have changed."""
         name = self.stacks[stack]
         if not self._trained:
-            return self._gathered(name)
+            if self._together is None:
+                self._together = self._store.gather_all(len(self.slots), self._places)
+            return self._together[name]
         parameters = [trained[name] for trained in self._trained.values()]
         versions = [parameter._version for parameter in parameters]
         key = stack, torch.is_grad_enabled()
         known = self._cores.get(key)
         if known is not None and known[0] == versions:
             return known[1]
-        cores = self._gathered(name)
+        cores = self._store.gather(name, len(self.slots), self._places)
         if torch.is_grad_enabled():
             cores = _with_gradients(cores, list(self._trained), parameters)
         self._cores[key] = versions, cores

@@ -41,6 +41,7 @@ class Holding:
         self._pool = None if pool is None else Store(like, start, torch.device("cpu"), None)
         # Without a pool the capacity counts adapters: cores that batches still use after replace are held beside them.
         self._store = Store(like, start, None, None if pool is None else capacity)
+        self._reads_in_place = bool(start)  # whether batches read more than copies
         self._adapters: dict[str, Adapter] = {}
         self._by_handle: dict[int, Adapter] = {}
         self._handles = self._clock = 0
@@ -267,10 +268,23 @@ class Holding:
             self._drain()
             adapter = self._get(name)
             if not adapter.parameters:
+                if self._reads_in_place and adapter.slot is not None and adapter.slot.users:
+                    self._move(adapter)
                 (slot,) = self._once_there_is_room(lambda: self._slots_of([adapter]), lambda: f"adapter {name!r}")
                 adapter.parameters = {stack: nn.Parameter(view) for stack, view in self._store.views(slot).items()}
                 self._store.release([slot])
             return dict(adapter.parameters)
+
+    def _move(self, adapter: Adapter) -> None:
+        """Let an adapter have another slot, where it trains while batches go on reading the present one."""
+        slot = self._free_slot(adapter)
+        here = self._by_handle.get(adapter.handle) is adapter
+        if not here or adapter.slot is None or not adapter.slot.users:  # so while this waited for room
+            self._store.retire(slot)
+            return
+        self._store.write(slot, self._store.views(adapter.slot))
+        self._store.retire(adapter.slot)
+        adapter.slot = slot
 
     def stop_training(self, name: str) -> None:
         """Let go of an adapter's parameters."""

@@ -58,8 +58,8 @@ class Store:
     cores of all of them in one step. What adapters have beside their cores is kept in the same way, by the parameter's
     name, which has a dot, in the place of the stack's, which has none.
 
-    The caller holds the bank's lock, except for :meth:`views`, :meth:`gather` and :meth:`gather_all`: slots that a
-    batch uses are not written, and segments are only ever added.
+    The caller holds the bank's lock, except for :meth:`views`, :meth:`own`, :meth:`gather` and :meth:`gather_all`:
+    slots that a batch uses are not written, and segments are only ever added.
 
     Args:
         like: A tensor of shape, dtype and device of what each adapter has, by name.
@@ -76,7 +76,7 @@ class Store:
         self._smallest = max(1, min(SMALLEST, SMALLEST_BYTES // max(1, sum(t.nbytes for t in like.values()))))
         self._alike: dict[tuple[object, ...], list[str]] = {}
         for name, core in self._like.items():
-            self._alike.setdefault((core.shape, core.dtype, core.device), []).append(name)
+            self._alike.setdefault((core.shape, core.dtype, core.device, name in start), []).append(name)
         self._segments: list[dict[str, Tensor]] = []
         self._blocks: list[list[Tensor]] = []  # of each segment the tensors of stacks side by side, as in _alike
         self._free: list[Slot] = []
@@ -147,6 +147,13 @@ class Store:
         """The cores in a slot by stack, (S, c, r) each, and what is beside them, in the segments' memory."""
         return {name: tensor[slot.offset] for name, tensor in self._segments[slot.segment].items()}
 
+    def own(self, name: str, slots: Sequence[Slot]) -> list[Tensor]:
+        """A parameter beside the cores in each of some slots, in the segments' memory: a head is too large to copy.
+
+        By ``data``, autograd may save them: it does not take what is written to other slots for a change of these.
+        """
+        return [self._segments[slot.segment][name].data[slot.offset] for slot in slots]
+
     def places(self, slots: Sequence[Slot]) -> list[tuple[int, Tensor, Tensor]]:
         """Slots by segment: (segment, positions among the slots, offsets in the segment), for :meth:`gather`."""
         found: dict[int, tuple[list[int], list[int]]] = {}
@@ -158,7 +165,7 @@ class Store:
 
     @torch.no_grad()
     def gather(self, name: str, number: int, places: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
-        """The cores of one stack in some slots: a new tensor (number, S, c, r); so for a parameter beside them."""
+        """The cores of one stack in some slots: a new tensor (number, S, c, r)."""
         return _taken([self._segments[at][name] for at, _, _ in places], number, places)
 
     @torch.no_grad()
@@ -166,6 +173,8 @@ class Store:
         """The cores of every stack in some slots: (number, S, c, r) each, parts of new tensors."""
         cores: dict[str, Tensor] = {}
         for group, names in enumerate(self._alike.values()):
+            if names[0] in self._start:
+                continue
             together = _taken([self._blocks[at][group] for at, _, _ in places], number, places)
             cores |= dict(zip(names, together.unbind(1), strict=True))
         return cores

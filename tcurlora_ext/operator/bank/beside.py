@@ -40,6 +40,10 @@ def beside(x: Tensor, compute: Compute, base: Values, own: Sequence[Values], pla
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     parts = [compute(part, *values) for part, values in zip(rows.split(counts), own, strict=True) if len(part)]
     together = torch.cat(parts)
-    width = together.shape[-1]
-    y = together.new_empty(total, width) if len(tokens) == total else compute(x, *base).reshape(total, width)
-    return y.index_copy(0, tokens, together).view(*x.shape[:-1], width)
+    if len(tokens) == total:
+        places = torch.empty_like(tokens)
+        places[tokens] = torch.arange(total, device=tokens.device)
+        y = together.index_select(0, places)
+    else:
+        y = compute(x, *base).reshape(total, -1).index_copy_(0, tokens, together)
+    return y.view(*x.shape[:-1], together.shape[-1])

@@ -91,6 +91,28 @@ def test_training_starts_at_the_base_and_ends() -> None:
     assert not y.requires_grad
 
 
+@pytest.mark.parametrize("pool", [None, "cpu"])
+def test_training_that_starts_while_a_batch_runs_does_not_change_the_batch(pool: str | None) -> None:
+    """Heads are read in place: the adapter that trains gets another one. So do those that are written meanwhile."""
+    model, values = make(), torch.randn(2, 3, 8, dtype=torch.float64)
+    bank = filled(model, 3, pool=pool, capacity=None if pool is None else 4)
+    right = values.clone().requires_grad_()
+    expected = model(right, adapter_ids=["0", "1"])
+    expected.square().sum().backward()
+    x = values.clone().requires_grad_()
+    with bank.use(["0", "1"]):
+        y = model(x)
+        for parameter in bank.train(["0"]):
+            parameter.data.fill_(7)
+        bank.replace("2", cores_for(model, 5) | own_for(5))
+        assert_close(model(x), expected, **EXACT)
+    bank.add("more")
+    y.square().sum().backward()
+    assert_close(x.grad, right.grad, **EXACT)
+    bank.train(["0"], mode=False)
+    assert all(bool((value == 7).all()) for value in bank.cores("0").values())
+
+
 class Checkpointed(torch.nn.Module):
     """The whole model, head and norm with it, computed again in the backward pass."""
 
