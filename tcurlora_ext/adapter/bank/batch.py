@@ -135,7 +135,11 @@ class AdapterBatch:
         return beside(x, own.compute, base, list(zip(weights, biases, strict=True)), plan)
 
     def _own_of(self, name: str) -> list[Tensor]:
-        """A parameter beside the cores of each of the batch's adapters: of those that train copies, as of the cores."""
+        """A parameter beside the cores of each of the batch's adapters.
+
+        Without gradients it is read where it lies, unless its adapter trains. Autograd gets copies, as of the cores:
+        what it saves may outlive the batch, where other hooks on saved tensors hide the batch's.
+        """
         parameters = {at: trained[name] for at, trained in self._trained.items()}
         versions = [parameter._version for parameter in parameters.values()]
         key = name, torch.is_grad_enabled()
@@ -143,9 +147,10 @@ class AdapterBatch:
         if known is not None and known[0] == versions:
             return known[1]
         values = self._store.own(name, self.slots)
-        for at, parameter in parameters.items():
-            values[at] = values[at].clone()
-            if torch.is_grad_enabled():
+        with torch.no_grad():
+            values = [v.clone() if key[1] or at in parameters else v for at, v in enumerate(values)]
+        if key[1]:
+            for at, parameter in parameters.items():
                 values[at] = Gathered.apply([values[at].unsqueeze(0)], [0], parameter)[0]
         self._own[key] = versions, values
         return values

@@ -148,11 +148,8 @@ class Store:
         return {name: tensor[slot.offset] for name, tensor in self._segments[slot.segment].items()}
 
     def own(self, name: str, slots: Sequence[Slot]) -> list[Tensor]:
-        """A parameter beside the cores in each of some slots, in the segments' memory: a head is too large to copy.
-
-        By ``data``, autograd may save them: it does not take what is written to other slots for a change of these.
-        """
-        return [self._segments[slot.segment][name].data[slot.offset] for slot in slots]
+        """A parameter beside the cores in each of some slots, in the segments' memory: a head is large."""
+        return [self._segments[slot.segment][name][slot.offset] for slot in slots]
 
     def places(self, slots: Sequence[Slot]) -> list[tuple[int, Tensor, Tensor]]:
         """Slots by segment: (segment, positions among the slots, offsets in the segment), for :meth:`gather`."""

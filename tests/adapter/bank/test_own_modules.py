@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,43 @@ def test_a_module_that_is_not_called_is_a_warning_and_a_replaced_one_an_error() 
     model.head = nn.Linear(8, 5).double()
     with pytest.raises(ValueError, match=r"head is not the module that it was.*replaced"):
         model(inputs(1), adapter_ids=["0"])
+
+
+@pytest.mark.parametrize("pool", [None, "cpu"])
+def test_threads_that_change_the_bank_mix_no_heads(pool: str | None) -> None:
+    model, x = make(), inputs(3)
+    bank = filled(model, 6, pool=pool, capacity=None if pool is None else 5)
+    orders, errors = ([0, 1, -1], [1, 2, 0], [2, -1, 2]), []
+    expected = [each(order, x) for order in orders]
+    stop = threading.Event()
+
+    def change() -> None:
+        seed = 10
+        while not stop.is_set():
+            seed += 1
+            bank.replace("3", cores_for(model, seed) | own_for(seed))
+            bank.remove("4")
+            bank.add("4", cores_for(model, seed) | own_for(seed))
+            with torch.no_grad():
+                model(x[:1], adapter_ids=["5"])
+
+    def compute(at: int) -> None:
+        for _ in range(40):
+            with torch.set_grad_enabled(at == 0):
+                y = model(x, adapter_ids=[-1 if o < 0 else str(o) for o in orders[at]])
+            if not torch.allclose(y, expected[at], rtol=1e-12, atol=1e-12):
+                errors.append(at)
+
+    changing = threading.Thread(target=change)
+    computing = [threading.Thread(target=compute, args=(at,)) for at in range(3)]
+    for thread in (changing, *computing):
+        thread.start()
+    for thread in computing:
+        thread.join()
+    stop.set()
+    changing.join()
+    assert errors == []
+    assert bank.names[:4] == ["0", "1", "2", "3"]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_training_starts_at_the_base_and_ends() -> None:
 
 @pytest.mark.parametrize("pool", [None, "cpu"])
 def test_training_that_starts_while_a_batch_runs_does_not_change_the_batch(pool: str | None) -> None:
-    """Heads are read in place: the adapter that trains gets another one. So do those that are written meanwhile."""
+    """Without gradients heads are read in place: the adapter that trains gets another one."""
     model, values = make(), torch.randn(2, 3, 8, dtype=torch.float64)
     bank = filled(model, 3, pool=pool, capacity=None if pool is None else 4)
     right = values.clone().requires_grad_()
@@ -102,15 +102,37 @@ def test_training_that_starts_while_a_batch_runs_does_not_change_the_batch(pool:
     x = values.clone().requires_grad_()
     with bank.use(["0", "1"]):
         y = model(x)
+        with torch.no_grad():
+            assert_close(model(x), expected.detach(), **EXACT)
         for parameter in bank.train(["0"]):
             parameter.data.fill_(7)
         bank.replace("2", cores_for(model, 5) | own_for(5))
+        with torch.no_grad():
+            assert_close(model(x), expected.detach(), **EXACT)
         assert_close(model(x), expected, **EXACT)
-    bank.add("more")
     y.square().sum().backward()
     assert_close(x.grad, right.grad, **EXACT)
     bank.train(["0"], mode=False)
     assert all(bool((value == 7).all()) for value in bank.cores("0").values())
+
+
+def test_what_autograd_saved_stays_where_other_hooks_hide_the_batchs() -> None:
+    """The batch's places are free after its block then, and written again."""
+    model, values = make(), torch.randn(2, 3, 8, dtype=torch.float64)
+    bank = filled(model, 1, capacity=1, pool="cpu")
+    found = []
+    for change in (False, True):
+        x = values.clone().requires_grad_()
+        with bank.use(["0", -1]), torch.autograd.graph.save_on_cpu():
+            loss = model(x).square().sum()
+        if change:
+            for at in range(1, 4):
+                bank.add(str(at), cores_for(model, at) | own_for(at))
+                with torch.no_grad():
+                    model(values, adapter_ids=[str(at), -1])
+        loss.backward()
+        found.append(x.grad)
+    assert_close(*found, **EXACT)
 
 
 class Checkpointed(torch.nn.Module):
