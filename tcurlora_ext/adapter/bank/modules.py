@@ -181,12 +181,11 @@ class OwnModules:
     def require(self) -> None:
         """Raise ValueError where a module is not in the model any more."""
         for module, own in self._by_module.items():
-            found = self._model
-            for part in own.name.split("."):
-                found = found._modules.get(part)  # type: ignore[assignment]
-                if found is None:
-                    break
-            if found is not module:
+            try:
+                same = self._model.get_submodule(own.name) is module
+            except AttributeError:
+                same = False
+            if not same:
                 raise ValueError(f"{own.name} is not the module that it was when the bank was made: it was replaced")
 
     def answer_to(self, bank: Any) -> None:
