@@ -24,6 +24,7 @@ from typer.main import get_command
 import tcurlora_ext as tcur
 from tcurlora_ext.cli.app import app
 from tcurlora_ext.integrations import peft
+from tcurlora_ext.operator.backends.native import extension
 
 pytestmark = pytest.mark.slow
 
@@ -165,6 +166,16 @@ def test_every_public_method_has_an_entry_with_a_description(entries: dict[str, 
     names = list(_methods(entries))
     assert "tcurlora_ext.TCURStack.core_slices" in names
     assert [name for name in names if not entries.get(name, NO_ENTRY).description.strip()] == []
+
+
+@pytest.mark.skipif(extension() is None, reason="the operators of a batch of many adapters come from C++")
+@pytest.mark.parametrize("operator", ["riding_many", "ride_many", "ride_many_backward", "gathered"])
+def test_so_does_that_of_an_operator_of_many_adapters(operator: str) -> None:
+    page = " ".join((ROOT / "docs" / "reference" / "operator.rst").read_text().split())
+    schema = getattr(torch.ops.tcurlora, operator).default._schema
+    assert str(schema) in page
+    parameters = ", ".join(argument.name for argument in schema.arguments)
+    assert f".. py:function:: torch.ops.tcurlora.{operator}({parameters})" in page
 
 
 @pytest.mark.parametrize("operator", ["linear", "forward", "backward"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .batch import AdapterBatch, OwnCores
 from .holding import Holding
 from .hooks import take_ids_from_calls
 from .ids import Ids, Owners
+from .modules import OwnModules
 from .same import SameModel
 
 Source = Mapping[str, Tensor] | nn.Module | None
@@ -44,14 +45,25 @@ class AdapterBank:
         capacity: The largest number of adapters on the device; None: any number.
         pool: ``"cpu"``: all adapters are held on the CPU, and the device holds ``capacity`` of them: those used last.
             None: all are held on the device.
+        modules: The names of modules of which each adapter has its own weight and bias, such as a head that trains
+            beside the cores: ``nn.Linear``, and ``nn.LayerNorm`` over the last dimension. The base, -1, has those of
+            the model when the bank is made, and so do adapters that come without; without ids, the model's present
+            ones compute.
 
     Raises:
         ValueError: The model is not adapted, is sharded over processes, has quantised layers, or trains C and R
-            (``trainable="all"``);
-            ``capacity`` is not a positive number, or ``pool`` is another name or comes without a capacity.
+            (``trainable="all"``); a module cannot be kept per adapter, by its name and with the reason, or holds what
+            the model's own adapter has trained; ``capacity`` is not a positive number, or ``pool`` is another name or
+            comes without a capacity.
     """
 
-    def __init__(self, model: nn.Module, capacity: int | None = None, pool: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int | None = None,
+        pool: str | None = None,
+        modules: Sequence[str] = (),
+    ) -> None:
         adapted = require_adapted(model)
         refuse_sharded(adapted.model, "make the bank before shard(model)")
         self._model = adapted.model
@@ -65,12 +77,15 @@ class AdapterBank:
             if any(isinstance(layer, TCURCarried) for layer in stack.layers.values()):
                 raise ValueError(f"stack {name} has quantised layers, whose own forward pass knows one adapter alone")
         self._names = {stack: name for name, stack in self._stacks.items()}
-        self._held = Holding(self._stacks, capacity, pool)
+        self._modules = OwnModules(adapted, modules)
+        like = {name: stack.core.detach() for name, stack in self._stacks.items()} | self._modules.base
+        self._held = Holding(like, self._modules.base, capacity, pool)
         self._same = SameModel(self._model, self._stacks)
-        self._files = files.Checks(self._model, self._stacks)
+        self._files = files.Checks(self._model, self._stacks, self._modules)
         for stack in self._stacks.values():
             stack.banked = True
         take_ids_from_calls(model, weakref.ref(self))
+        self._modules.answer_to(self)
 
     # -- the adapters -------------------------------------------------------------------------------------------------
 
@@ -87,8 +102,11 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes of memory hold the cores, on the device and, with a pool, on the CPU."""
-        return self._held.nbytes
+        """How many bytes of memory hold the cores, on the device and, with a pool, on the CPU.
+
+        They include what adapters have of their own ``modules``, and the base's of these.
+        """
+        return self._held.nbytes + self._modules.nbytes
 
     def add(self, name: str, source: Source = None) -> int:
         """Add an adapter.
@@ -97,13 +115,16 @@ class AdapterBank:
             name: Its name.
             source: Its cores: None for zeros; or stack -> core (S, c, r), in the stack's core domain; or an adapted
                 model with the same rows, columns and scale, such as the bank's own, whose present cores are copied.
+                With ``modules``, also their parameters by name, ``"head.weight"``; a model's present ones are copied.
+                Those that are missing are the base's.
 
         Returns:
             A handle for ``ids``, a whole number from 0 that no other adapter of this bank ever has.
 
         Raises:
             ValueError: There is an adapter of this name, or no room for another one; or the cores do not fit, by the
-                name of the stack. Nothing is changed.
+                name of the stack; or another model has trained parameters beside the cores that are not of the bank's
+                modules. Nothing is changed.
         """
         return self.add_all({name: source})[0]
 
@@ -139,6 +160,8 @@ class AdapterBank:
     def cores(self, name: str) -> dict[str, Tensor]:
         """A copy of an adapter's cores: stack -> (S, c, r), in the stack's core domain.
 
+        With ``modules``, also of its own parameters of these, by name, such as ``"head.weight"``.
+
         Args:
             name: The adapter.
 
@@ -163,7 +186,8 @@ class AdapterBank:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged, was trained on other base weights, or has other stacks, rows, columns,
                 rank, scale, transform or core domain than the model, by the name of the stack; or it has trained
-                parameters or running statistics beside the cores, which all samples would share; or as of :meth:`add`.
+                parameters beside the cores that are not of the bank's modules, or running statistics, which all samples
+                would share; or as of :meth:`add`.
         """
         cores, found = self._files.read(path)
         return self.add(found if name is None else name, cores)
@@ -222,7 +246,7 @@ class AdapterBank:
             TypeError: ``ids`` is one name, or not of whole numbers.
 
         Warns:
-            UserWarning: No adapted layer was called in the block.
+            UserWarning: No adapted layer was called in the block, or one of the bank's modules was not.
         """
         batch = self._batch(ids)
         try:
@@ -234,9 +258,17 @@ class AdapterBank:
             warnings.warn(
                 "no adapted layer of the bank's model was called within bank.use: the ids had no effect", stacklevel=3
             )
+        elif isinstance(batch, AdapterBatch) and len(batch.called) < len(self._modules.names):
+            left = [name for name in self._modules.names if name not in batch.called]
+            warnings.warn(
+                f"{', '.join(left)}: not called within bank.use, so that those of the adapters had no effect. A parent "
+                "may read the weight itself, as nn.TransformerEncoderLayer does in eval mode",
+                stacklevel=3,
+            )
 
     def _batch(self, ids: Ids | None) -> AdapterBatch | OwnCores:
         self._same.require()
+        self._modules.require()
         if torch.is_grad_enabled():
             for stack in self._stacks.values():
                 stack.batched = True
@@ -244,7 +276,7 @@ class AdapterBank:
             return OwnCores(self._names)
         owners = Owners(ids, self._held.find)
         store, slots, trained = self._held.acquire(owners.adapters)
-        return AdapterBatch(self._names, owners, store, slots, trained)
+        return AdapterBatch(self._names, owners, store, slots, trained, self._modules)
 
     def _end(self, batch: AdapterBatch | OwnCores) -> None:
         """Let the batch's slots be written again: now, or once autograd has let go of what it saved."""
@@ -271,6 +303,8 @@ class AdapterBank:
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's cores as parameters, for an optimizer: stack -> (S, c, r), in the bank's memory.
+
+        With ``modules``, also its own parameters of these, by name.
 
         From now on the adapter trains: batches in grad mode give these parameters gradients where the adapter is in
         the batch, and leave them None where it is not. It stays on the device, also with a pool.

@@ -13,9 +13,10 @@ from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.stack import layer_parts
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.operator.backends.native import extension
-from tcurlora_ext.operator.bank import TokenPlan, ordinary, riding
+from tcurlora_ext.operator.bank import TokenPlan, beside, ordinary, riding
 
 from .ids import Owners
+from .modules import OwnModules
 from .store import Slot, Store
 
 
@@ -44,7 +45,14 @@ class AdapterBatch:
         owners: Which adapter has each sample or token.
         store: Where the cores are.
         slots: The slot of each of the batch's D adapters, kept from being written while the batch lives.
-        trained: Position among the D adapters -> the parameters of an adapter that trains, by stack.
+        trained: Position among the D adapters -> the parameters of an adapter that trains, by stack, and by their own
+            names those beside the cores.
+        modules: The modules of which each adapter has its own.
+
+    Attributes:
+        marked, stacks: As there.
+        used: Whether it has computed a layer.
+        called: The names of the modules that it has computed.
     """
 
     def __init__(
@@ -54,13 +62,16 @@ class AdapterBatch:
         store: Store,
         slots: list[Slot],
         trained: Mapping[int, Mapping[str, nn.Parameter]],
+        modules: OwnModules,
     ) -> None:
-        self.stacks, self.slots = stacks, slots
+        self.stacks, self.slots, self._modules = stacks, slots, modules
+        self.called: set[str] = set()
         self.marked = self.used = False
         self._owners, self._store, self._trained = owners, store, trained
         self._places = store.places(slots)
         self._together: dict[str, Tensor] | None = None
         self._cores: dict[tuple[TCURStack, bool], tuple[list[int], Tensor]] = {}
+        self._own: dict[tuple[str, bool], tuple[list[int], list[Tensor]]] = {}
         self._plans: dict[tuple[torch.Size, torch.device], TokenPlan] = {}
 
     def adapt(
@@ -92,7 +103,7 @@ class AdapterBatch:
         return self._compute(stack, x, weight, bias, range(first, first + number))
 
     def _compute(self, stack: TCURStack, x: Tensor, weight: Tensor, bias: Tensor | None, layers: range) -> Tensor:
-        plan = self._plan(x, stack, layers.start)
+        plan = self._plan(x, _name(stack, layers.start))
         if not self.slots or x.numel() == 0:
             return nn.functional.linear(x, weight, bias)
         cores = self._cores_of(stack)
@@ -106,21 +117,59 @@ class AdapterBatch:
         parts = layer_parts(weight, bias, len(calls))
         return _concatenated(ordinary(x, *part, *call, plan) for part, call in zip(parts, calls, strict=True))
 
-    def _plan(self, x: Tensor, stack: TCURStack, first: int) -> TokenPlan:
+    def beside(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What a module of which each adapter has its own makes of x (..., in); None for another module."""
+        own = self._modules.get(module)
+        if own is None:
+            return None
+        self.used = True
+        self.called.add(own.name)
+        plan = self._plan(x, own.name)
+        dtype = module.get_parameter("weight").dtype  # the model may have been cast since
+        weight, bias = self._modules.base_of(own)
+        base = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if not self.slots or x.numel() == 0:
+            return own.compute(x, *base)
+        weights = [value.to(dtype) for value in self._own_of(own.weight)]
+        biases = [None] * len(weights) if own.bias is None else [value.to(dtype) for value in self._own_of(own.bias)]
+        return beside(x, own.compute, base, list(zip(weights, biases, strict=True)), plan)
+
+    def _own_of(self, name: str) -> list[Tensor]:
+        """A parameter beside the cores of each of the batch's adapters.
+
+        Without gradients it is read where it lies, unless its adapter trains. Autograd gets copies, as of the cores:
+        what it saves may outlive the batch, where other hooks on saved tensors hide the batch's.
+        """
+        parameters = {at: trained[name] for at, trained in self._trained.items()}
+        versions = [parameter._version for parameter in parameters.values()]
+        key = name, torch.is_grad_enabled()
+        known = self._own.get(key)
+        if known is not None and known[0] == versions:
+            return known[1]
+        values = self._store.own(name, self.slots)
+        with torch.no_grad():
+            values = [v.clone() if key[1] or at in parameters else v for at, v in enumerate(values)]
+        if key[1]:
+            for at, parameter in parameters.items():
+                values[at] = Gathered.apply([values[at].unsqueeze(0)], [0], parameter)[0]
+        self._own[key] = versions, values
+        return values
+
+    def _plan(self, x: Tensor, name: str) -> TokenPlan:
         key = x.shape[:-1], x.device
         plan = self._plans.get(key)
         if plan is None:
-            owners, run = self._owners.of_tokens(tuple(key[0]), _name(stack, first))
+            owners, run = self._owners.of_tokens(tuple(key[0]), name)
             plan = self._plans[key] = TokenPlan(owners, run, len(self.slots), x.device)
         return plan
 
     def _cores_of(self, stack: TCURStack) -> Tensor:
         """The cores of the batch's adapters, (D, S, c, r), gathered once, and again after parameters have changed."""
+        name = self.stacks[stack]
         if not self._trained:
             if self._together is None:
                 self._together = self._store.gather_all(len(self.slots), self._places)
-            return self._together[self.stacks[stack]]
-        name = self.stacks[stack]
+            return self._together[name]
         parameters = [trained[name] for trained in self._trained.values()]
         versions = [parameter._version for parameter in parameters]
         key = stack, torch.is_grad_enabled()
@@ -144,6 +193,9 @@ class OwnCores:
     def adapt(self, *_: Any) -> None:
         """None: the stack uses its own core."""
         self.used = True
+
+    def beside(self, *_: Any) -> None:
+        """None: the module uses its own parameters."""
 
 
 def _name(stack: TCURStack, first: int) -> str:

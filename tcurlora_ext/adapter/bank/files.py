@@ -1,9 +1,11 @@
 """Files of a bank: adapter files that are checked against its model, and one file of many adapters.
 
 The file of many is a safetensors file. Tensors: ``cores.<stack>`` (N, S, c, r), ``rows.<stack>``, ``columns.<stack>``;
-``col.<stack>`` and ``row.<stack>`` where they are not those of the base. Header: ``tcurlora_bank`` -> format version,
-the N names, transform, core domain and, where factors are learned or orthonormal, which and the subspace's digest; for
-every stack its slices, scale, and the dtype and fingerprint of its base weights; and the digest, SHA-256 of all of it.
+``col.<stack>`` and ``row.<stack>`` where they are not those of the base; ``beside.<parameter>`` (N, ...), such as
+``beside.head.weight``, of modules of which each adapter has its own: such a file has format 2, another one 1. Header:
+``tcurlora_bank`` -> format version, the N names, transform, core domain and, where factors are learned or orthonormal,
+which and the subspace's digest; for every stack its slices, scale, and the dtype and fingerprint of its base weights;
+and the digest, SHA-256 of all of it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.files.format import read_adapter
-from tcurlora_ext.adapter.model.structure import base_weights, require_adapted, stacks
+from tcurlora_ext.adapter.model.structure import base_weights, changed_buffers, require_adapted, stacks, trained_beside
 from tcurlora_ext.adapter.options import LEARNED, WEIGHTS, StackOptions
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.subspace import Subspace
@@ -29,9 +31,10 @@ from tcurlora_ext.io.described import description, digest
 from tcurlora_ext.io.tensors import not_finite, read_tensors
 from tcurlora_ext.maths.fingerprint import fingerprint, mismatch
 
+from .modules import OwnModules
 from .store import Cores
 
-FORMAT = 1
+FORMAT, FORMAT_BESIDE = 1, 2  # with what adapters have beside their cores, which earlier readers would leave out
 HEADER = "tcurlora_bank"
 # What a file does not state: files before learned factors have none of it.
 BEFORE_LEARNED = {"factors": WEIGHTS, "orthonormal factors": False, "subspace": None}
@@ -49,15 +52,16 @@ class Checks:
     Args:
         model: The adapted model.
         stacks_: Its stacks by name.
+        modules: The modules of which each adapter has its own.
     """
 
-    def __init__(self, model: nn.Module, stacks_: Mapping[str, TCURStack]) -> None:
-        self._model, self._stacks = model, stacks_
+    def __init__(self, model: nn.Module, stacks_: Mapping[str, TCURStack], modules: OwnModules) -> None:
+        self._model, self._stacks, self._modules = model, stacks_, modules
         self._subspace = subspace_of(model)
         self._bases: dict[str, tuple[Tensor, torch.dtype, bool]] = {}
 
     def cores_of(self, name: str, source: Mapping[str, Tensor] | nn.Module | None) -> Cores | None:
-        """The cores of a source, checked; None for zeros.
+        """The cores of a source and its own parameters beside them, checked; None for zeros.
 
         Raises:
             ValueError: They do not fit the stacks, or are not finite.
@@ -70,33 +74,37 @@ class Checks:
             for stack_name, stack in found.items():
                 here = self._stacks[stack_name]
                 _require_same(name, stack_name, _layout(stack, subspace_of(source)), _layout(here, self._subspace))
+            adapted = require_adapted(source)
+            if adapted.model is not self._model:  # what the bank's own model has beside them, all adapters share
+                self._modules.refuse(f"adapter {name!r}", [*trained_beside(adapted), *changed_buffers(adapted, 0.01)])
             source = {stack_name: stack.core.detach() for stack_name, stack in found.items()}
-        _require_same_names(name, source, self._stacks)
-        for stack_name, core in source.items():
-            expected = tuple(self._stacks[stack_name].core.shape)
-            if tuple(core.shape) != expected or not core.is_floating_point():
+            source |= self._modules.of(adapted.model)
+        own = self._modules.base
+        _require_same_names(name, {key: value for key, value in source.items() if key not in own}, self._stacks)
+        for key, value in source.items():
+            expected = tuple((own[key] if key in own else self._stacks[key].core).shape)
+            if tuple(value.shape) != expected or not value.is_floating_point():
                 raise ValueError(
-                    f"adapter {name!r}: the core of stack {stack_name} is {core.dtype} {tuple(core.shape)}, expected "
+                    f"adapter {name!r}: {self._called(key)} is {value.dtype} {tuple(value.shape)}, expected "
                     f"floating numbers {expected}"
                 )
         broken = not_finite(source)
         if broken:
-            raise ValueError(f"adapter {name!r}: the core of stack {broken[0]} has NaN or infinite values")
+            raise ValueError(f"adapter {name!r}: {self._called(broken[0])} has NaN or infinite values")
         return source
 
+    def _called(self, key: str) -> str:
+        return key if key in self._modules.base else f"the core of stack {key}"
+
     def read(self, path: str | os.PathLike[str]) -> tuple[Cores, str]:
-        """The cores of an adapter file, and the name that its file or folder gives it."""
+        """The cores of an adapter file, its own parameters beside them, and the name that file or folder gives it."""
         file = read_adapter(path, (self._subspace,))
-        beside = sorted([*file.under("trained"), *file.under("state")])
-        if beside:
-            raise ValueError(
-                f"{file.path} has {', '.join(beside[:4])} ({len(beside)} in all) beside the cores: the samples of a "
-                "batch would share them, a bank takes adapters of cores alone"
-            )
+        trained = file.under("trained")
+        self._modules.refuse(str(file.path), [*trained, *file.under("state")])
         options = _options(file.config.stack_options(), file.subspace)
         self._require(file.path, file.stacks, file.tensors, options)
         named_by_folder = file.path.name == ADAPTER_FILE and file.path.parent.name
-        return file.under("core"), file.path.parent.name if named_by_folder else file.path.stem
+        return file.under("core") | trained, file.path.parent.name if named_by_folder else file.path.stem
 
     def _require(
         self, path: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Mapping[str, Any]
@@ -162,19 +170,22 @@ class Checks:
                 "names": stack.names, "scale": stack.scale, "base_dtype": str(dtype).removeprefix("torch."),
                 "fingerprint": prints.tolist(),
             }  # fmt: skip
+        for name, value in self._modules.base.items():
+            values = [adapter[name].cpu() for adapter in adapters.values()]
+            tensors[f"beside.{name}"] = torch.stack(values) if values else torch.empty(0, *value.shape)
         broken = not_finite(tensors)
         if broken:
             raise ValueError(f"{broken[0]} has NaN or infinite values; {path} is as it was")
         options = next(iter(self._stacks.values())).options
         header = {
-            "format": FORMAT, "names": list(adapters), "stacks": described,
+            "format": FORMAT_BESIDE if self._modules.base else FORMAT, "names": list(adapters), "stacks": described,
             "options": {k: v for k, v in _options(options, self._subspace).items() if v != BEFORE_LEARNED.get(k)},
         }  # fmt: skip
         write_bytes(path, safetensors.torch.save(tensors, {HEADER: description(header, tensors)}))
         return path
 
     def read_all(self, path: Path) -> dict[str, Cores]:
-        """The adapters of a file of :meth:`write`: name -> stack -> core."""
+        """The adapters of a file of :meth:`write`: name -> stack -> core, and what is beside them."""
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file of a bank")
         metadata, tensors = read_tensors(path, "a file that AdapterBank.save wrote")
@@ -186,14 +197,16 @@ class Checks:
             version, names, described, options = (header[key] for key in ("format", "names", "stacks", "options"))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the description of the bank is damaged: {error!r}") from None
-        if version != FORMAT:
-            raise ValueError(f"{path}: found format {version!r} of a bank, expected {FORMAT}")
+        if version not in (FORMAT, FORMAT_BESIDE):
+            raise ValueError(f"{path}: found format {version!r} of a bank, expected {FORMAT} or {FORMAT_BESIDE}")
         if stated != digest(header, tensors):
             raise ValueError(f"{path}: the file is damaged: its content has another digest than the one that it states")
+        beside = {name.removeprefix("beside."): tensors[name] for name in tensors if name.startswith("beside.")}
+        if names:
+            self._modules.refuse(str(path), beside)
         self._require(path, described, tensors, BEFORE_LEARNED | options)
-        return {
-            adapter: {name: tensors[f"cores.{name}"][at] for name in self._stacks} for at, adapter in enumerate(names)
-        }
+        found = {name: tensors[f"cores.{name}"] for name in self._stacks} | beside
+        return {adapter: {name: values[at] for name, values in found.items()} for at, adapter in enumerate(names)}
 
 
 def _options(options: StackOptions, subspace: Subspace | None) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.options import positive
-from tcurlora_ext.adapter.stack import TCURStack
 
 from .store import Adapter, Cores, Slot, Store
 
@@ -25,11 +24,13 @@ class Holding:
     """The adapters of a bank. Every method takes the lock.
 
     Args:
-        stacks: The stacks by name.
+        like, start: As of :class:`Store`.
         capacity, pool: As of :class:`tcurlora_ext.AdapterBank`.
     """
 
-    def __init__(self, stacks: Mapping[str, TCURStack], capacity: int | None, pool: str | None) -> None:
+    def __init__(
+        self, like: Mapping[str, Tensor], start: Mapping[str, Tensor], capacity: int | None, pool: str | None
+    ) -> None:
         if capacity is not None:
             positive("capacity", capacity)
         if pool not in (None, "cpu"):
@@ -37,9 +38,10 @@ class Holding:
         if pool is not None and capacity is None:
             raise ValueError("pool is 'cpu' without a capacity: expected the number of adapters that the device holds")
         self._capacity = capacity
-        self._pool = None if pool is None else Store(stacks, torch.device("cpu"), None)
+        self._pool = None if pool is None else Store(like, start, torch.device("cpu"), None)
         # Without a pool the capacity counts adapters: cores that batches still use after replace are held beside them.
-        self._store = Store(stacks, None, None if pool is None else capacity)
+        self._store = Store(like, start, None, None if pool is None else capacity)
+        self._reads_in_place = bool(start)  # whether batches read more than copies
         self._adapters: dict[str, Adapter] = {}
         self._by_handle: dict[int, Adapter] = {}
         self._handles = self._clock = 0
@@ -85,7 +87,7 @@ class Holding:
     # -- what changes --------------------------------------------------------------------------------------------------
 
     def add(self, sources: Mapping[str, Cores | None]) -> list[int]:
-        """Add adapters: name -> cores, None for zeros. Returns their handles."""
+        """Add adapters: name -> cores, None for zeros, and what is beside them. Returns their handles."""
         with self._changed:
             self._drain()
             there = next((name for name in sources if name in self._adapters), None)
@@ -153,7 +155,7 @@ class Holding:
         self._changed.notify_all()
 
     def cores(self, names: Iterable[str] | None = None) -> dict[str, dict[str, Tensor]]:
-        """Copies of the cores: adapter -> stack -> (S, c, r)."""
+        """Copies of the cores: adapter -> stack -> (S, c, r); and of what is beside them, by the parameters' names."""
         with self._changed:
             chosen = self._adapters.values() if names is None else [self._get(name) for name in names]
             return {
@@ -261,15 +263,28 @@ class Holding:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The adapter's cores as parameters in the memory of its slot."""
+        """The adapter's cores, and what it has beside them, as parameters in the memory of its slot."""
         with self._changed:
             self._drain()
             adapter = self._get(name)
             if not adapter.parameters:
+                if self._reads_in_place and adapter.slot is not None and adapter.slot.users:
+                    self._move(adapter)
                 (slot,) = self._once_there_is_room(lambda: self._slots_of([adapter]), lambda: f"adapter {name!r}")
                 adapter.parameters = {stack: nn.Parameter(view) for stack, view in self._store.views(slot).items()}
                 self._store.release([slot])
             return dict(adapter.parameters)
+
+    def _move(self, adapter: Adapter) -> None:
+        """Let an adapter have another slot, where it trains while batches go on reading the present one."""
+        slot = self._free_slot(adapter)
+        here = self._by_handle.get(adapter.handle) is adapter
+        if not here or adapter.slot is None or not adapter.slot.users:  # so while this waited for room
+            self._store.retire(slot)
+            return
+        self._store.write(slot, self._store.views(adapter.slot))
+        self._store.retire(adapter.slot)
+        adapter.slot = slot
 
     def stop_training(self, name: str) -> None:
         """Let go of an adapter's parameters."""

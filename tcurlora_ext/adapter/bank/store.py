@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.adapter.stack import TCURStack
-
 # A new segment has a GROWTH-th of the slots that there are, which bounds the memory without adapters to 3 %; at first
-# SMALLEST slots.
-SMALLEST, GROWTH = 32, 32
+# SMALLEST slots, of at most SMALLEST_BYTES together: adapters with heads of their own may have many megabytes each.
+SMALLEST, GROWTH, SMALLEST_BYTES = 32, 32, 32 << 20
 
 Cores = Mapping[str, Tensor]
 
@@ -41,7 +39,7 @@ class Adapter:
         name, handle: What it is called by.
         slot: Where its cores are on the device; None where they are in the pool alone.
         home: Where they are in the pool; None without one.
-        parameters: Its cores as parameters, while it trains.
+        parameters: Its cores, and what it has beside them, as parameters, while it trains.
         used: When a batch last used it, a count.
     """
 
@@ -57,23 +55,28 @@ class Store:
     """Segments of slots on one device: of each stack a tensor (slots, S, c, r) per segment.
 
     The tensors of stacks whose cores are alike lie side by side, (slots, stacks, S, c, r), so that a batch takes the
-    cores of all of them in one step.
+    cores of all of them in one step. What adapters have beside their cores is kept in the same way, by the parameter's
+    name, which has a dot, in the place of the stack's, which has none.
 
-    The caller holds the bank's lock, except for :meth:`views`, :meth:`gather` and :meth:`gather_all`: slots that a
-    batch uses are not written, and segments are only ever added.
+    The caller holds the bank's lock, except for :meth:`views`, :meth:`own`, :meth:`gather` and :meth:`gather_all`:
+    slots that a batch uses are not written, and segments are only ever added.
 
     Args:
-        stacks: The stacks by name.
-        device: Where the segments are; None: with each stack's core.
+        like: A tensor of shape, dtype and device of what each adapter has, by name.
+        start: The values of what an adapter does not have, by name; zeros for all other names.
+        device: Where the segments are; None: where ``like`` is.
         limit: The largest number of slots; None: any.
     """
 
-    def __init__(self, stacks: Mapping[str, TCURStack], device: torch.device | None, limit: int | None) -> None:
-        self._like = {name: stack.core.detach() for name, stack in stacks.items()}
+    def __init__(
+        self, like: Mapping[str, Tensor], start: Mapping[str, Tensor], device: torch.device | None, limit: int | None
+    ) -> None:
+        self._like, self._start = like, start
         self._device, self._limit = device, limit
+        self._smallest = max(1, min(SMALLEST, SMALLEST_BYTES // max(1, sum(t.nbytes for t in like.values()))))
         self._alike: dict[tuple[object, ...], list[str]] = {}
         for name, core in self._like.items():
-            self._alike.setdefault((core.shape, core.dtype, core.device), []).append(name)
+            self._alike.setdefault((core.shape, core.dtype, core.device, name in start), []).append(name)
         self._segments: list[dict[str, Tensor]] = []
         self._blocks: list[list[Tensor]] = []  # of each segment the tensors of stacks side by side, as in _alike
         self._free: list[Slot] = []
@@ -91,7 +94,7 @@ class Store:
         return self._free.pop()
 
     def _grow(self) -> bool:
-        more = max(SMALLEST, self.slots // GROWTH)
+        more = max(self._smallest, self.slots // GROWTH)
         if self._limit is not None:
             more = min(more, self._limit - self.slots)
         if more <= 0:
@@ -132,16 +135,21 @@ class Store:
 
     @torch.no_grad()
     def write(self, slot: Slot, cores: Cores | None) -> None:
-        """Copy cores into a slot; None: zeros."""
+        """Copy cores into a slot; None: zeros. Of what is missing beside them, the values at the start."""
         for name, place in self.views(slot).items():
-            if cores is None:
+            value = self._start.get(name) if cores is None or name not in cores else cores[name]
+            if value is None:
                 place.zero_()
             else:
-                place.copy_(cores[name])
+                place.copy_(value)
 
     def views(self, slot: Slot) -> dict[str, Tensor]:
-        """The cores in a slot by stack, (S, c, r) each, in the segments' memory."""
+        """The cores in a slot by stack, (S, c, r) each, and what is beside them, in the segments' memory."""
         return {name: tensor[slot.offset] for name, tensor in self._segments[slot.segment].items()}
+
+    def own(self, name: str, slots: Sequence[Slot]) -> list[Tensor]:
+        """A parameter beside the cores in each of some slots, in the segments' memory: a head is large."""
+        return [self._segments[slot.segment][name][slot.offset] for slot in slots]
 
     def places(self, slots: Sequence[Slot]) -> list[tuple[int, Tensor, Tensor]]:
         """Slots by segment: (segment, positions among the slots, offsets in the segment), for :meth:`gather`."""
@@ -162,6 +170,8 @@ class Store:
         """The cores of every stack in some slots: (number, S, c, r) each, parts of new tensors."""
         cores: dict[str, Tensor] = {}
         for group, names in enumerate(self._alike.values()):
+            if names[0] in self._start:
+                continue
             together = _taken([self._blocks[at][group] for at, _, _ in places], number, places)
             cores |= dict(zip(names, together.unbind(1), strict=True))
         return cores

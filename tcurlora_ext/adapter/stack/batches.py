@@ -45,6 +45,9 @@ class Batch(Protocol):
     ) -> Tensor | None:
         """As :meth:`tcurlora_ext.TCURStack.adapt`; None where the stack is to use its own core."""
 
+    def beside(self, module: Any, x: Tensor, /) -> Tensor | None:
+        """What a module beside the stacks makes of x; None where it is to use its own parameters."""
+
 
 @dataclass
 class _Backward:
@@ -168,3 +171,25 @@ def adapted_by_batch(
 def _outside_the_graph(*call: Any) -> Tensor | None:
     # A function of its own: what disables compilation takes microseconds, which a layer of a few tokens feels.
     return adapted_by_batch(*call)
+
+
+def beside_by_batch(stack: Any, module: Any, x: Tensor) -> Tensor | None:
+    """What the running batch of a model makes of a call of a module that each adapter has for itself.
+
+    Args:
+        stack: Any stack of the model.
+        module: The module.
+        x: Its input.
+
+    Returns:
+        Its output; None where the module uses its own parameters.
+    """
+    if torch.compiler.is_compiling():
+        return _beside_outside_the_graph(stack, module, x)
+    batch = batch_of(stack)
+    return None if batch is None else batch.beside(module, x)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _beside_outside_the_graph(*call: Any) -> Tensor | None:
+    return beside_by_batch(*call)
