@@ -7,7 +7,9 @@ and exit code 2. Any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,8 @@ from tcurlora_ext.cli.predict import predict
 from tcurlora_ext.cli.pretrain import pretrain
 from tcurlora_ext.cli.to_lora import to_lora
 
+PACKAGE = Path(__file__).parents[1]
+_show_any = warnings.showwarning
 EXTRA_HINT = "pip install 'tcurlora_ext["
 
 
@@ -38,6 +42,7 @@ class _Commands(TyperGroup):
             raise  # the reader of a pipe has closed it, which is no error of this command
         except typer.BadParameter as error:
             message = error.format_message()
+            error.message = _wrong_value(error) or error.message
             if error.param is not None and error.param.name and error.message:  # a missing option has no message
                 message = f"{error.param.name.replace('_', '-')}: {error.message}"
         except (ValueError, OSError) as error:
@@ -48,6 +53,16 @@ class _Commands(TyperGroup):
             message = str(error)
         typer.echo(f"error: {message}", err=True)
         raise typer.Exit(2)
+
+
+def _wrong_value(error: typer.BadParameter) -> str | None:
+    """A value of another type in this command's words: newer versions of Typer do not show what was found."""
+    details = getattr(error.__cause__, "errors", None)
+    if details is None:
+        return None
+    (first, *_) = details()
+    kind = {"int": "a whole number", "float": "a number"}.get(first["type"].partition("_")[0], first["msg"])
+    return f"found '{first['input']}', expected {kind}"
 
 
 app = typer.Typer(
@@ -91,6 +106,20 @@ for _command, _summary in (
     app.command(short_help=_summary)(_command)
 
 
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:  # fmt: skip
+    """Show a warning of this package about a user's input in a line; others as Python does.
+
+    The arguments are those of :func:`warnings.showwarning`.
+    """
+    if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+        typer.echo(f"warning: {message}", err=True)
+    else:
+        _show_any(message, category, filename, lineno, file, line)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and leave the process with its exit code; ``arguments`` default to those of the process."""
+    warnings.showwarning = show_warning
     app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tcurlora")

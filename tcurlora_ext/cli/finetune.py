@@ -126,6 +126,7 @@ def finetune(
     )  # fmt: skip
     if earlier is not None:
         settings = training.resumed(earlier, settings, ctx, {"methods": "method"})
+    training.say_unused(ctx, settings)
     with training.going_on("finetune", folder):
         start(settings, folder, resume=resume, display=Display(terminal()))
 

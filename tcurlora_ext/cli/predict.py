@@ -68,6 +68,8 @@ def predict(
             raise ValueError(f"found --{given} without --{other}, expected both, or a run folder")
         if method is not None or seed is not None:
             raise ValueError("found --method or --seed beside --adapter, expected them with a run folder alone")
+        if run is not None and (run / "run.json").is_file():
+            raise ValueError(f"found the run folder {run} beside --adapter, expected one of them")
         scans += [] if run is None else [run]
         scans = [scan.path for scan in find_scans(scans)]  # before networks are loaded
         predictor = load_files(adapter, base, place)

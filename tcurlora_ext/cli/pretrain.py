@@ -80,6 +80,7 @@ def pretrain(
     )  # fmt: skip
     if from_there:
         settings = training.resumed(read_settings(folder, "pretrain", PretrainSettings), settings, ctx)
+    training.say_unused(ctx, settings)
     display = Display(terminal())
     with training.going_on("pretrain", folder):
         start(settings, folder, resume=resume, display=display)

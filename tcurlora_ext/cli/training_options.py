@@ -116,12 +116,32 @@ def run_folder(ctx: typer.Context, run: Path | None, output: Path | None, resume
     if run is None:
         if output is None:
             raise ValueError("output: found none, expected a folder for the run")
+        if resume and _source(ctx, "output") == "DEFAULT" and not (output / "run.json").is_file():
+            raise ValueError("resume: found no folder, expected that of the run: --resume DIR")
         return output, False
     if not resume:
         raise ValueError(f"found '{run}' without --resume, expected options alone, or --resume {run}")
     if output is not None and _source(ctx, "output") == "COMMANDLINE" and output != run:
         raise ValueError(f"output: found {output} beside --resume {run}, expected one of them")
     return run, True
+
+
+def say_unused(ctx: typer.Context, settings: Any) -> None:
+    """Say which options were given that do nothing without another one.
+
+    Args:
+        ctx: Of the command.
+        settings: Of the run.
+    """
+    tunes, chooses = getattr(settings, "tune", False), settings.select == "best" or settings.patience > 0
+    for needed, there, names in (
+        ("--tune", tunes, ("trials", "tune_over", "tune_folds")),
+        ("--select best or --patience", chooses, ("select_fraction", "select_every", "subject_pattern")),
+    ):
+        given = [name for name in names if _source(ctx, name) != "DEFAULT"]
+        if given and not there and not (tunes and given == ["subject_pattern"]):
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            typer.echo(f"warning: {options}: no effect without {needed}", err=True)
 
 
 @contextmanager

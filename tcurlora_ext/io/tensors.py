@@ -17,6 +17,7 @@ from .atomic import replacing
 
 # Where training programs keep a network's state inside a checkpoint; nnU-Net has the last one.
 STATES = ("state_dict", "model_state_dict", "model", "network_weights")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 # What wrappers put before a network's names: DataParallel and DDP, Lightning modules, trainers.
 PREFIXES = ("module.", "model.", "net.", "network.", "backbone.")
 # What torch.compile, FSDP and activation checkpointing put into names, at any place.
@@ -86,6 +87,8 @@ def _reason(error: Exception) -> str:
     foreign = re.search(r"Unsupported (?:global|class):? (?:GLOBAL )?(\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and foreign:
         return f"holds a {foreign[1]}, which is not loaded since that could run code; expected tensors and plain values"
+    if isinstance(error, pickle.UnpicklingError):  # torch's message advises to load it with code
+        return "found neither an archive by torch.save nor a pickle of tensors alone"
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
@@ -100,7 +103,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         found = "found a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {found}; expected pretrained weights (.safetensors, .pt, .pth)")
+        raise FileNotFoundError(f"{path}: {found}; expected {_nearest_weights(path)}")
     if path.suffix == ".safetensors":
         tensors = read_tensors(path, "pretrained weights")[1]
     else:
@@ -109,6 +112,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if not tensors:
             raise ValueError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(content)[:5]))})")
     return tensors
+
+
+def _nearest_weights(path: Path) -> str:
+    """What to give in place of a path that is no file: the weights in a folder, or what there may be."""
+    inside = sorted(file for file in path.glob("*") if file.suffix in SUFFIXES) if path.is_dir() else []
+    return f"the file in it, {inside[0]}" if len(inside) == 1 else f"pretrained weights ({', '.join(SUFFIXES)})"
 
 
 def _is_tensor(value: Any) -> bool:

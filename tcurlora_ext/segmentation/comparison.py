@@ -140,6 +140,12 @@ def _number(value: float, digits: int, factor: float = 1, sign: str = "") -> str
     return "-" if math.isnan(value) else f"{factor * value:{sign}.{digits}f}"
 
 
+def _interval(row: Row, digits: int, factor: float, sign: str = "") -> str:
+    """The interval of a mean; a single case has none."""
+    low, high = (_number(row[end], digits, factor, sign) for end in ("low", "high"))
+    return "-" if low == high == "-" else f"{low} to {high}"
+
+
 def tables(summary: Sequence[Row], comparisons: Sequence[Row]) -> list[str]:
     """Means of each label, intervals of the means over labels, and comparisons, as texts of at most 80 columns."""
     by_key = {(row["method"], row["label"], row["measure"]): row for row in summary}
@@ -161,7 +167,7 @@ def tables(summary: Sequence[Row], comparisons: Sequence[Row]) -> list[str]:
         [
             [
                 _cut(row["method"], 16), heading, _number(row["mean"], digits, factor),
-                f"{_number(row['low'], digits, factor)} to {_number(row['high'], digits, factor)}", str(row["cases"]),
+                _interval(row, digits, factor), str(row["cases"]),
             ]
             for row in summary
             if row["label"] == ALL
@@ -176,10 +182,9 @@ def _comparison_table(comparisons: Sequence[Row]) -> str:
     rows = []
     for row in comparisons:
         heading, factor, digits = MEASURES[row["measure"]]
-        low, high = (_number(row[end], digits, factor, "+") for end in ("low", "high"))
         rows.append([
             f"{_cut(row['method'], 10)} - {_cut(row['other'], 10)}", heading,
-            _number(row["difference"], digits, factor, "+"), f"{low} to {high}",
+            _number(row["difference"], digits, factor, "+"), _interval(row, digits, factor, "+"),
             "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.2g}", str(row["cases"]),
         ])  # fmt: skip
     return text_table(("difference", "of", "mean", "95 % interval", "p (Holm)", "cases"), rows, left=(0, 1))

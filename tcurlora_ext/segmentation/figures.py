@@ -26,8 +26,16 @@ def pyplot() -> Any:
     return plt
 
 
+def trailing_mean(values: np.ndarray, width: int = 10) -> np.ndarray:
+    """The mean of each value and those before it, `width` in all; of fewer at the beginning. Shape (N,)."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.maximum(np.arange(len(values)) - width + 1, 0)
+    mean: np.ndarray = (total[1:] - total[first]) / (np.arange(len(values)) + 1 - first)
+    return mean
+
+
 def draw_curves(out: Path, methods: Sequence[str]) -> None:
-    """Draw curves.png: training loss (moving mean of 10 steps) and validation Dice over steps, one line per seed."""
+    """Draw curves.png: training loss (mean of the last 10 steps) and validation Dice over steps, one line per seed."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     shown: dict[str, Iterator[int]] = {}
@@ -39,9 +47,7 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
             rows = read_csv(path)
             steps = np.array([int(row["step"]) for row in rows])
             loss = np.array([float(row["loss"]) for row in rows])
-            width = min(10, len(loss))
-            smooth = np.convolve(loss, np.ones(width) / width, "valid")
-            left.plot(steps[width - 1 :], smooth, color=colour, ls=line, lw=1.4, label=None if index else method)
+            left.plot(steps, trailing_mean(loss), color=colour, ls=line, lw=1.4, label=None if index else method)
             points = [(int(row["step"]), 100 * float(row["val_dice"])) for row in rows if row["val_dice"]]
             right.plot(
                 *zip(*points, strict=True),
@@ -52,7 +58,7 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
                 ms=4,
                 label=None if index else method,
             )
-    left.set(xlabel="step", ylabel="Dice + cross-entropy", title="Training loss, moving mean of 10 steps")
+    left.set(xlabel="step", ylabel="Dice + cross-entropy", title="Training loss, mean of the last 10 steps")
     right.set(xlabel="step", ylabel="Dice, %", title="Validation Dice (up to 4 cases)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -197,10 +197,11 @@ def check_network(config: NetworkConfig) -> dict[str, Any]:
     spec = get_spec(config.network)
     sizes = complete_sizes(spec, config.sizes)
     multiple = int(sizes.get("patch_size", spec.multiple))
-    if multiple & (multiple - 1) or any(length <= 0 or length % multiple for length in config.roi):
+    if multiple & (multiple - 1):
+        raise ValueError(f"sizes of {spec.name}: found patch_size {multiple}, expected a power of two")
+    if any(length <= 0 or length % multiple for length in config.roi):
         raise ValueError(
-            f"roi of {spec.name}: found {'x'.join(map(str, config.roi))}, "
-            f"expected positive multiples of {multiple}, itself a power of two"
+            f"roi of {spec.name}: found {'x'.join(map(str, config.roi))}, expected positive multiples of {multiple}"
         )
     return sizes
 

@@ -27,7 +27,7 @@ from tcurlora_ext.segmentation.overlays import draw_contours
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.predictor import Predictor
 from tcurlora_ext.segmentation.preparation import Preparation
-from tcurlora_ext.segmentation.scans import Scan, find_scans, read_scan, to_file_order, write_volume
+from tcurlora_ext.segmentation.scans import Scan, find_scans, read_scan, to_file_order, warn_of_channels, write_volume
 from tcurlora_ext.segmentation.terminal import Display
 
 Row = dict[str, Any]
@@ -129,6 +129,8 @@ def predict_scans(
     if options.overlays:
         require_package("matplotlib")
     scans = find_scans([Path(path) for path in inputs], predictor.config.in_channels)
+    if predictor.config.in_channels == 1:
+        warn_of_channels(scans)
     origin = {"source": predictor.title, **predictor.origin, "overlap": options.overlap}
     alike = _check_output(out, scans, origin, options.overwrite)
     rows = _earlier_rows(out / "volumes.csv") if alike else {}

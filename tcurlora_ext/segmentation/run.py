@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation import evaluation, report, tuning
@@ -38,7 +39,7 @@ from tcurlora_ext.segmentation.base import (
 from tcurlora_ext.segmentation.checkpoints import base_warnings
 from tcurlora_ext.segmentation.dataset import SegmentationDataset
 from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, get_methods, learning_rate
-from tcurlora_ext.segmentation.networks import NetworkConfig, check_network, get_spec
+from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, check_network, get_spec
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.pretraining import (
     PretrainSettings,
@@ -94,11 +95,12 @@ def finetune(
     data = None if settings.data is None else read_data(settings, settings.data)
     _check_cases(settings, data)
     if settings.pretrained is not None and data is not None:
-        # Raises where they do not fit, before anything is written; so does a subspace of another network.
+        # Raises where they do not fit, before anything is written.
         base = open_pretrained(settings, settings.pretrained, data)
-        for method in (method for method in methods if "factors" in method.own):
-            spec = get_spec(base.config.network)
-            method.prepare(copy.deepcopy(base.model), spec, settings.options(spec.also_train, 0, method), None)
+        _check_methods(methods, settings, base.config, base.model)
+    elif settings.pretrained is None:
+        config = _embedded_config(settings)
+        _check_methods(methods, settings, config, build_network(config))
     open_folder(out, description, resume, defaults)
     if data is None:
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
@@ -150,7 +152,8 @@ def _finish(job: Job, methods: Sequence[Method], results: Sequence[dict[str, Any
 def _check(settings: FinetuneSettings) -> list[Method]:
     check_positive(
         steps=settings.steps, batch=settings.batch, seeds=settings.seeds, rank=settings.rank, alpha=settings.alpha,
-        lora_rank=settings.lora_rank, checkpoint_every=settings.checkpoint_every, **settings.lr,
+        lora_rank=settings.lora_rank, checkpoint_every=settings.checkpoint_every,
+        **{f"lr of {name}": rate for name, rate in settings.lr.items()},
     )  # fmt: skip
     methods = get_methods(settings.methods, {"factors": settings.factors})
     if settings.factors is not None and not any("factors" in method.own for method in methods):
@@ -171,6 +174,24 @@ def _check(settings: FinetuneSettings) -> list[Method]:
     if settings.pretrained is None:
         check_network(_embedded_config(settings))
     return methods
+
+
+def _check_methods(
+    methods: Sequence[Method], settings: FinetuneSettings, config: NetworkConfig, model: nn.Module
+) -> None:  # fmt: skip
+    """Raise an error where the options of an adapter do not fit the network, or its subspace is of another one.
+
+    Where ranks are searched, one that does not fit is a candidate that is not chosen.
+    """
+    spec = get_spec(config.network)
+    for method in methods:
+        searched = settings.tune and "rank" in settings.tune_over and "factors" not in method.own
+        if not method.adapter or searched:
+            continue
+        try:
+            method.check_options(copy.deepcopy(model), spec, settings.options(spec.also_train, 0, method))
+        except ValueError as error:
+            raise ValueError(f"{method.name}: {error}") from None
 
 
 def _check_cases(settings: FinetuneSettings, data: SegmentationDataset | None) -> None:

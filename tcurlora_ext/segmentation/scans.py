@@ -108,6 +108,27 @@ def _by_scan(paths: Sequence[Path], channels: int) -> list[tuple[str, list[Path]
     return [(name, files) for name, files in found_all if files]
 
 
+def warn_of_channels(scans: Sequence[Scan]) -> None:
+    """Warn where files that a network of one channel takes as scans are numbered as the channels of fewer scans.
+
+    Warns:
+        UserWarning: All names end in numbers, and each name has the same ones, _0000 to _0001 or higher.
+    """
+    numbers: dict[tuple[Path, str], set[int]] = {}
+    for scan in scans:
+        match = CHANNEL.fullmatch(stem(scan.path.name))
+        if match is None:
+            return
+        numbers.setdefault((scan.path.parent, match[1]), set()).add(int(match[2]))
+    counts = {len(found) if found == set(range(len(found))) else 0 for found in numbers.values()}
+    if len(counts) == 1 and (count := counts.pop()) > 1:
+        warnings.warn(
+            f"{scans[0].path.parent}: found the numbers _0000 to _{count - 1:04d} at the end of each name, as nnU-Net "
+            f"numbers channels; the network takes one channel, so that each of the {len(scans)} files is a scan",
+            stacklevel=3,  # who called predict_scans
+        )
+
+
 def _has_channels(path: Path) -> bool:
     """Whether the header of a NIfTI file says that it holds several channels."""
     import nibabel as nib

@@ -100,8 +100,13 @@ def find_cases(
         source = f"{root}, the run's validation cases"
     elif list_name is None and predictions:
         there = [set(label_maps(folder)) for folder in predictions.values()]
-        every, cases = len(cases), tuple(case for case in cases if all(case.name in names for names in there))
-        source = f"{root}, {len(cases)} of {every} labelled cases, those that have a label map"
+        every, cases = cases, tuple(case for case in cases if all(case.name in names for names in there))
+        source = f"{root}, {len(cases)} of {len(every)} labelled cases, those that have a label map"
+        if not cases and every:
+            found = ", ".join(
+                f"{min(names)} in {folder}" for folder, names in zip(predictions.values(), there, strict=True)
+            )
+            raise ValueError(f"{source}: found {found}, expected names as those of the cases, such as {every[0].name}")
     if not cases:
         raise ValueError(f"{source}: found no case, expected at least one")
     return Cases(cases, _check(cases, declared, run), source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,20 @@ def test_which_errors_are_the_users(
         main(["doctor"])
     assert left.value.code == 2
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_warning_about_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    others: list[tuple[object, ...]] = []
+    monkeypatch.setattr(module, "_show_any", lambda *arguments: others.append(arguments))
+    inside = str(Path(module.__file__).parents[1] / "segmentation" / "base.py")
+    module.show_warning("a.nii.gz: left out", UserWarning, inside, 3)
+    assert capsys.readouterr().err == "warning: a.nii.gz: left out\n"
+    for category, file in ((UserWarning, "elsewhere.py"), (DeprecationWarning, inside)):
+        module.show_warning("another", category, file, 3)
+        assert others.pop() == ("another", category, file, 3, None, None)
+    assert capsys.readouterr().err == ""
 
 
 def test_doctor_names_versions_devices_backends_and_reasons() -> None:

@@ -109,6 +109,23 @@ def test_a_wrong_file_of_options_is_named(
     assert "no such file" in command("finetune", "--config", tmp_path / "nothing.yaml").stderr
 
 
+@pytest.mark.parametrize("name", ["finetune", "pretrain"])
+def test_options_without_effect_are_said(
+    name: str, started: list[tuple[Any, Path, bool]], tmp_path: Path
+) -> None:  # fmt: skip
+    words = (name, "--output", tmp_path / "run", "--select-every", 3, "--subject-pattern", "(.)")
+    done = command(*words)
+    assert (done.exit_code, len(started)) == (0, 1)
+    assert done.stderr == (
+        "warning: --select-every, --subject-pattern: no effect without --select best or --patience\n"
+    )
+    assert command(*words, "--patience", 1).stderr == ""
+    if name == "finetune":
+        tuning = ("finetune", "--trials", 2, "--tune-over", "rank")
+        assert command(*tuning).stderr == "warning: --trials, --tune-over: no effect without --tune\n"
+        assert command(*tuning, "--tune", "--subject-pattern", "(.)").stderr == ""
+
+
 def test_resume_takes_the_settings_from_the_folder(started: list[tuple[Any, Path, bool]], tmp_path: Path) -> None:
     folder = recorded(tmp_path / "run", "finetune", EXPECTED)
     assert command("finetune", "--resume", folder).exit_code == 0
@@ -135,6 +152,7 @@ def test_what_cannot_be_resumed_is_named(started: list[tuple[Any, Path, bool]], 
         (("finetune", folder), "without --resume"),
         (("finetune", "--resume", folder, "--output", tmp_path / "other"), "found"),
         (("pretrain",), "output: found none"),
+        (("finetune", "--resume"), "resume: found no folder, expected that of the run: --resume DIR"),
     ):
         done = command(*words)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)

@@ -141,7 +141,12 @@ def test_a_file_that_is_no_checkpoint_is_named_in_one_line(name: str, tmp_path: 
         with pytest.raises(ValueError, match=name) as raised:
             read_weights(tmp_path / name)
         assert "\n" not in str(raised.value)
+        assert "weights_only" not in str(raised.value)  # torch's advice to load it with its code
+    (tmp_path / name).rename(tmp_path / "other.txt")
     with pytest.raises(FileNotFoundError, match="found a folder; expected pretrained weights"):
+        read_weights(tmp_path)
+    (tmp_path / "other.txt").rename(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=rf"found a folder; expected the file in it, .*{name}"):
         read_weights(tmp_path)
 
 

@@ -148,6 +148,17 @@ def test_data_without_pretrained_weights_says_what_to_run(pristine_data: Path, t
         ({"val_fraction": 0.3}, "val-fraction: found 0.3 beside "),
         ({"val_fraction": 0.3, "data": None, "pretrained": None}, "val-fraction: found 0.3 without --data"),
         ({"network": "unetr", "roi": (32, 32, 32)}, "weights do not fit the network unetr"),
+        ({"lr": {"head": -1.0}}, "lr of head: found -1.0"),
+        ({"methods": ("head", "tcur"), "rank": 50}, "tcur: stack 32x16 ("),
+        ({"methods": ("head", "tcur"), "rank": 500, "data": None, "pretrained": None}, "tcur: stack "),
+        ({"methods": ("tcur:transform=wavelet",)}, "tcur:transform=wavelet: "),
+        ({"methods": ("tcur-light:rank=50",)}, "tcur-light:rank=50: "),
+        ({"methods": ("tcur-learned:rank=50",)}, "tcur-learned:rank=50: "),
+        ({"methods": ("tcur-learned:rank=2:bits=3",)}, "bits is 3, expected one of 1, 2"),
+        ({"methods": ("tcur-learned:rank=2:warm_up=0",)}, "tcur-learned:rank=2:warm_up=0: "),
+        ({"methods": ("tcur-learned:rank=2:change=nowhere.pt",)}, "nowhere.pt: no such file or folder"),
+        ({"methods": ("lora:bits=3",)}, "lora:bits=3: bits: found 3, expected one of 1, 2"),
+        ({"methods": ("lora:init=nowhere.safetensors",)}, "nowhere.safetensors: no such file"),
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_written(
@@ -173,6 +184,8 @@ def test_a_failed_pretraining_input_writes_nothing(data: Path, tmp_path: Path) -
         (("--sizes", "[1]"), "sizes: found '[1]', expected a JSON object"),
         (("--lr", "fast"), "lr: found 'fast'"),
         (("--spacing", "-1"), "spacing: found '-1'"),
+        (("--steps", "many"), "steps: found 'many', expected a whole number"),
+        (("--alpha", "high"), "alpha: found 'high', expected a number"),
     ],
 )
 def test_options_that_do_not_parse_are_named(words: tuple[str, ...], message: str, tmp_path: Path) -> None:

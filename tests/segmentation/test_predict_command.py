@@ -61,6 +61,10 @@ def test_several_files_after_input_and_an_adapter_file(finished_run: Path, prist
         (("--input", "SCAN", "--output", "OUT"), "found no run folder, expected one, or --adapter"),
         (("--adapter", "x", "--input", "SCAN", "--output", "OUT"), "found --adapter without --base"),
         (("--base", "x", "--input", "SCAN", "--output", "OUT"), "found --base without --adapter"),
+        (
+            ("RUN", "--adapter", "x", "--base", "y", "--input", "SCAN", "--output", "OUT"),
+            "found the run folder RUN beside",
+        ),
         (("--adapter", "x", "--base", "y", "--seed", "0", "--input", "SCAN", "--output", "OUT"), "found --method or"),
         (("RUN", "--input", "SCAN", "--output", "OUT", "--device", "nonsense"), "device: found 'nonsense'"),
         (("RUN", "--input", "SCAN", "--output", "OUT", "--method", "lora"), "RUN: the method 'lora' was not part"),

@@ -348,6 +348,20 @@ def test_volumes_of_other_formats_in_a_folder_are_a_warning(tmp_path: Path) -> N
         predict_scans(levels(), [tmp_path / "in"], tmp_path / "out", PredictOptions(overlays=False))
 
 
+def test_channels_that_are_taken_for_scans_are_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+        save(tmp_path / "in" / f"{name}.nii", blob())
+    options = PredictOptions(overlays=False)
+    with pytest.warns(UserWarning, match=r"in: found the numbers _0000 to _0001 .*each of the 4 files is a scan"):
+        predict_scans(levels(), [tmp_path / "in"], tmp_path / "out", options)
+    recwarn.clear()
+    (tmp_path / "in" / "b_0001.nii").unlink()  # then they number scans
+    predict_scans(levels(), [tmp_path / "in"], tmp_path / "out", options)
+    save(tmp_path / "others" / "a_0000.nii", blob())  # one channel, in nnU-Net's form
+    predict_scans(levels(), [tmp_path / "others"], tmp_path / "out2", options)
+    assert not [entry for entry in recwarn if "channel" in str(entry.message)]
+
+
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
 def test_a_format_without_its_reader_says_what_to_install(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

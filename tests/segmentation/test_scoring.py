@@ -140,6 +140,9 @@ def test_tables_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     for heading, _, _ in MEASURES.values():
         assert heading in text
     assert "right inferior …" in text
+    one = rows_of({name: [[0.5, 0.6]] for name in names}, labels)  # a single case has no interval
+    text = "\n".join(tables(summarise_scores(one), compare_methods(one)))
+    assert "- to -" not in text
 
 
 def test_evaluate_gives_the_scores_that_the_run_took(finished_run: Path, tmp_path: Path) -> None:
@@ -203,6 +206,8 @@ def test_what_cannot_be_scored_is_named_and_nothing_is_written(
     other = nib.load(maps / "case_001.nii.gz")
     nib.save(nib.Nifti1Image(np.asarray(other.dataobj), np.diag([2, 2, 3, 1])), maps / "case_001.nii.gz")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "strange").mkdir()
+    shutil.copy(maps / "case_000.nii.gz", tmp_path / "strange/a.nii.gz")
     (tmp_path / "file").touch()
     cases: list[tuple[EvaluateSettings, Path, type[Exception], str]] = [
         (EvaluateSettings(), out, ValueError, "found neither a run folder nor --predictions"),
@@ -210,6 +215,12 @@ def test_what_cannot_be_scored_is_named_and_nothing_is_written(
         (EvaluateSettings(data=tmp_path / "no", predictions=(maps,)), out, FileNotFoundError, "no: no such folder"),
         (EvaluateSettings(data=data, predictions=(maps,)), out, ValueError, "case_001.nii.gz: found another affine"),
         (EvaluateSettings(data=data, predictions=(tmp_path / "empty",)), out, ValueError, "empty: found no label map"),
+        (
+            EvaluateSettings(data=data, predictions=(tmp_path / "strange",)),
+            out,
+            ValueError,
+            "0 of 5 labelled cases.*: found a in .*strange, expected names as those of the cases, such as case_000",
+        ),
         (EvaluateSettings(data=data, predictions=(maps, maps)), out, ValueError, "has the name of"),
         (EvaluateSettings(finished_run, case_list="test"), out, ValueError, "found no list 'test'"),
         (EvaluateSettings(finished_run, method="lora"), out, ValueError, "'lora' was not part of it"),

@@ -185,4 +185,5 @@ def check_exists(path: Path) -> None:
     """Raise FileNotFoundError, which names what there is in its place, unless the file of a volume is there."""
     if not path.is_file():
         similar = _similar(path.parent, stem(path.name)) if path.parent.is_dir() else ""
-        raise FileNotFoundError(f"{path}: no such file; expected {FORMS}{similar}")
+        found = "found a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {found}; expected {FORMS}{similar}")

@@ -77,6 +77,8 @@ class Method:
         own: Those that were.
         standard: Whether it is one of those that run where none is named.
         warm_up: How many steps on the training cases it takes before those of the run.
+        check: Checks the options on a copy of the network, before a run writes anything; None: `prepare` does, which
+            has no :class:`Task` then.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Method:
     own: Mapping[str, Any] = field(default_factory=dict)
     standard: bool = False
     warm_up: Callable[[MethodOptions], int] = lambda options: 0
+    check: Callable[[nn.Module, NetworkSpec, MethodOptions], None] | None = None
 
     @property
     def base(self) -> str:
@@ -101,6 +104,22 @@ class Method:
     def folder(self) -> str:
         """The name of its folder in a run."""
         return folder_name(self.name)
+
+    def check_options(self, model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
+        """Raise an error where the options do not fit the network, such as a rank above the sizes of its weights.
+
+        Args:
+            model: A network that may be changed.
+            spec: Of the network.
+            options: Those of a run.
+
+        Raises:
+            ValueError, FileNotFoundError: They do not fit, or name a file that does not.
+        """
+        if self.check is not None:
+            self.check(model, spec, options)
+        else:
+            self.prepare(model, spec, options, None)
 
     def option(self, options: MethodOptions, name: str) -> Any:
         """The value of one of its own options.

@@ -36,6 +36,15 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
         _begin_with(model, Path(METHOD.option(options, "init")))
 
 
+def _check(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
+    bits, init = METHOD.option(options, "bits"), METHOD.option(options, "init")
+    if bits not in coding.BITS:
+        raise ValueError(f"bits: found {bits}, expected one of {', '.join(map(str, coding.BITS))}")
+    _prepare(model, spec, options)
+    if init:
+        _begin_with(model, Path(init))
+
+
 def _begin_with(model: nn.Module, path: Path) -> None:
     """Give A and B the values of a LoRA of the same rank that another run has trained."""
     _, tensors = read_parameters(path)
@@ -86,5 +95,5 @@ def decoded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # for that of the run's option --lora-rank.
 METHOD = Method(
     "lora", "LoRA (PEFT) in the transformer", _prepare, 1e-2, _save, _load, "#e69f00", adapter=True,
-    options={"rank": 0, "bits": 32, "init": ""}, standard=True,
+    options={"rank": 0, "bits": 32, "init": ""}, standard=True, check=_check,
 )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from torch import nn
 
 import tcurlora_ext as tcur
@@ -44,6 +47,15 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     inject(model, config, spec, options, subspace=subspace)
 
 
+def _check(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
+    warmup.WarmUp(METHOD.option(options, "warm_up"), bits=METHOD.option(options, "bits"))  # which checks them
+    change = METHOD.option(options, "change").format(seed=options.seed)
+    if change and not Path(change).exists():
+        raise FileNotFoundError(f"{change}: no such file or folder; expected the change that tcur-learned takes")
+    # Factors of the weights stand for the learned ones, of which they have the shapes.
+    inject(model, replace(learned_config(options, METHOD), factors="weights"), spec, options)
+
+
 def _warm_up(options: MethodOptions) -> int:
     return 0 if METHOD.option(options, "change") else int(METHOD.option(options, "warm_up"))
 
@@ -51,5 +63,5 @@ def _warm_up(options: MethodOptions) -> int:
 METHOD = Method(
     "tcur-learned", "tCUR over learned factors", _prepare, 1e-2, save, load, "#a50f15", adapter=True,
     options={"rank": 8, "alpha": 1.0, "bits": CODED_BITS, "warm_up": warmup.STEPS, "rows_only": False,
-             "change": ""}, warm_up=_warm_up,
+             "change": ""}, warm_up=_warm_up, check=_check,
 )  # fmt: skip
