@@ -18,7 +18,8 @@ from tcurlora_ext.maths.tproduct import tprod, tsvd, ttranspose
 from tcurlora_ext.segmentation.networks import NetworkSpec
 
 from .base import Method, MethodOptions, Task, load_trained, saves_as
-from .wrapping import WrappedLinear, linear, merge, wrap
+from .wrapping import WrappedLinear, linear, wrap
+from .wrapping import merge as merge_layers
 
 
 class PrincipalStack(nn.Module):
@@ -105,6 +106,14 @@ class _Once:
     def after(self, model: nn.Module, arguments: tuple[Tensor, ...], output: object) -> None:
         for stack in self.stacks:
             stack.current = None
+
+
+def merge(model: nn.Module) -> None:
+    """Put the merged layers in place, and take out what computes the stacks' changes."""
+    merge_layers(model)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Once)]:
+            del hooks[key]
 
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
