@@ -14,8 +14,9 @@ from safetensors import safe_open
 from torch import nn
 
 import tcurlora_ext as tcur
+from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.maths.tproduct import tprod, tsvd, ttranspose
-from tcurlora_ext.segmentation.base import load_base
+from tcurlora_ext.segmentation.base import load_adapted, load_base
 from tcurlora_ext.segmentation.methods import METHODS, MethodOptions, Task, get_methods
 from tcurlora_ext.segmentation.methods.adalora import RankBudget
 from tcurlora_ext.segmentation.methods.hyps import ParallelSerial
@@ -25,6 +26,7 @@ from tcurlora_ext.segmentation.methods.lora_xs import CoreLinear
 from tcurlora_ext.segmentation.methods.wrapping import leading_vectors
 from tcurlora_ext.segmentation.networks import get_spec, target_linears
 from tcurlora_ext.segmentation.predictor import load_files
+from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
 from tcurlora_ext.segmentation.training import train, trainable
 
 SPEC = get_spec("vit")
@@ -131,6 +133,8 @@ def test_lora_sb_keeps_its_factors_for_a_run_that_goes_on(base: Path, task: Task
     with pytest.raises(ValueError, match="lora-sb takes its factors from gradients on the training cases"):
         prepared("lora-sb", base)
     assert METHODS["lora-sb"].warm_up(options) == 1
+    with pytest.raises(ValueError, match="lora-sb: batches is 0, expected 1 or more"):
+        prepared("lora-sb:batches=0", base, replace(task, folder=task.folder / "other"))
 
 
 def test_adalora_ends_with_its_budget_and_goes_on_as_if_never_stopped(base: Path, task: Task, tmp_path: Path) -> None:
@@ -238,6 +242,17 @@ def test_a_file_by_itself_says_which_method_reads_it(name: str, base: Path, tmp_
 def test_a_rank_that_does_not_fit_is_named(name: str, message: str, base: Path) -> None:
     with pytest.raises(ValueError, match=message):
         prepared(name, base)
+
+
+def test_a_run_of_several_methods_counts_warm_up_and_reads_its_files(
+    settings: Callable[..., FinetuneSettings], tmp_path: Path
+) -> None:
+    names = ("lora-sb:batches=1", "adalora:rank=2", "hyps:rank=2")
+    rows = finetune(settings(methods=names, steps=2), tmp_path / "run")
+    assert [row["method"] for row in rows] == list(names)
+    assert [row["warm_up_steps"] for row in read_csv(tmp_path / "run" / "metrics.csv")] == ["1", "0", "0"]
+    for name in names:
+        assert load_adapted(tmp_path / "run", name)(IMAGE).isfinite().all()
 
 
 def test_colours_of_methods_can_be_told_apart() -> None:

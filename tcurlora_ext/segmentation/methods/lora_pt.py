@@ -119,7 +119,7 @@ def merge(model: nn.Module) -> None:
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
     rank, config = METHOD.option(options, "rank"), TCURConfig()
     stacks: list[PrincipalStack] = []
-    places = {}
+    places: dict[str, tuple[PrincipalStack, int, int]] = {}
     for name, members in group(find_targets(model, config), config).items():
         if not 0 < rank <= min(members[0].shape):
             raise ValueError(f"stack {name}: rank is {rank}, expected 1 to {min(members[0].shape)}")

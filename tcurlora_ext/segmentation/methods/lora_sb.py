@@ -42,6 +42,13 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     _put_in(model, spec, options, factors)
 
 
+def _batches(options: MethodOptions) -> int:
+    batches = int(METHOD.option(options, "batches"))
+    if batches < 1:
+        raise ValueError(f"lora-sb: batches is {batches}, expected 1 or more")
+    return batches
+
+
 def _put_in(model: nn.Module, spec: NetworkSpec, options: MethodOptions, factors: Mapping[str, Tensor]) -> None:
     def make(name: str, layer: nn.Module) -> CoreLinear:
         left, right, values = (factors[name + part].to(linear(name, layer).weight) for part in (LEFT, RIGHT, VALUES))
@@ -58,9 +65,9 @@ def _learned(model: nn.Module, options: MethodOptions, task: Task) -> dict[str, 
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     with torch.random.fork_rng():
-        for _ in range(METHOD.option(options, "batches")):
+        for _ in range(_batches(options)):
             torch.autograd.backward(step(model))
-    factors = {}
+    factors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         assert layer.weight.grad is not None
         left, values, right = leading_vectors(layer.weight.grad.sign(), rank)
@@ -102,5 +109,5 @@ def _load(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> 
 METHOD = Method(
     "lora-sb", "LoRA-SB: cores between first gradients' vectors", _prepare, 1e-2, _save, _load, "#7fc97f",
     adapter=True, options={"rank": 8, "batches": 4, "step": 1e-3}, merge=merge,
-    warm_up=lambda options: int(METHOD.option(options, "batches")),
+    warm_up=_batches,
 )  # fmt: skip

@@ -148,4 +148,4 @@ def leading_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     left, values, right_h = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
     left, values, right = left[:, :rank], values[:rank], right_h[:rank].T
     signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
-    return tuple(part.to(matrix).contiguous() for part in (left * signs, values, right * signs))  # type: ignore[return-value]
+    return tuple(part.to(matrix).contiguous() for part in (left * signs, values, right * signs))
