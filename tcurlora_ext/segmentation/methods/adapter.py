@@ -39,8 +39,8 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     wrap(model, names, lambda name, layer: Adapted(linear(name, layer), width), spec, options)
 
 
-# Not chosen by measurement: the authors' rates are 3e-5 to 3e-3.
+# The better of 1e-3 and 1e-2 in 40 steps on embedded subjects, by 4.6 points of Dice.
 METHOD = Method(
-    "adapter", "bottleneck adapters in the transformer", _prepare, 1e-3, saves_as("adapter"), load_trained, "#8c510a",
+    "adapter", "bottleneck adapters in the transformer", _prepare, 1e-2, saves_as("adapter"), load_trained, "#8c510a",
     adapter=True, options={"width": 16},
 )  # fmt: skip

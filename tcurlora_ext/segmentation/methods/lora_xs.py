@@ -59,7 +59,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     wrap(model, target_linears(model), lambda name, layer: _make(name, layer, rank), spec, options)
 
 
-# Not chosen by measurement: that of LoRA here; the authors' rates are 5e-4 to 1e-2.
+# That of LoRA here. No other was tried; in 40 steps on embedded subjects it learned, 2.2 points of Dice below LoRA.
 METHOD = Method(
     "lora-xs", "LoRA-XS: cores between singular vectors", _prepare, 1e-2, saves_as("lora-xs"), load_trained, "#1b2a6b",
     adapter=True, options={"rank": 8}, merge=merge,
