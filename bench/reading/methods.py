@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from ..rows import Row
 
 COLUMNS = ("method", "seed", "trained_numbers", "dice", "hd95_mm", "warm_up_steps", "adapter_bytes", "seconds")
 RIVAL = "lora"
+RANK = re.compile(r"\br=\d+")
 # What a method is called in tables; others by their name in options.
 TITLES = {
     "head": "output head alone",
@@ -17,7 +19,22 @@ TITLES = {
     "lora": "LoRA r=8",
     "lora:rank=1": "LoRA r=1",
     "lora:init=adapter": "LoRA r=8, A and B begun on the other cases",
+    "bitfit": "biases of the encoder",
+    "ssf": "scales and shifts of features",
+    "adapter": "bottleneck adapters",
+    "pissa": "PiSSA r=8",
+    "dora": "DoRA r=8",
+    "vera": "VeRA r=256",
+    "psoft": "PSOFT r=32",
+    "unilora": "Uni-LoRA, one vector of 2,304",
+    "lora-xs": "LoRA-XS r=8",
+    "lora-sb": "LoRA-SB r=8",
+    "lora-pt": "LoRA-PT r=8",
+    "hyps": "HyPS r=8",
+    "cps": "CPS r=8",
+    "curlora": "CURLoRA r=8",
     "tcur": "paper's stacks r=8",
+    "tcur:norms=true": "paper's stacks r=8, norms trained",
     "tcur:orthonormal=true": "paper's stacks r=8, orthonormal",
     "tcur-light:rank=8": "a core for each layer, columns and rows r=8",
     "tcur-light": "a core for each layer, columns and rows r=32",
@@ -44,9 +61,15 @@ def title(method: str) -> str:
     if base == "tcur-carried":
         origin = given.get("factors", "carried")
         return f"carried{'' if origin == 'carried' else f' from {origin}'} r={given.get('rank', '8')}"
-    words = {"bits": "{} bits an entry", "warm_up": "{} steps of warm-up", "rank": "r={}"}
-    parts = [words[name].format(value) for name, value in given.items() if name in words]
-    return ", ".join([TITLES.get(base, base), *parts]).replace(", 1 bits an", ", 1 bit an")
+    name = TITLES.get(base, base)
+    if "rank" in given and RANK.search(name):
+        name = RANK.sub(f"r={given.pop('rank')}", name)
+    words = {
+        "bits": "{} bits an entry", "warm_up": "{} steps of warm-up", "rank": "r={}", "width": "width {}",
+        "alpha": "alpha {}",
+    }  # fmt: skip
+    parts = [words[option].format(value) for option, value in given.items() if option in words]
+    return ", ".join([name, *parts]).replace(", 1 bits an", ", 1 bit an")
 
 
 def methods_table(rows: Sequence[Row]) -> list[list[str]]:

@@ -36,8 +36,9 @@ def finetune(
     method: Annotated[
         str,
         typer.Option(
-            help="all, or some of head, decoder, full, lora, tcur, tcur-light, tcur-learned, tcur-carried, norms with "
-            "commas between; options of a method follow its name, as in lora:rank=1."
+            help="all (head, decoder, full, lora, tcur), or some of these and of tcur-light, tcur-learned, "
+            "tcur-carried, norms, bitfit, ssf, adapter, adalora, pissa, dora, vera, psoft, unilora, lora-xs, lora-sb, "
+            "lora-pt, hyps, cps, curlora with commas between; options of a method follow its name, as in lora:rank=1."
         ),
     ] = "all",
     seeds: Annotated[int, typer.Option(help="How many seeds: every method runs with each of 0 .. SEEDS-1.")] = 1,

@@ -15,7 +15,7 @@ from tcurlora_ext.adapter.subspace.files import OF_ADAPTER
 from tcurlora_ext.io.records import read_json
 from tcurlora_ext.io.tensors import read_tensors
 from tcurlora_ext.segmentation.evaluation import finite_mean
-from tcurlora_ext.segmentation.methods import METHODS, folder_name, get_methods
+from tcurlora_ext.segmentation.methods import METHOD_KEY, METHODS, folder_name, get_methods
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
@@ -230,7 +230,11 @@ def load_files(adapter: Path, base: Path, device: torch.device | str = "cpu") ->
     config = NetworkConfig.read(found / "network.json")
     spec = get_spec(config.network)
     header, tensors = read_tensors(adapter, "an adapter file")
-    name = PREFERRED if OF_ADAPTER in header else _method_of(list(tensors), spec.head, spec.decoder)
+    name = header.get(METHOD_KEY) or (
+        PREFERRED if OF_ADAPTER in header else _method_of(list(tensors), spec.head, spec.decoder)
+    )
+    if name not in METHODS:
+        raise ValueError(f"{adapter}: found a file of the method '{name}', expected one of {', '.join(METHODS)}")
     heads = [t for key, t in tensors.items() if has_prefix(key.removeprefix("trained."), spec.head)]
     config = replace(config, out_channels=int(heads[0].shape[0]) if heads else config.out_channels)
     model = build_network(config)

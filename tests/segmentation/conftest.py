@@ -16,10 +16,15 @@ pytest.importorskip("peft")
 
 import nibabel as nib
 import numpy as np
+import torch
+from torch import nn
 
 from tcurlora_ext.io.records import write_json
+from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
+from tcurlora_ext.segmentation.methods import Task
 from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
 from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.training import Plan, train
 
 SIZES = {"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "features": 4}
 NAMES = [f"case_{index:03d}" for index in range(5)]
@@ -86,3 +91,20 @@ def finished_run(pristine_data: Path, base: Path, tmp_path_factory: pytest.TempP
         ), folder,
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def task(pristine_data: Path, tmp_path: Path) -> Task:
+    """Three steps on the tiny data, for a method that looks at them."""
+    volumes = load_volumes(read_dataset(pristine_data).train, None)
+    return Task(volumes, Plan(3, 2, 1e-2, 0, (16, 16, 16)), torch.device("cpu"), tmp_path)
+
+
+@pytest.fixture
+def train_steps(task: Task) -> Callable[..., None]:
+    """Trains a model for some steps of the task, by default all three."""
+
+    def run(model: nn.Module, steps: int = task.plan.steps) -> None:
+        train(model, task.volumes, replace(task.plan, steps=steps), task.folder / "steps")
+
+    return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tcurlora_ext.io.tensors import read_tensors
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix
 from tcurlora_ext.segmentation.training import Plan, trainable
+
+METHOD_KEY = "method"  # in a file's header: the name of the method that has written it
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Method:
         warm_up: How many steps on the training cases it takes before those of the run.
         check: Checks the options on a copy of the network, before a run writes anything; None: `prepare` does, which
             has no :class:`Task` then.
+        merge: Folds the adapter into the weights of the base in place, so that a step costs no more than the base's;
+            None where the method adds nothing to the base, or something that no weights can express.
     """
 
     name: str
@@ -94,6 +99,7 @@ class Method:
     standard: bool = False
     warm_up: Callable[[MethodOptions], int] = lambda options: 0
     check: Callable[[nn.Module, NetworkSpec, MethodOptions], None] | None = None
+    merge: Callable[[nn.Module], object] | None = None
 
     @property
     def base(self) -> str:
@@ -155,17 +161,25 @@ def beside(spec: NetworkSpec, options: MethodOptions) -> tuple[str, ...]:
     return parts[options.also_train]
 
 
-def save_trained(model: nn.Module, path: Path, options: MethodOptions) -> None:
+def save_trained(model: nn.Module, path: Path, options: MethodOptions, method: str = "") -> None:
     """Write the trained parameters as safetensors, with the options in the file's header."""
-    write_parameters({name: p.detach() for name, p in trainable(model).items()}, path, options)
+    write_parameters({name: p.detach() for name, p in trainable(model).items()}, path, options, method)
 
 
-def write_parameters(tensors: Mapping[str, torch.Tensor], path: Path, options: MethodOptions) -> None:
-    """Write tensors as safetensors, with the options in the file's header."""
+def saves_as(method: str) -> Callable[[nn.Module, Path, MethodOptions], None]:
+    """:func:`save_trained` for a method whose name the file has to hold, as its parameters' names do not tell it."""
+    return partial(save_trained, method=method)
+
+
+def write_parameters(
+    tensors: Mapping[str, torch.Tensor], path: Path, options: MethodOptions, method: str = ""
+) -> None:  # fmt: skip
+    """Write tensors as safetensors, with the options, and the method where it is given, in the file's header."""
     from safetensors.torch import save
 
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(path, save(content, {"options": json.dumps(asdict(options), default=str)}))
+    header = {"options": json.dumps(asdict(options), default=str)} | ({METHOD_KEY: method} if method else {})
+    write_bytes(path, save(content, header))
 
 
 def read_parameters(path: Path) -> tuple[MethodOptions, dict[str, torch.Tensor]]:

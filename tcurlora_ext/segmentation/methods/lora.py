@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.maths import coding
-from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec, target_linears
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.training import trainable
 
-from .base import Method, MethodOptions, Prepare, Task, beside, copy_trained, read_parameters, write_parameters
+from .base import Method, MethodOptions, Prepare, Task, copy_trained, read_parameters, write_parameters
+from .by_peft import inject, merge
 
 A, B = "lora_A", "lora_B"
 STEP = ".step"  # after a coded matrix's name: what its vectors' levels are multiplied by
@@ -22,16 +23,10 @@ STEP = ".step"  # after a coded matrix's name: what its vectors' levels are mult
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
     """PEFT's LoRA in the attention and MLP projections, from random A or from the adapter of an earlier run."""
     require_package("peft")
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
-    prefixes = beside(spec, options)
     rank = METHOD.option(options, "rank") or options.lora_rank
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_linears(model))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or has_prefix(name, prefixes))
+    inject(model, spec, options, LoraConfig(r=rank, lora_alpha=rank, target_modules=target_linears(model)))
     if task is not None and METHOD.option(options, "init"):
         _begin_with(model, Path(METHOD.option(options, "init")))
 
@@ -95,5 +90,5 @@ def decoded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # for that of the run's option --lora-rank.
 METHOD = Method(
     "lora", "LoRA (PEFT) in the transformer", _prepare, 1e-2, _save, _load, "#e69f00", adapter=True,
-    options={"rank": 0, "bits": 32, "init": ""}, standard=True, check=_check,
+    options={"rank": 0, "bits": 32, "init": ""}, standard=True, check=_check, merge=merge,
 )  # fmt: skip

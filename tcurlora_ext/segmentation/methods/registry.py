@@ -13,11 +13,13 @@ from .base import Method
 
 # In the order of tables; others follow by name.
 _FIRST = ("head", "decoder", "full", "lora", "tcur")
+# What several methods share; every other file of this folder is a method.
+_SHARED = ("base", "by_peft", "registry", "wrapping")
 
 
 def _found() -> dict[str, Method]:
     package, folder = __name__.rpartition(".")[0], str(Path(__file__).parent)
-    names = [info.name for info in pkgutil.iter_modules([folder]) if info.name not in ("base", "registry")]
+    names = [info.name for info in pkgutil.iter_modules([folder]) if info.name not in _SHARED]
     modules = [importlib.import_module(f"{package}.{name}") for name in names]
     methods = {module.METHOD.name: module.METHOD for module in modules}
     order = (*_FIRST, *sorted(set(methods) - set(_FIRST)))

@@ -12,6 +12,7 @@ import tcurlora_ext as tcur
 from tcurlora_ext.segmentation.networks import NetworkSpec
 
 from .base import Method, MethodOptions, Prepare, Task, beside
+from .norms import affine_of_norms
 
 SUBSPACE = "subspace.safetensors"  # the file of learned factors, beside the adapter
 
@@ -46,11 +47,13 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
         transform=METHOD.option(options, "transform"), orthonormal=METHOD.option(options, "orthonormal"),
     )  # fmt: skip
     inject(model, config, spec, options)
+    if METHOD.option(options, "norms"):
+        tcur.unfreeze(model, [re.escape(name) for name in affine_of_norms(model)])
 
 
 # Of the learning rates only 1e-2 was tried. Rank and alpha 0 stand for the run's options --rank and --alpha.
 METHOD = Method(
     "tcur", "tCURLoRA in the transformer", _prepare, 1e-2, save, load, "#d55e00", adapter=True,
     options={"rank": 0, "alpha": 0.0, "orthonormal": False, "selection": "norm", "stack_by": "shape",
-             "transform": "dft"}, standard=True,
+             "transform": "dft", "norms": False}, standard=True, merge=tcur.merge,
 )  # fmt: skip

@@ -30,5 +30,5 @@ def _save(model: nn.Module, path: Path, options: MethodOptions) -> None:
 
 METHOD = Method(
     "tcur-carried", "tCUR over a given subspace", _prepare, 1e-2, _save, load, "#6a51a3", adapter=True,
-    options={"factors": None, "rank": 0, "alpha": 1.0},
+    options={"factors": None, "rank": 0, "alpha": 1.0}, merge=tcur.merge,
 )  # fmt: skip

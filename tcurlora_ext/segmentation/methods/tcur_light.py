@@ -18,5 +18,5 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
 
 METHOD = Method(
     "tcur-light", "tCUR, a core for every layer", _prepare, 1e-2, save, load, "#cc79a7", adapter=True,
-    options={"rank": 32, "alpha": 2.0, "orthonormal": True},
+    options={"rank": 32, "alpha": 2.0, "orthonormal": True}, merge=tcur.merge,
 )  # fmt: skip

@@ -6,6 +6,7 @@ and the curves: no state of a random number generator or of a scheduler has to b
 whichever process draws them.
 """
 
+from .additions import StepAddition, add_to_steps
 from .interruption import Interruption
 from .loop import Diverged, loss_step, make_optimizer, train, trainable
 from .options import TrainingOptions, check_options, with_options
@@ -20,7 +21,9 @@ __all__ = [
     "Plan",
     "Progress",
     "Sampler",
+    "StepAddition",
     "TrainingOptions",
+    "add_to_steps",
     "check_options",
     "describe_augmentation",
     "loss_step",

@@ -12,6 +12,7 @@ from torch import nn
 from tcurlora_ext.io.records import write_csv
 from tcurlora_ext.io.tensors import read_checkpoint, write_checkpoint
 
+from .additions import StepAddition
 from .plan import Best, Plan, Progress, schedule
 from .precision import Precision
 
@@ -25,6 +26,7 @@ def save(
     precision: Precision,
     progress: Progress,
     plan: Plan,
+    addition: StepAddition | None = None,
 ) -> None:
     """Write metrics.csv, with a row for each step, and the checkpoint."""
     dice, chosen = ({int(step): value for step, value in curve} for curve in (progress.curve, progress.select_curve))
@@ -39,6 +41,7 @@ def save(
         "optimizer": optimizer.state_dict(), "step": progress.step, "losses": progress.losses,
         "curve": progress.curve, "seconds": progress.seconds, "selection": _selection(progress),
         "scaler": None if precision.scaler is None else precision.scaler.state_dict(),
+        **({} if addition is None else {"addition": addition.state()}),
     })  # fmt: skip
 
 
@@ -51,8 +54,9 @@ def _selection(progress: Progress) -> dict[str, Any]:
 
 
 def resume(
-    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, precision: Precision
-) -> Progress:
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, precision: Precision,
+    addition: StepAddition | None = None,
+) -> Progress:  # fmt: skip
     """Load a checkpoint into the parameters and the optimizer; without one, Progress of no steps."""
     path = folder / CHECKPOINT
     if not path.is_file():
@@ -69,6 +73,8 @@ def resume(
         progress.select_curve, progress.stale = selection["curve"], selection["stale"]
         progress.stopped = selection["stopped"]
         progress.best = None if selection["best"] is None else Best(**selection["best"])
+    if addition is not None:
+        addition.load(content["addition"])
     if precision.scaler is not None and content.get("scaler"):
         precision.scaler.load_state_dict(content["scaler"])
     return progress

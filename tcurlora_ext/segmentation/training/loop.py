@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tcurlora_ext.segmentation.dataset import Volume
 
 from . import checkpoints
+from .additions import addition_of
 from .interruption import Interruption
 from .plan import WARM_UP_SEEDS, Plan, Progress, schedule
 from .precision import Precision, segmentation_loss
@@ -96,7 +97,8 @@ def train(
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
     optimizer, precision = make_optimizer(parameters, plan), Precision(plan.amp, device)
-    progress = checkpoints.resume(folder, parameters, optimizer, precision)
+    addition = addition_of(model)
+    progress = checkpoints.resume(folder, parameters, optimizer, precision, addition)
     sampler, loss_of = Sampler(volumes, plan), segmentation_loss(plan.class_weights).to(device)
     with torch.random.fork_rng(), Interruption() as interruption:
         drawn = windows(sampler, progress.step)
@@ -110,6 +112,8 @@ def train(
             model.train()
             progress.losses.append(_take(model, loss_of, images, labels, optimizer, precision, plan))
             progress.step = step + 1
+            if addition is not None:
+                addition.after_step(progress.step)
             if not math.isfinite(progress.losses[-1]):
                 raise Diverged(
                     f"{folder}: the loss of step {step} is {progress.losses[-1]}, expected a finite number; "
@@ -127,7 +131,7 @@ def train(
                 progress.curve.append([float(progress.step), measured["val_dice"]])
             stopping = interruption.asked  # Ctrl-C from here on ends the next step
             if last or stopping or _due(progress.step, plan.checkpoint_every):
-                checkpoints.save(folder, parameters, optimizer, precision, progress, plan)
+                checkpoints.save(folder, parameters, optimizer, precision, progress, plan, addition)
             if on_step is not None:
                 on_step(progress.step, progress.losses[-1])
             if log is not None:
@@ -147,13 +151,16 @@ def _take(
     model: nn.Module, loss_of: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer,
     precision: Precision, plan: Plan,
 ) -> float:  # fmt: skip
-    """One optimizer step on the mean loss of the windows, `plan.batch` of them at a time; returns that loss."""
+    """One optimizer step on the mean loss of the windows, `plan.batch` of them at a time; returns that loss.
+
+    A penalty that a method adds has its part in the gradients, not in the loss that is returned.
+    """
     optimizer.zero_grad(set_to_none=True)
-    device, total = next(model.parameters()).device, 0.0
+    device, total, addition = next(model.parameters()).device, 0.0, addition_of(model)
     for part in range(plan.accumulate):
         chosen = slice(part * plan.batch, (part + 1) * plan.batch)
         loss = precision.loss(model, loss_of, images[chosen].to(device), labels[chosen].to(device)) / plan.accumulate
-        precision.backward(loss)
+        precision.backward(loss if addition is None else loss + addition.penalty() / plan.accumulate)
         total += loss.item()
     precision.step(optimizer)
     return total
