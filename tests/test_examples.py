@@ -135,12 +135,19 @@ def run_many(folder: Path, decathlon: Path) -> str:
     return printed("train_many.py", *MANY)
 
 
+def run_groups(folder: Path, data: Path) -> str:
+    """Its simulated subjects; folder and data are not needed."""
+    del folder, data
+    return printed("volumes_to_groups.py", "--permutations", "5", "--repeats", "1")
+
+
 RUNS: dict[str, Callable[[Path, Path], str]] = {
     "unetr_hippocampus.py": run_unetr,
     "llama_peft.py": run_llama,
     "vit_classification.py": run_vit,
     "serve_adapters.py": run_serve,
     "train_many.py": run_many,
+    "volumes_to_groups.py": run_groups,
 }
 Run = tuple[Path, str]  # the output folder and what was printed
 

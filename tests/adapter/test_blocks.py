@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 import tcurlora_ext as tcur
@@ -108,6 +109,7 @@ def test_a_parent_that_reads_its_weights_is_known_by_its_class() -> None:
     attention = transformers.models.wavlm.modeling_wavlm.WavLMAttention(8, 2)
     assert set(not_called(attention)) == {"q_proj", "k_proj", "v_proj", "out_proj"}
     tcur.inject(attention, tcur.TCURConfig(rank=2, target_modules=["q_proj"]))
+    counters.clear()  # other tests of this process compile, after which calls leave no mark
     with pytest.warns(UserWarning, match="q_proj .* never called"):
         attention(torch.randn(1, 3, 8))
 

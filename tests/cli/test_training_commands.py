@@ -191,6 +191,7 @@ def pressing(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], None]:
     return monkeypatch.undo
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_saves_and_prints_the_command_that_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

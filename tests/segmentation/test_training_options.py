@@ -290,6 +290,7 @@ def test_a_killed_run_with_augmentation_accumulation_and_selection_is_resumed_bi
 # -- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_lets_the_step_end_and_saves_it(volumes: Any, tmp_path: Path) -> None:
     plan = Plan(6, 1, 1e-2, 0, ROI, checkpoint_every=50)
     whole = small_network()
@@ -309,6 +310,7 @@ def test_ctrl_c_lets_the_step_end_and_saves_it(volumes: Any, tmp_path: Path) -> 
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_stops_at_once() -> None:
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)

@@ -97,7 +97,7 @@ def test_a_budget_gives_the_ranks_that_it_gives_inject(
 def test_the_ranks_of_a_budget_are_saved_and_not_spread_again(
     make_llama: MakeLlama, tokens: Tensor, adapt: Adapt, tmp_path: Path
 ) -> None:
-    model = adapt(make_llama(), budget=150)
+    model = adapt(make_llama(), budget=150, save_projection=True)
     config = model.peft_config["default"]
     assert config.budget is None
     assert config.rank_pattern[r"^model\.layers\.1\.mlp\.up_proj$"] == ranks(model)["32x16"][0]
