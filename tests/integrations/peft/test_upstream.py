@@ -31,6 +31,7 @@ STUBS = {
 
 CASES = '''
 """Our cases, in the form that each of PEFT's test files has its own in."""
+import dataclasses
 import pathlib
 from tcurlora_ext.integrations.peft import TcurLoraConfig
 
@@ -39,6 +40,13 @@ HERE = pathlib.Path(__file__).parent
 
 def models(kind):
     return sorted(str(path) for path in HERE.joinpath(kind).iterdir())
+
+
+@dataclasses.dataclass
+class WithFactors(TcurLoraConfig):
+    """For tests that load an adapter onto other random weights, which takes C and R in its file."""
+
+    save_projection: bool = True
 
 
 CUSTOM = [
@@ -108,6 +116,7 @@ def by_stack(task):
 INJECTED = {
     "test_custom_models.py": [
         ("ALL_PEFT_CONFIG_CLASSES = ", "TEST_CASES[:] = tcurlora_cases.CUSTOM"),
+        ("def _skip_tests_with", "ALL_PEFT_CONFIG_CLASSES[:] = [tcurlora_cases.WithFactors]"),
         ("def _skip_tests_with", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = tcurlora_cases.TWO_ADAPTERS"),
     ],
     "test_decoder_models.py": [
