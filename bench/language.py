@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from torch import Tensor, nn
 import tcurlora_ext as tcur
 from tcurlora_ext.io.records import read_csv, write_csv
 from tcurlora_ext.io.tensors import read_weights
+from tcurlora_ext.segmentation.networks import target_linears
+from tcurlora_ext.segmentation.training import rise_and_cosine
 
 from .devices import provenance
 from .entry import run_command
@@ -111,11 +112,9 @@ def loss_step(text: Tensor, seed: int, batch: int = BATCH) -> Step:
 def train(model: nn.Module, step: Step, steps: int, lr: float) -> None:
     """Adam on what requires gradients, over a linear rise in a twentieth of the steps and a half cosine to 0."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    rise = max(1, steps // 20)
     model.train()
     for index in range(steps):
-        after = 0.5 * (1 + math.cos(math.pi * max(0, index - rise) / max(1, steps - rise)))
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (index + 1) / rise) * after
+        optimizer.param_groups[0]["lr"] = lr * rise_and_cosine(index, steps)
         optimizer.zero_grad()
         step(model).backward()
         optimizer.step()
@@ -168,9 +167,8 @@ def of_lora(rank: int, model: nn.Module, step: Step, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     del step
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers." in name]
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=target_linears(model)), model)
 
 
 def of_config(config: tcur.TCURConfig, model: nn.Module, step: Step, seed: int) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_json
 from tcurlora_ext.segmentation.checkpoints import Base, Wanted, open_base
-from tcurlora_ext.segmentation.dataset import SegmentationDataset, read_dataset
+from tcurlora_ext.segmentation.dataset import SegmentationDataset
 from tcurlora_ext.segmentation.methods import METHODS, base_name, folder_name, get_methods
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
@@ -21,14 +21,6 @@ from tcurlora_ext.segmentation.networks import (
 )
 from tcurlora_ext.segmentation.runfolder import record
 from tcurlora_ext.segmentation.settings import FinetuneSettings
-
-
-def read_data(settings: FinetuneSettings, folder: Path) -> SegmentationDataset:
-    """The data set in a folder, by the options of the settings."""
-    return read_dataset(
-        folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
-        seed=settings.data_seed, labels=settings.labels, fold=settings.fold, map_labels=settings.map_labels,
-    )  # fmt: skip
 
 
 def open_pretrained(settings: FinetuneSettings, path: Path, data: SegmentationDataset) -> Base:
@@ -45,14 +37,6 @@ def open_pretrained(settings: FinetuneSettings, path: Path, data: SegmentationDa
     if base.random and settings.also_train == "head":
         raise ValueError(f"also-train: found 'head', expected 'decoder': it starts at random, {base.file} has none")
     return base
-
-
-def load_pretrained(
-    settings: FinetuneSettings, path: Path, data: SegmentationDataset
-) -> tuple[NetworkConfig, nn.Module, bool]:
-    """The network's configuration, the model with these weights, and whether its head is new."""
-    base = open_pretrained(settings, path, data)
-    return base.config, base.model, base.head_is_new
 
 
 def take_base(base: Base, out: Path) -> None:

@@ -79,6 +79,30 @@ class Volume:
     spacing: tuple[float, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Options of reading a data set that finetune, learn-factors and pretrain share: those of :func:`read_dataset`.
+
+    Attributes:
+        data_seed: Of the embedded subjects, and of a random split.
+    """
+
+    train_list: str = "train"
+    val_list: str = "val"
+    val_fraction: float | None = None
+    labels: tuple[str, ...] | None = None
+    fold: int | None = None
+    map_labels: dict[int, int] | None = None
+    data_seed: int = 0
+
+    def read_data(self, folder: Path) -> SegmentationDataset:
+        """The data set in a folder, as :func:`read_dataset` finds and checks it."""
+        return read_dataset(
+            folder, train_list=self.train_list, val_list=self.val_list, val_fraction=self.val_fraction,
+            seed=self.data_seed, labels=self.labels, fold=self.fold, map_labels=self.map_labels,
+        )  # fmt: skip
+
+
 def read_dataset(
     root: Path, *, train_list: str = "train", val_list: str = "val", val_fraction: float | None = None,
     seed: int = 0, labels: Sequence[str] | None = None, fold: int | None = None,

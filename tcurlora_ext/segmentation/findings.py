@@ -30,7 +30,7 @@ def result_sentence(out: Path, methods: Sequence[str]) -> str:
     scans = f"{len(own)} scan{'s' if len(own) != 1 else ''} that it was not trained on"
     if not dice:
         return f"On {scans}, no structure is labelled: there is no score."
-    mean = f"{100 * finite_mean(dice):.1f} % (Dice overlap{_within(dice, ', 95 % interval ')})"
+    mean = f"{100 * finite_mean(dice):.1f} % (Dice overlap{_within(interval(dice), ', 95 % interval ')})"
     text = f"On {scans}, the network adapted by {shown} agrees with the reference labels to {mean}"
     rivals = [name for name in RIVALS if name in methods and name != shown] or [m for m in methods if m != shown][:1]
     parts = [part for rival in rivals if (part := _against(own, case_dice(out, rival), rival))]
@@ -60,12 +60,12 @@ def _against(own: dict[str, float], other: dict[str, float], name: str) -> str:
         return ""
     more = finite_mean(differences) >= 0
     sizes = differences if more else [-value for value in differences]
-    low, high = interval(sizes)
+    low, high = within = interval(sizes)
     chance = ", which may be chance" if low <= 0 <= high else ""
     points = f"{100 * finite_mean(sizes):.1f} points {'more' if more else 'less'} than {name}"
-    return f"{points}{_within(sizes, ' (', ')')}{chance}"
+    return f"{points}{_within(within, ' (', ')')}{chance}"
 
 
-def _within(values: Sequence[float], before: str, after: str = "") -> str:
-    low, high = interval(values)
+def _within(ends: tuple[float, float], before: str, after: str = "") -> str:
+    low, high = ends
     return "" if math.isnan(low) else f"{before}{100 * low:.1f} to {100 * high:.1f}{after}"

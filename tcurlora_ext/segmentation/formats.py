@@ -82,6 +82,11 @@ def load_image(paths: Sequence[Path], dtype: Any = torch.float32) -> Any:
     with warnings.catch_warnings():  # of header fields that differ; what is used of them has been checked
         warnings.simplefilter("ignore")
         first, *others = (load(str(path)) for path in paths)
+    return joined(first, others)
+
+
+def joined(first: Any, others: Sequence[Any]) -> Any:
+    """The channels of MetaTensors (C, X, Y, Z) in one, on the grid of the first: theirs are equal but for rounding."""
     for other in others:
-        other.affine = first.affine  # equal but for rounding, as has been checked
+        other.affine = first.affine
     return torch.cat([first, *others]) if others else first

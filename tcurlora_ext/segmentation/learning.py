@@ -14,7 +14,7 @@ import tcurlora_ext as tcur
 from tcurlora_ext.adapter.learning import warmup
 from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.segmentation import training
-from tcurlora_ext.segmentation.base import open_pretrained, read_data
+from tcurlora_ext.segmentation.base import open_pretrained
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, load_volumes
 from tcurlora_ext.segmentation.methods.tcur import prefixes_beside
 from tcurlora_ext.segmentation.networks import get_spec, randomise
@@ -95,7 +95,7 @@ def learn(settings: LearnSettings, output: Path, display: Display | None = None)
 
 def _data_sets(base: FinetuneSettings, folders: Sequence[Path]) -> list[SegmentationDataset]:
     """The data sets in several folders. ValueError where one network cannot take them all."""
-    found = [read_data(base, folder) for folder in folders]
+    found = [base.read_data(folder) for folder in folders]
     for other in found[1:]:
         for what, own, first in (
             ("channels", other.channels, found[0].channels), ("classes", len(other.labels), len(found[0].labels)),

@@ -12,7 +12,7 @@ from torch import nn
 from tcurlora_ext.io.records import write_json
 from tcurlora_ext.segmentation import evaluation, synthetic, training
 from tcurlora_ext.segmentation.cases import VAL_FRACTION
-from tcurlora_ext.segmentation.dataset import SegmentationDataset, read_dataset
+from tcurlora_ext.segmentation.dataset import DataOptions, SegmentationDataset
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
@@ -35,7 +35,7 @@ Settings = TypeVar("Settings", bound=Any)  # of finetune or of pretrain
 
 
 @dataclass(frozen=True)
-class PretrainSettings(TrainingOptions):
+class PretrainSettings(TrainingOptions, DataOptions):
     """Options of `tcurlora pretrain`, where they are described by --help.
 
     Attributes:
@@ -50,18 +50,11 @@ class PretrainSettings(TrainingOptions):
     sizes: dict[str, Any] = field(default_factory=dict)
     roi: tuple[int, int, int] = (32, 32, 32)
     spacing: tuple[float, float, float] | None = None
-    train_list: str = "train"
-    val_list: str = "val"
-    val_fraction: float | None = None
-    labels: tuple[str, ...] | None = None
-    fold: int | None = None
-    map_labels: dict[int, int] | None = None
     steps: int = 450
     batch: int = 2
     lr: float = 1e-3
     weight_decay: float = 1e-2
     seed: int = 0
-    data_seed: int = 0
     subjects: tuple[int, int] = EMBEDDED_SUBJECTS["source"]
     checkpoint_every: int = 50
     device: str = "auto"
@@ -143,14 +136,14 @@ def pretrain(
     check_network(NetworkConfig(settings.network, 1, 2, settings.roi, settings.spacing, settings.sizes))
     description = describe("pretrain", with_fraction(settings))
     defaults = describe("pretrain", PretrainSettings())["settings"]
-    data = _read(settings, settings.data) if settings.data is not None else None
+    data = settings.read_data(settings.data) if settings.data is not None else None
     if data is not None:
         check_class_count(settings, len(data.labels))
         if settings.holds_out:
             hold_out([case.name for case in data.train], settings)
     open_folder(out, description, resume, defaults)
     if data is None:
-        data = _read(settings, embedded(out / "data", "source", settings.subjects, settings.data_seed, display))
+        data = settings.read_data(embedded(out / "data", "source", settings.subjects, settings.data_seed, display))
     record(out, "data", describe_data(data))
     record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
     record_held_out([case.name for case in data.train], settings, out, display)
@@ -199,10 +192,3 @@ def describe_check(check: dict[str, float]) -> str:
         f"pretrained network, validation of the source domain: Dice {100 * check['dice']:.1f}, and "
         f"{100 * check['dice_with_random_blocks']:.1f} with randomly initialised transformer blocks"
     )
-
-
-def _read(settings: PretrainSettings, folder: Path) -> SegmentationDataset:
-    return read_dataset(
-        folder, train_list=settings.train_list, val_list=settings.val_list, val_fraction=settings.val_fraction,
-        seed=settings.data_seed, labels=settings.labels, fold=settings.fold, map_labels=settings.map_labels,
-    )  # fmt: skip

@@ -28,14 +28,7 @@ from torch import nn
 from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation import evaluation, report, tuning
 from tcurlora_ext.segmentation.adapting import Choice, Job, adapt
-from tcurlora_ext.segmentation.base import (
-    load_adapted,
-    load_base,
-    load_pretrained,
-    open_pretrained,
-    read_data,
-    take_base,
-)
+from tcurlora_ext.segmentation.base import load_adapted, load_base, open_pretrained, take_base
 from tcurlora_ext.segmentation.checkpoints import base_warnings
 from tcurlora_ext.segmentation.dataset import SegmentationDataset
 from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, get_methods, learning_rate
@@ -65,8 +58,6 @@ __all__ = [
     "finetune",
     "load_adapted",
     "load_base",
-    "load_pretrained",
-    "read_data",
 ]
 
 EMBEDDED_CLASSES = 3
@@ -92,8 +83,9 @@ def finetune(
     description = describe("finetune", with_fraction(settings))
     defaults = describe("finetune", FinetuneSettings())["settings"]
     check_folder(out, description, resume, defaults)
-    data = None if settings.data is None else read_data(settings, settings.data)
+    data = None if settings.data is None else settings.read_data(settings.data)
     _check_cases(settings, data)
+    base = None
     if settings.pretrained is not None and data is not None:
         # Raises where they do not fit, before anything is written.
         base = open_pretrained(settings, settings.pretrained, data)
@@ -104,12 +96,12 @@ def finetune(
     open_folder(out, description, resume, defaults)
     if data is None:
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
-        data = read_data(settings, folder)
+        data = settings.read_data(folder)
     record(out, "data", describe_data(data))
     record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
     record_held_out([case.name for case in data.train], settings, out, display)
     pretrained = settings.pretrained or _pretrain_embedded(settings, out, display)
-    base = open_pretrained(settings, pretrained, data)
+    base = base or open_pretrained(settings, pretrained, data)
     take_base(base, out)
     for line in base.said:
         display.say(f"weights: {line}")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from tcurlora_ext.io.atomic import write_with
 from tcurlora_ext.segmentation.formats import (
     FORMS,
     NIFTI,
+    joined,
     load_image,
     other_volumes,
     require_reader,
@@ -186,9 +186,8 @@ def read_scan(path: Path, channels: int, others: Sequence[Path] = ()) -> Tensor:
         _check_content(file, image)
         _check_alike(file, image, path, (images or [image])[0])
         images.append(image)
-    for image in images:
-        image.affine = images[0].affine  # type: ignore[attr-defined]
-    return torch.cat(images)
+    together: Tensor = joined(images[0], images[1:])
+    return together
 
 
 def _read_file(path: Path) -> Tensor:

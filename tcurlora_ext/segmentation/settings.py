@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from tcurlora_ext.io.records import read_json
 from tcurlora_ext.segmentation.cases import VAL_FRACTION
+from tcurlora_ext.segmentation.dataset import DataOptions
 from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, MethodOptions, learning_rate
 from tcurlora_ext.segmentation.pretraining import EMBEDDED_SUBJECTS
 from tcurlora_ext.segmentation.training import TrainingOptions
@@ -16,7 +17,7 @@ Settings = TypeVar("Settings", bound=Any)
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(TrainingOptions):
+class FinetuneSettings(TrainingOptions, DataOptions):
     """Options of `tcurlora finetune`, where they are described by --help; None means the default of network or method.
 
     Attributes:
@@ -49,14 +50,7 @@ class FinetuneSettings(TrainingOptions):
     sizes: dict[str, Any] = field(default_factory=dict)
     roi: tuple[int, int, int] | None = None
     spacing: tuple[float, float, float] | None = None
-    train_list: str = "train"
-    val_list: str = "val"
-    val_fraction: float | None = None
-    labels: tuple[str, ...] | None = None
-    fold: int | None = None
-    map_labels: dict[int, int] | None = None
     pretrain_steps: int = 450
-    data_seed: int = 0
     subjects: tuple[int, int] = EMBEDDED_SUBJECTS["target"]
     source_subjects: tuple[int, int] = EMBEDDED_SUBJECTS["source"]
     checkpoint_every: int = 25

@@ -53,15 +53,16 @@ def without_factors(
         stacks: Its stacks by name.
         adapter_name: The adapter.
         state: Its tensors as PEFT saves them.
-        always: False: only where every loading of the base gives C and R to the bit (:func:`_base_gives`).
+        always: False: only where every loading of the base gives C and R to the bit.
     """
     state = dict(state)
     for name, stack in stacks.items():
-        if not always and not _base_gives(model, stack, adapter_name):
+        if not always and not _comes_again(model, stack):
             continue
         base = base_weights(model, stack, adapter_name)
-        if stack.options.orthonormal and not stack.is_of(base):
-            continue  # a sum of adapters: two orthonormal factors side by side are not what the base gives
+        # With orthonormal factors of two adapters side by side, a sum is not what the base gives.
+        if (stack.options.orthonormal or not always) and not stack.is_of(base):
+            continue
         for kind in FACTORS:
             state.pop(stack_key(adapter_name, name, kind), None)
         for kind, value in zip(BASE, (fingerprint(base), torch.empty(0, dtype=base.dtype)), strict=True):
@@ -69,12 +70,11 @@ def without_factors(
     return state
 
 
-def _base_gives(model: nn.Module, stack: TCURStack, adapter_name: str) -> bool:
-    """Whether C and R are, to the bit, the chosen columns and rows of base weights that another loading gives, too.
+def _comes_again(model: nn.Module, stack: TCURStack) -> bool:
+    """Whether another loading of the base gives the weights of a stack's layers to the bit.
 
-    They are not where the base is quantised, which need not come out the same again, and where they came with a file
-    for another base. It cannot be told where the weights are elsewhere: on the meta device, or spread over processes,
-    not all of which need be saving.
+    A quantised base need not come out the same again. It cannot be told where the weights are elsewhere: on the meta
+    device, or spread over processes, not all of which need be saving.
     """
     for layer in layers_of(model, stack):
         if layer.quantization_backend is not None:
@@ -82,7 +82,7 @@ def _base_gives(model: nn.Module, stack: TCURStack, adapter_name: str) -> bool:
         weight = layer.get_base_layer().weight
         if weight.is_meta or weight.numel() == 0 or hasattr(weight, "full_tensor"):
             return False
-    return stack.is_of(base_weights(model, stack, adapter_name))
+    return True
 
 
 def with_factors(

@@ -10,7 +10,7 @@ from .additions import StepAddition, add_to_steps
 from .interruption import Interruption
 from .loop import Diverged, loss_step, make_optimizer, train, trainable
 from .options import TrainingOptions, check_options, with_options
-from .plan import WARM_UP_SEEDS, Plan, Progress, schedule
+from .plan import WARM_UP_SEEDS, Plan, Progress, rise_and_cosine, schedule
 from .precision import segmentation_loss
 from .sampling import Sampler, describe_augmentation
 
@@ -28,6 +28,7 @@ __all__ = [
     "describe_augmentation",
     "loss_step",
     "make_optimizer",
+    "rise_and_cosine",
     "schedule",
     "segmentation_loss",
     "train",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tcurlora_ext.segmentation.dataset import Volume
 
 from . import checkpoints
-from .additions import addition_of
+from .additions import StepAddition, addition_of
 from .interruption import Interruption
 from .plan import WARM_UP_SEEDS, Plan, Progress, schedule
 from .precision import Precision, segmentation_loss
@@ -110,7 +110,7 @@ def train(
                 group["lr"] = group["peak"] * schedule(plan, step)
             images, labels = next(drawn)
             model.train()
-            progress.losses.append(_take(model, loss_of, images, labels, optimizer, precision, plan))
+            progress.losses.append(_take(model, loss_of, images, labels, optimizer, precision, plan, addition))
             progress.step = step + 1
             if addition is not None:
                 addition.after_step(progress.step)
@@ -149,14 +149,14 @@ def _due(step: int, every: int) -> bool:
 
 def _take(
     model: nn.Module, loss_of: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer,
-    precision: Precision, plan: Plan,
+    precision: Precision, plan: Plan, addition: StepAddition | None,
 ) -> float:  # fmt: skip
     """One optimizer step on the mean loss of the windows, `plan.batch` of them at a time; returns that loss.
 
     A penalty that a method adds has its part in the gradients, not in the loss that is returned.
     """
     optimizer.zero_grad(set_to_none=True)
-    device, total, addition = next(model.parameters()).device, 0.0, addition_of(model)
+    device, total = next(model.parameters()).device, 0.0
     for part in range(plan.accumulate):
         chosen = slice(part * plan.batch, (part + 1) * plan.batch)
         loss = precision.loss(model, loss_of, images[chosen].to(device), labels[chosen].to(device)) / plan.accumulate

@@ -111,8 +111,13 @@ class Progress:
 
 
 def schedule(plan: Plan, step: int) -> float:
-    """The factor on the peak learning rate: a linear rise over the first 5 % of the steps, then a half cosine to 0."""
-    warmup = max(1, plan.steps // 20)
+    """The factor on the peak learning rate of a plan."""
+    return rise_and_cosine(step, plan.steps)
+
+
+def rise_and_cosine(step: int, steps: int) -> float:
+    """A factor on the learning rate: a linear rise over the first 5 % of the steps, then a half cosine to 0."""
+    warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, plan.steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
