@@ -28,8 +28,9 @@ from rich.console import Console
 from tcurlora_ext.bench.entry import run_command
 from tcurlora_ext.io.atomic import write_with
 from tcurlora_ext.io.records import read_json, write_json
-from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings, pretrain
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.terminal import Display
 
 LEFT_HIPPOCAMPUS = 17  # FreeSurfer's value; right-sided crops are mirrored to the left

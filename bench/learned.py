@@ -31,10 +31,11 @@ from tcurlora_ext.bench.hippocampus import make_target, prepare, publish
 from tcurlora_ext.bench.reading.methods import RIVAL
 from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
 from tcurlora_ext.maths.coding import CODED_BITS
-from tcurlora_ext.segmentation.learning import LearnSettings, learn
-from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
-from tcurlora_ext.segmentation.synthetic import write_domain
+from tcurlora_ext.segmentation.dataset.synthetic import write_domain
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.learning import LearnSettings, learn
+from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings, pretrain
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.terminal import Display
 
 STEPS = 120  # of every method

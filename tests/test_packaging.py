@@ -47,7 +47,7 @@ def test_the_wheel_holds_every_module(distributions: tuple[Path, Path]) -> None:
         names = set(file.namelist())
     assert {name for name in names if name.startswith("tcurlora_ext/") and name.endswith(".py")} == modules()
     assert "tcurlora_ext/py.typed" in names
-    assert "tcurlora_ext/segmentation/report.html.j2" in names
+    assert "tcurlora_ext/segmentation/report/report.html.j2" in names
     assert not [name for name in names if name.startswith("examples")]
 
 

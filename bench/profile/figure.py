@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tcurlora_ext.io.atomic import write_with
-from tcurlora_ext.segmentation.figures import pyplot
+from tcurlora_ext.segmentation.report.figures import pyplot
 
 from ..reading.styles import BLUE, ORANGE, SKY
 from ..run import Row

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from tcurlora_ext.io.atomic import write_with
-from tcurlora_ext.segmentation.figures import pyplot
+from tcurlora_ext.segmentation.report.figures import pyplot
 
 from ..entry import run_command
 from ..names import DENSE, FROZEN, LORA, TRANSIENT

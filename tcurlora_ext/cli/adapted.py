@@ -103,7 +103,7 @@ def open_adapted(
 
 
 def _of_run(folder: Path, method: str, seed: int) -> Adapted:
-    from tcurlora_ext.segmentation.run import load_adapted
+    from tcurlora_ext.segmentation.runs.network import load_adapted
 
     network = load_adapted(folder, method, seed)
     if not stacks(network):

@@ -54,8 +54,8 @@ def evaluate(
     device: options.Device = "auto",
 ) -> None:
     """Score label maps by Dice, HD95, surface Dice at 1 mm and volume error, and compare methods case by case."""
-    from tcurlora_ext.segmentation.scorecard import EvaluateSettings
-    from tcurlora_ext.segmentation.scorecard import evaluate as score
+    from tcurlora_ext.segmentation.scoring.scorecard import EvaluateSettings
+    from tcurlora_ext.segmentation.scoring.scorecard import evaluate as score
     from tcurlora_ext.segmentation.terminal import Display
 
     score(

@@ -105,9 +105,8 @@ def finetune(
 
     Ends with a table of scores and trained parameters, and a report.html that needs no other file.
     """
-    from tcurlora_ext.segmentation.run import FinetuneSettings
-    from tcurlora_ext.segmentation.run import finetune as start
-    from tcurlora_ext.segmentation.settings import read_settings
+    from tcurlora_ext.segmentation.runs.finetuning import finetune as start
+    from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, read_settings
     from tcurlora_ext.segmentation.terminal import Display
 
     folder, from_there = training.run_folder(ctx, run, output, resume)

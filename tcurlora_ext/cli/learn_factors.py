@@ -45,8 +45,8 @@ def learn_factors(
     `tcurlora finetune --factors FILE` then trains a few hundred parameters for each new task over them.
     """
     import tcurlora_ext as tcur
-    from tcurlora_ext.segmentation.learning import LearnSettings, learn
-    from tcurlora_ext.segmentation.run import FinetuneSettings
+    from tcurlora_ext.segmentation.runs.learning import LearnSettings, learn
+    from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
     from tcurlora_ext.segmentation.terminal import Display
 
     coupling = {"stack_by": "shape", "transform": "dft"} if coupled else {}

@@ -53,9 +53,9 @@ def predict(
     pictures with contours.
     """
     from tcurlora_ext.segmentation.prediction import PredictOptions, predict_scans
-    from tcurlora_ext.segmentation.predictor import load_files, load_predictor
-    from tcurlora_ext.segmentation.pretraining import pick_device
-    from tcurlora_ext.segmentation.scans import find_scans
+    from tcurlora_ext.segmentation.prediction.predictor import load_files, load_predictor
+    from tcurlora_ext.segmentation.prediction.scans import find_scans
+    from tcurlora_ext.segmentation.runs.pretraining import pick_device
     from tcurlora_ext.segmentation.terminal import Display
 
     if output is None:

@@ -63,9 +63,9 @@ def pretrain(
     resume: training.Resume = False,
 ) -> None:
     """Train a segmentation network from random weights, as the base that `tcurlora finetune` adapts."""
-    from tcurlora_ext.segmentation.pretraining import PretrainSettings
-    from tcurlora_ext.segmentation.pretraining import pretrain as start
-    from tcurlora_ext.segmentation.settings import read_settings
+    from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings
+    from tcurlora_ext.segmentation.runs.pretraining import pretrain as start
+    from tcurlora_ext.segmentation.runs.settings import read_settings
     from tcurlora_ext.segmentation.terminal import Display
 
     folder, from_there = training.run_folder(ctx, run, output, resume)

@@ -21,11 +21,11 @@ import numpy as np
 
 from tcurlora_ext.cli.app import app
 from tcurlora_ext.io.records import read_csv, read_json, write_json
-from tcurlora_ext.segmentation import pretraining, run
-from tcurlora_ext.segmentation.pretraining import PretrainSettings
-from tcurlora_ext.segmentation.run import FinetuneSettings
-from tcurlora_ext.segmentation.runfolder import describe
-from tcurlora_ext.segmentation.settings import read_settings
+from tcurlora_ext.segmentation.runs import finetuning as run
+from tcurlora_ext.segmentation.runs import pretraining
+from tcurlora_ext.segmentation.runs.folder import describe
+from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, read_settings
 from tcurlora_ext.segmentation.training import loop
 from tcurlora_ext.segmentation.training.plan import Plan
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tcurlora_ext.segmentation import formats
-from tcurlora_ext.segmentation.dataset import read_dataset
+from tcurlora_ext.segmentation.dataset import formats, read_dataset
 
 LABELS = {"0": "background", "1": "front", "2": "back"}
 

@@ -18,12 +18,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tcurlora_ext.io.records import read_csv, read_json
-from tcurlora_ext.segmentation import checkpoints
-from tcurlora_ext.segmentation.checkpoints import Wanted, base_warnings, open_base
-from tcurlora_ext.segmentation.forms import as_convolution
-from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, save_weights
-from tcurlora_ext.segmentation.predictor import load_predictor
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, checkpoints, save_weights
+from tcurlora_ext.segmentation.networks.checkpoints import Wanted, base_warnings, open_base
+from tcurlora_ext.segmentation.networks.forms import as_convolution
+from tcurlora_ext.segmentation.prediction.predictor import load_predictor
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.terminal import Display
 
 TINY: dict[str, Any] = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 2}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 
 
 def change(path: Path, edit: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.segmentation.dataset import Volume, load_volumes, read_dataset
-from tcurlora_ext.segmentation.evaluation import CaseScore, evaluate, mean_dice, predict, score, summarise
+from tcurlora_ext.segmentation.metrics.evaluation import CaseScore, evaluate, mean_dice, predict, score, summarise
 from tcurlora_ext.segmentation.networks import NetworkConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tcurlora_ext.segmentation.figures import trailing_mean
+from tcurlora_ext.segmentation.report.figures import trailing_mean
 
 
 def test_the_mean_of_the_last_steps_begins_with_the_first() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tcurlora_ext.io.records import write_csv
-from tcurlora_ext.segmentation.findings import case_dice, result_sentence
+from tcurlora_ext.segmentation.report.findings import case_dice, result_sentence
 
 
 def write(out: Path, scores: Mapping[str, Sequence[Sequence[float]]]) -> None:

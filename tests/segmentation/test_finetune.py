@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 from tcurlora_ext.cli.app import app
 from tcurlora_ext.io.records import read_csv, read_json
-from tcurlora_ext.segmentation import pretraining, synthetic
+from tcurlora_ext.segmentation.dataset import synthetic
 from tcurlora_ext.segmentation.methods import STANDARD
-from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted, load_base
+from tcurlora_ext.segmentation.runs import pretraining
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
+from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings, pretrain
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 
 SIZES = '{"hidden_size": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "features": 4}'
 

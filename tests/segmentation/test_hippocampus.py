@@ -11,9 +11,10 @@ import pytest
 from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.dataset import read_dataset
 from tcurlora_ext.segmentation.prediction import PredictOptions, predict_scans
-from tcurlora_ext.segmentation.predictor import load_predictor
-from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.prediction.predictor import load_predictor
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings, pretrain
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 
 ROOT = Path(__file__).parents[2].parent / "shared" / "data" / "hippocampus"
 LABELS = ("background", "anterior", "posterior")

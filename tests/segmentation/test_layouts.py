@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 from tcurlora_ext.cli.app import app
 from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.segmentation.dataset import IGNORED, Volume, load_volumes, read_dataset
-from tcurlora_ext.segmentation.evaluation import one_hot_pair
-from tcurlora_ext.segmentation.losses import IgnoringLoss
+from tcurlora_ext.segmentation.metrics.evaluation import one_hot_pair
 from tcurlora_ext.segmentation.prediction import PredictOptions, predict_scans
-from tcurlora_ext.segmentation.predictor import load_predictor
-from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
-from tcurlora_ext.segmentation.scans import find_scans, read_scan
-from tcurlora_ext.segmentation.scorecard import EvaluateSettings, evaluate
+from tcurlora_ext.segmentation.prediction.predictor import load_predictor
+from tcurlora_ext.segmentation.prediction.scans import find_scans, read_scan
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings, pretrain
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
+from tcurlora_ext.segmentation.scoring.scorecard import EvaluateSettings, evaluate
+from tcurlora_ext.segmentation.training.losses import IgnoringLoss
 
 NAMES = [f"case_{index:03d}" for index in range(5)]
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])

@@ -16,7 +16,9 @@ from tcurlora_ext.cli.app import app
 from tcurlora_ext.io.records import read_csv, write_json
 from tcurlora_ext.segmentation import training
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted, load_base
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 
 
 def command(*words: object) -> tuple[int, str]:

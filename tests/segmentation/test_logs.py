@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tcurlora_ext.io.records import read_csv
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.training import loop
 from tcurlora_ext.segmentation.training.plan import Plan
 

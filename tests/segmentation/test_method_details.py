@@ -16,7 +16,6 @@ from torch import nn
 import tcurlora_ext as tcur
 from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.maths.tproduct import tprod, tsvd, ttranspose
-from tcurlora_ext.segmentation.base import load_adapted, load_base
 from tcurlora_ext.segmentation.methods import METHODS, MethodOptions, Task, get_methods
 from tcurlora_ext.segmentation.methods.adalora import RankBudget
 from tcurlora_ext.segmentation.methods.hyps import ParallelSerial
@@ -25,8 +24,10 @@ from tcurlora_ext.segmentation.methods.lora_sb import FACTORS
 from tcurlora_ext.segmentation.methods.lora_xs import CoreLinear
 from tcurlora_ext.segmentation.methods.wrapping import leading_vectors
 from tcurlora_ext.segmentation.networks import get_spec, target_linears
-from tcurlora_ext.segmentation.predictor import load_files
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.prediction.predictor import load_files
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.training import train, trainable
 
 SPEC = get_spec("vit")

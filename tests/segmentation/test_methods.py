@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.segmentation.learning import LearnSettings, learn
 from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, MethodOptions, Task, get_methods
 from tcurlora_ext.segmentation.networks import get_spec, has_prefix
-from tcurlora_ext.segmentation.run import FinetuneSettings, load_base
+from tcurlora_ext.segmentation.runs.learning import LearnSettings, learn
+from tcurlora_ext.segmentation.runs.network import load_base
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.training import Plan, trainable
 
 OPTIONS = MethodOptions(rank=4, lora_rank=2, seed=0)

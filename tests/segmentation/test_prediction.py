@@ -20,11 +20,11 @@ from nibabel.orientations import inv_ornt_aff
 from torch import Tensor, nn
 
 from tcurlora_ext.io.records import read_csv, read_json
-from tcurlora_ext.segmentation import prediction
 from tcurlora_ext.segmentation.networks import NetworkConfig
 from tcurlora_ext.segmentation.prediction import PredictOptions, predict_image, predict_scans
-from tcurlora_ext.segmentation.predictor import Predictor, load_predictor
-from tcurlora_ext.segmentation.scans import read_scan
+from tcurlora_ext.segmentation.prediction import predicting as prediction
+from tcurlora_ext.segmentation.prediction.predictor import Predictor, load_predictor
+from tcurlora_ext.segmentation.prediction.scans import read_scan
 
 SHAPE = (18, 22, 15)
 CLASSES = {0: "background", 2: "shell", 7: "core"}
@@ -366,7 +366,7 @@ def test_channels_that_are_taken_for_scans_are_a_warning(tmp_path: Path, recwarn
 def test_a_format_without_its_reader_says_what_to_install(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tcurlora_ext.segmentation import formats
+    from tcurlora_ext.segmentation.dataset import formats
 
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     (tmp_path / f"a{suffix}").touch()

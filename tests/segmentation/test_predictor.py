@@ -13,8 +13,16 @@ import torch
 from tcurlora_ext.io.records import read_json, write_json
 from tcurlora_ext.segmentation.methods import STANDARD
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, save_weights
-from tcurlora_ext.segmentation.predictor import choose_method, choose_seeds, load_files, load_predictor, open_run
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted
+from tcurlora_ext.segmentation.prediction.predictor import (
+    choose_method,
+    choose_seeds,
+    load_files,
+    load_predictor,
+    open_run,
+)
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.network import load_adapted
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 
 
 @pytest.fixture

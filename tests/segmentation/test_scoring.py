@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from tcurlora_ext.io.records import read_csv, read_json
-from tcurlora_ext.segmentation.comparison import (
+from tcurlora_ext.segmentation.metrics.comparison import (
     MEASURES,
     case_values,
     compare_methods,
@@ -26,9 +26,9 @@ from tcurlora_ext.segmentation.comparison import (
     tables,
 )
 from tcurlora_ext.segmentation.prediction import PredictOptions, predict_scans
-from tcurlora_ext.segmentation.predictor import load_predictor
-from tcurlora_ext.segmentation.scorecard import EvaluateSettings, evaluate
-from tcurlora_ext.segmentation.scoring import score_case
+from tcurlora_ext.segmentation.prediction.predictor import load_predictor
+from tcurlora_ext.segmentation.scoring.scorecard import EvaluateSettings, evaluate
+from tcurlora_ext.segmentation.scoring.scoring import score_case
 
 NAN = math.nan
 

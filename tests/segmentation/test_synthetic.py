@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcurlora_ext.segmentation import synthetic
-from tcurlora_ext.segmentation.dataset import read_dataset
+from tcurlora_ext.segmentation.dataset import read_dataset, synthetic
 
 pytest.importorskip("nilearn")
 

@@ -17,7 +17,8 @@ from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.io.tensors import read_checkpoint
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.training import Plan, Sampler, loop, schedule, train, trainable
 
 
@@ -112,7 +113,8 @@ def test_resume_after_an_interruption_gives_the_same_files(
 KILL = """
 import os, signal, sys
 from pathlib import Path
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 
 rename = Path.replace
 def replace(self, target):

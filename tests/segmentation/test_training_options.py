@@ -18,12 +18,13 @@ from torch import nn
 
 from tcurlora_ext.io.records import read_csv, read_json, write_json
 from tcurlora_ext.io.tensors import read_checkpoint
-from tcurlora_ext.segmentation import evaluation
 from tcurlora_ext.segmentation.dataset import load_volumes, read_dataset
+from tcurlora_ext.segmentation.metrics import evaluation
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network
-from tcurlora_ext.segmentation.pretraining import PretrainSettings, pretrain
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
-from tcurlora_ext.segmentation.subjects import by_subject, folds, hold_out
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings, pretrain
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
+from tcurlora_ext.segmentation.runs.subjects import by_subject, folds, hold_out
 from tcurlora_ext.segmentation.training import Interruption, Plan, Sampler, loop, segmentation_loss, train, trainable
 
 ROI = (16, 16, 16)
@@ -242,7 +243,8 @@ KILL = f"""
 import os, signal, sys
 from pathlib import Path
 from tcurlora_ext.io.table import terminal
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.terminal import Display
 
 rename, seen = Path.replace, []

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tcurlora_ext.io.records import read_csv, read_json
-from tcurlora_ext.segmentation import tuning
 from tcurlora_ext.segmentation.methods import get_methods
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune, load_adapted
+from tcurlora_ext.segmentation.runs import tuning
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.network import load_adapted
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.training import Diverged
 
 

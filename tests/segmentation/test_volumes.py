@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tcurlora_ext.segmentation import preparing
 from tcurlora_ext.segmentation.dataset import Volume, load_volumes, read_dataset
-from tcurlora_ext.segmentation.run import FinetuneSettings, finetune
+from tcurlora_ext.segmentation.dataset import transform as preparing
+from tcurlora_ext.segmentation.dataset.volumes import open_volumes
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.training import Plan, Sampler
 from tcurlora_ext.segmentation.training.sampling import windows
-from tcurlora_ext.segmentation.volumes import open_volumes
 
 SPACING = (2.5, 2.5, 2.5)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.losses import IgnoringLoss
+from tcurlora_ext.segmentation.training.losses import IgnoringLoss
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,0 +1,1 @@
+"""Scores of predictions, and what scores of several methods say about their differences."""
