@@ -28,6 +28,8 @@ from ..cases import SETS
 from ..entry import run_command
 from ..names import DENSE, FROZEN, LORA, PAPER_LORA, STACK, TRANSIENT, operator_variants
 from ..rows import PROVENANCE, Row, by_case, labels, number, read_failures, read_results, read_rows, tcur_backend, value
+from .ablations import COLUMNS as ABLATIONS
+from .ablations import ablations_table
 from .crossover import crossovers, merge
 from .language import COLUMNS as LANGUAGE_COLUMNS
 from .language import language_table
@@ -35,12 +37,15 @@ from .methods import COLUMNS as METHODS
 from .methods import methods_table
 
 COMMAND = "python -m tcurlora_ext.bench.reading.tables"
-# The commands that write the files: of measurements, of the tables in COUNTED, of profiles.
+# The commands that write the files: of measurements, of the tables in COUNTED, of profiles, of trainings.
 MEASURE = "tcurlora bench"
 COUNT = "python -m tcurlora_ext.bench.scaling"
 PROFILE = "python -m tcurlora_ext.bench.profile"
-LEARNED = "python -m tcurlora_ext.bench.learned"
-LANGUAGE = "python -m tcurlora_ext.bench.language"
+TRAINED = {
+    "methods": "python -m tcurlora_ext.bench.learned",
+    "language": "python -m tcurlora_ext.bench.language",
+    "ablations": "python -m tcurlora_ext.bench.ablations",
+}
 COUNTED = ("scaling", "scaling-step")
 MARKED = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 OPENED = re.compile(r"^\s*<!-- (?:table:|end)", re.M)
@@ -87,8 +92,8 @@ def _section(marker: str, root: Path) -> str:
 
 def _source(name: str, file: str, rows: list[Row]) -> str:
     """The line with a table's origin: its file, what the cases have in common, device, rounds, versions, commit."""
-    if name in ("methods", "language"):
-        return f"`{file}`, measured by `{LEARNED if name == 'methods' else LANGUAGE}`."
+    if name in TRAINED:
+        return f"`{file}`, measured by `{TRAINED[name]}`."
     if name in COUNTED:
         return f"`{file}`, counted by `{COUNT}`."
     shared = labels(rows)[1] if "case" in rows[0] else ""
@@ -315,6 +320,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], Table], tuple[str, ...] | None]] =
     "scaling-step": (scaling_step, SCALING),
     "methods": (methods_table, METHODS),
     "language": (language_table, LANGUAGE_COLUMNS),
+    "ablations": (ablations_table, ABLATIONS),
 }
 
 

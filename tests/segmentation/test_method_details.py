@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from torch import nn
 import tcurlora_ext as tcur
 from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.maths.tproduct import tprod, tsvd, ttranspose
-from tcurlora_ext.segmentation.methods import METHODS, MethodOptions, Task, get_methods
+from tcurlora_ext.segmentation.methods import METHODS, MethodOptions, Task, Unset, get_methods
 from tcurlora_ext.segmentation.methods.adalora import RankBudget
 from tcurlora_ext.segmentation.methods.hyps import ParallelSerial
 from tcurlora_ext.segmentation.methods.lora_pt import PrincipalLinear, PrincipalStack
@@ -217,6 +217,58 @@ def test_tcur_trains_norms_where_it_is_asked_to(base: Path, tmp_path: Path, trai
     method.load(other, path, SPEC, method.prepare)
     with torch.no_grad():
         assert torch.equal(other.eval()(IMAGE), model.eval()(IMAGE))
+
+
+def test_tcur_has_every_option_of_its_configuration_that_a_word_can_give(base: Path) -> None:
+    options = METHODS["tcur"].options
+    for name, value in asdict(tcur.TCURConfig()).items():
+        by_word = name not in ("seed", "factors", "target_modules", "exclude_modules", "split_fused", "rank_pattern")
+        assert (name in options) == by_word
+        if by_word and name not in ("rank", "alpha"):
+            assert options[name] == value or (isinstance(options[name], Unset) and value is None)
+    name = "tcur:selection=uniform:stack_blocks=1:frequencies=1:scale=0.5:rank=2:alpha=3:dropout=0.1"
+    (stack, *_) = tcur.stacks(prepared(name, base)[0]).values()
+    assert (stack.rank, stack.core.shape[0], stack.scale, stack.options.selection) == ((2, 2), 1, 0.5, "uniform")
+    (light, *_) = tcur.stacks(prepared("tcur-light:rank=4:transform=dct:stack_by=role", base)[0]).values()
+    assert (light.slices, light.options.transform, light.options.orthonormal) == (2, "dct", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tcur:stack_by=colour", "stack_by is 'colour', expected one of"),
+        ("tcur:transform=dct:frequencies=2", "frequencies is 2, expected transform 'dft'"),
+        ("tcur:order=backwards", "order is 'backwards', expected one of network, role, random"),
+        ("tcur:rank=2:frequencies=0", "frequencies is 0, expected a positive whole number"),
+    ],
+)
+def test_tcur_refuses_what_its_configuration_does(name: str, message: str, base: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepared(name, base)
+
+
+@pytest.mark.parametrize("options", ["order=random", "order=role", "selection=activation", "trainable=all"])
+def test_a_file_keeps_order_selection_and_factors(
+    options: str, base: Path, task: Task, tmp_path: Path, train_steps: Callable[..., None]
+) -> None:
+    (method,) = get_methods(f"tcur:rank=4:{options}")
+    model, own = prepared(method.name, base, task)
+    train_steps(model)
+    path = tmp_path / "adapter.safetensors"
+    method.save(model, path, own)
+    other = load_base(base.parent)
+    method.load(other, path, SPEC, method.prepare)
+    with torch.no_grad():
+        assert torch.equal(other.eval()(IMAGE), model.eval()(IMAGE))
+    plain = tcur.stacks(prepared("tcur:rank=4", base)[0])
+    found, first = tcur.stacks(other)["16x16"], plain["16x16"]
+    roles = [name.partition(".attn.")[2].partition("[")[0] for name in found.names]
+    assert sorted(found.names) == sorted(first.names)
+    assert (found.names == first.names) == (not options.startswith("order"))
+    if options == "order=role":
+        assert roles == ["out_proj"] * 2 + ["qkv"] * 6
+    if options == "selection=activation":  # other columns than by the weights alone
+        assert not torch.equal(found.columns, first.columns)
 
 
 @pytest.mark.parametrize("name", ["lora-xs", "bitfit", "norms"])

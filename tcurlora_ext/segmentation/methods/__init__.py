@@ -4,7 +4,7 @@ A method is one file of this folder with a :class:`Method` named ``METHOD``: wha
 and loaded, and its colour in figures. Nothing else has to be changed to add one.
 """
 
-from .base import METHOD_KEY, Method, MethodOptions, Prepare, Task, base_name, beside, folder_name, train_only
+from .base import METHOD_KEY, Method, MethodOptions, Prepare, Task, Unset, base_name, beside, folder_name, train_only
 from .registry import METHODS, STANDARD, get_methods, learning_rate
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "MethodOptions",
     "Prepare",
     "Task",
+    "Unset",
     "base_name",
     "beside",
     "folder_name",

@@ -22,6 +22,17 @@ METHOD_KEY = "method"  # in a file's header: the name of the method that has wri
 
 
 @dataclass(frozen=True)
+class Unset:
+    """The default of an option that has no value unless one is given.
+
+    Attributes:
+        kind: The type of its values.
+    """
+
+    kind: type
+
+
+@dataclass(frozen=True)
 class MethodOptions:
     """Options of all methods.
 
@@ -77,6 +88,7 @@ class Method:
         adapter: Whether `lr` is for an adapter alone; the head or decoder that trains beside it then has the learning
             rate of the method "head" or "decoder".
         options: The options that may be given after its name, with their defaults; None: it has to be given.
+            :class:`Unset`: it may be given, and is None otherwise.
         own: Those that were.
         standard: Whether it is one of those that run where none is named.
         warm_up: How many steps on the training cases it takes before those of the run.
@@ -134,7 +146,8 @@ class Method:
             options: Those of a run.
             name: The option.
         """
-        return options.own.get(name, self.options[name])
+        default = self.options[name]
+        return options.own.get(name, None if isinstance(default, Unset) else default)
 
 
 def base_name(name: str) -> str:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .base import Method
+from .base import Method, Unset
 
 # In the order of tables; others follow by name.
 _FIRST = ("head", "decoder", "full", "lora", "tcur")
 # What several methods share; every other file of this folder is a method.
-_SHARED = ("base", "by_peft", "registry", "wrapping")
+_SHARED = ("base", "by_peft", "configuring", "registry", "wrapping")
 
 
 def _found() -> dict[str, Method]:
@@ -77,9 +77,9 @@ def _with_options(text: str, given: Mapping[str, Any]) -> Method:
 
 
 def _value(method: str, option: str, text: str, default: Any) -> Any:
-    if default is None or isinstance(default, str):
+    kind = default.kind if isinstance(default, Unset) else str if default is None else type(default)
+    if kind is str:
         return text
-    kind = type(default)
     try:
         return {"true": True, "false": False}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):

@@ -12,15 +12,19 @@ import tcurlora_ext as tcur
 from tcurlora_ext.segmentation.networks import NetworkSpec
 
 from .base import Method, MethodOptions, Prepare, Task, beside
+from .configuring import calibrated, config_options, inject_in_order, with_options
 from .norms import affine_of_norms
 
 SUBSPACE = "subspace.safetensors"  # the file of learned factors, beside the adapter
 
 
-def inject(model: nn.Module, config: tcur.TCURConfig, spec: NetworkSpec, options: MethodOptions, **given: Any) -> None:
+def inject(
+    model: nn.Module, config: tcur.TCURConfig, spec: NetworkSpec, options: MethodOptions, order: str = "network",
+    **given: Any,
+) -> None:  # fmt: skip
     """Adapt the attention and MLP projections, with q, k and v as separate slices; the head or decoder trains too."""
     prefixes = prefixes_beside(spec, options)
-    tcur.inject(model, config, **given)
+    inject_in_order(model, config, order, **given)
     tcur.unfreeze(model, prefixes)
 
 
@@ -40,20 +44,45 @@ def load(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> N
     tcur.load_adapter(model, path, tcur.Subspace.load(beside_it) if beside_it.is_file() else None)
 
 
-def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
-    config = tcur.TCURConfig(
-        rank=METHOD.option(options, "rank") or options.rank, alpha=METHOD.option(options, "alpha") or options.alpha,
-        seed=options.seed, selection=METHOD.option(options, "selection"), stack_by=METHOD.option(options, "stack_by"),
-        transform=METHOD.option(options, "transform"), orthonormal=METHOD.option(options, "orthonormal"),
-    )  # fmt: skip
-    inject(model, config, spec, options)
-    if METHOD.option(options, "norms"):
+def prepare(
+    method: Method, config: tcur.TCURConfig, model: nn.Module, spec: NetworkSpec, options: MethodOptions,
+    task: Task | None,
+) -> None:  # fmt: skip
+    """Adapt a model as a method's options say, and train its norms too if they say so.
+
+    Args:
+        method: With the options of :func:`options_over`.
+        config: What its options do not say.
+        model: The model.
+        spec: Which parameters are the head and the decoder.
+        options: Those of the run.
+        task: The training cases, for ``selection=activation``.
+    """
+    config, given = calibrated(model, with_options(config, method, options), task)
+    inject(model, config, spec, options, method.option(options, "order"), **given)
+    if method.option(options, "norms"):
         tcur.unfreeze(model, [re.escape(name) for name in affine_of_norms(model)])
+
+
+def options_over(config: tcur.TCURConfig, **changed: Any) -> dict[str, Any]:
+    """The options of a method by :func:`prepare`: those of the configuration, the order of slices, and norms.
+
+    Args:
+        config: The defaults.
+        **changed: Defaults that differ.
+    """
+    return config_options(config) | {"order": "network", "norms": False} | changed
+
+
+CONFIG = tcur.TCURConfig.preset("paper")
+
+
+def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
+    prepare(METHOD, CONFIG, model, spec, options, task)
 
 
 # Of the learning rates only 1e-2 was tried. Rank and alpha 0 stand for the run's options --rank and --alpha.
 METHOD = Method(
     "tcur", "tCURLoRA in the transformer", _prepare, 1e-2, save, load, "#d55e00", adapter=True,
-    options={"rank": 0, "alpha": 0.0, "orthonormal": False, "selection": "norm", "stack_by": "shape",
-             "transform": "dft", "norms": False}, standard=True, merge=tcur.merge,
+    options=options_over(CONFIG, rank=0, alpha=0.0), standard=True, merge=tcur.merge,
 )  # fmt: skip

@@ -8,15 +8,16 @@ import tcurlora_ext as tcur
 from tcurlora_ext.segmentation.networks import NetworkSpec
 
 from .base import Method, MethodOptions, Task
-from .tcur import inject, load, save
+from .tcur import load, options_over, prepare, save
+
+CONFIG = tcur.TCURConfig.preset("light", alpha=2.0, orthonormal=True)
 
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
-    chosen = {name: METHOD.option(options, name) for name in METHOD.options}
-    inject(model, tcur.TCURConfig.preset("light", seed=options.seed, **chosen), spec, options)
+    prepare(METHOD, CONFIG, model, spec, options, task)
 
 
 METHOD = Method(
     "tcur-light", "tCUR, a core for every layer", _prepare, 1e-2, save, load, "#cc79a7", adapter=True,
-    options={"rank": 32, "alpha": 2.0, "orthonormal": True}, merge=tcur.merge,
+    options=options_over(CONFIG), merge=tcur.merge,
 )  # fmt: skip
