@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from tcurlora_ext.cli.bench import bench
 from tcurlora_ext.cli.doctor import doctor
 from tcurlora_ext.cli.evaluate import evaluate
+from tcurlora_ext.cli.features import features
 from tcurlora_ext.cli.finetune import finetune
 from tcurlora_ext.cli.inspect import inspect
 from tcurlora_ext.cli.learn_factors import learn_factors
@@ -98,6 +99,7 @@ for _command, _summary in (
     (evaluate, "Score an adapted network, or label maps, on labelled cases."),
     (plan, "Count what an adapter costs on a model, from shapes alone."),
     (inspect, "Show which features an adapter selected, and its deltas."),
+    (features, "Show what the features that an adapter chose do, with controls."),
     (merge, "Write the base model with the adapter merged."),
     (to_lora, "Write the adapter as a LoRA adapter, for engines that serve LoRA."),
     (bench, "Measure what the adapter costs on this machine, beside LoRA."),

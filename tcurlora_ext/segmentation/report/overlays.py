@@ -64,7 +64,7 @@ def class_colours(values: Sequence[int]) -> dict[int, str]:
     return {value: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i, value in enumerate(v for v in values if v)}
 
 
-def _draw_slice(
+def draw_slice(
     axes: Any, view: View, index: int, grey: Array, labels: Array, spacing: Sequence[float], colours: Mapping[int, str]
 ) -> None:
     """A slice of a scan in grey with the contours of its labels."""
@@ -84,7 +84,7 @@ def _draw_slice(
         side.set_visible(False)
 
 
-def _mark(axes: Any, view: View, width: float) -> None:
+def mark(axes: Any, view: View, width: float) -> None:
     """Write the sides of the body at the edges, and draw a bar of about a quarter of the ``width`` in mm."""
     from matplotlib.patheffects import withStroke
 
@@ -144,11 +144,11 @@ def draw_overlays(out: Path, volumes: Sequence[Volume], predictions: Mapping[str
         panels = [np.zeros_like(truth), truth, *(np.asarray(found[row]) for found in predictions.values())]
         scores = ["", "", *(_case_dice(found[row], volume, len(classes)) for found in predictions.values())]
         for axes, title, labels, score in zip(grid[row], columns, panels, scores, strict=True):
-            _draw_slice(axes, view, index, grey, labels, volume.spacing, colours)
+            draw_slice(axes, view, index, grey, labels, volume.spacing, colours)
             axes.set_xlabel(score, fontsize=8)
             if row == 0:
                 axes.set_title(title, fontsize=10)
-        _mark(grid[row, 0], view, volume.spacing[view.across] * truth.shape[view.across])
+        mark(grid[row, 0], view, volume.spacing[view.across] * truth.shape[view.across])
         grid[row, 0].set_ylabel(volume.name, fontsize=8)
     patches = [Patch(color=colours[value], label=name) for value, name in enumerate(classes, start=1)]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(classes), frameon=False, fontsize=9)
@@ -180,8 +180,8 @@ def draw_contours(
     )  # fmt: skip
     for axis, view, (width, _) in zip(axes, views, sizes, strict=True):
         index = view.fullest(labels)
-        _draw_slice(axis, view, index, grey, labels, spacing, colours)
-        _mark(axis, view, width)
+        draw_slice(axis, view, index, grey, labels, spacing, colours)
+        mark(axis, view, width)
         axis.set_xlabel(f"{view.name}, slice {index}")
     found = [value for value in colours if (labels == value).any()]
     figure.suptitle(title if found else f"{title}: nothing but background was found", fontsize=10)
