@@ -148,10 +148,10 @@ def _say_activity(rows: list[dict[str, Any]], display: Any) -> None:
     """How well chosen and random rows tell foreground from background."""
     from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 
-    chosen, random = (
-        finite_mean([r["separation"] for r in rows if r["kind"] == kind]) for kind in ("chosen", "random")
-    )
+    means = {
+        kind: finite_mean([row["separation"] for row in rows if row["kind"] == kind]) for kind in ("chosen", "random")
+    }
     display.say(
-        f"{rows[0]['layer']}: chosen rows separate foreground from background with {chosen:.2f} on average, random rows "
-        f"of the same weight with {random:.2f} (0.5: not at all, 1: wholly)"
+        f"{rows[0]['layer']}: separation of foreground and background by chosen rows {means['chosen']:.2f} on average, "
+        f"by random rows of the same weight {means['random']:.2f} (0.5: none, 1: complete)"
     )
