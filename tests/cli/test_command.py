@@ -15,7 +15,9 @@ from tcurlora_ext.cli import app as module
 from tcurlora_ext.cli.app import app, main
 from tcurlora_ext.operator.backends import native
 
-COMMANDS = ("finetune", "pretrain", "predict", "evaluate", "plan", "inspect", "merge", "to-lora", "bench", "doctor")
+COMMANDS = (
+    "finetune", "pretrain", "predict", "evaluate", "plan", "inspect", "features", "merge", "to-lora", "bench", "doctor",
+)  # fmt: skip
 
 
 def test_the_module_is_the_command() -> None:

@@ -67,7 +67,17 @@ def class_colours(values: Sequence[int]) -> dict[int, str]:
 def draw_slice(
     axes: Any, view: View, index: int, grey: Array, labels: Array, spacing: Sequence[float], colours: Mapping[int, str]
 ) -> None:
-    """A slice of a scan in grey with the contours of its labels."""
+    """Draw a slice of a scan in grey with the contours of its labels.
+
+    Args:
+        axes: Matplotlib's.
+        view: The direction of the cut.
+        index: Of the slice.
+        grey: (X, Y, Z), oriented to RAS.
+        labels: (X, Y, Z) on the same grid.
+        spacing: Voxel size in mm.
+        colours: By label value; others are not drawn.
+    """
     low, high = np.percentile(grey, (1, 99))
     axes.imshow(
         view.plane(grey, index), cmap="gray", origin="lower", aspect=spacing[view.up] / spacing[view.across], vmin=low,
@@ -85,7 +95,13 @@ def draw_slice(
 
 
 def mark(axes: Any, view: View, width: float) -> None:
-    """Write the sides of the body at the edges, and draw a bar of about a quarter of the ``width`` in mm."""
+    """Write the sides of the body at the edges, and draw a bar of about a quarter of the width.
+
+    Args:
+        axes: Matplotlib's, with a slice.
+        view: Its direction.
+        width: Of the slice in mm.
+    """
     from matplotlib.patheffects import withStroke
 
     outline = [withStroke(linewidth=1.8, foreground="black")]  # legible on white matter too
