@@ -12,6 +12,7 @@ finished. A run that was stopped resumes when it is started again.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -39,11 +40,13 @@ from tcurlora_ext.bench.learned import (
 from tcurlora_ext.bench.reading.methods import RIVAL
 from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
 from tcurlora_ext.segmentation.methods import get_methods
-from tcurlora_ext.segmentation.metrics.comparison import ALL, case_values, interval
+from tcurlora_ext.segmentation.metrics.comparison import interval
+from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 from tcurlora_ext.segmentation.runs.learning import LearnSettings, learn
 from tcurlora_ext.segmentation.terminal import Display
 
 BASE = "tcur"
+CaseDice = dict[tuple[str, str, int], dict[str, float]]  # (group, method, seed) -> case -> Dice
 LEARNED, CARRIED = "tcur-learned", "tcur-carried:factors={}"
 
 
@@ -130,19 +133,19 @@ def collect(work: Path, results: Path) -> list[dict[str, Any]]:
 
     Returns:
         The rows of summary.csv: a method of a group, its Dice, and its difference to the group's base: the mean, its
-        standard deviation over seeds, and the 95 % bootstrap interval over cases, whose values are means over seeds.
+        standard deviation over seeds, and the 95 % bootstrap interval over cases, whose values are means over seeds;
+        of the seeds that both have.
     """
     metrics: list[dict[str, Any]] = []
-    cases: list[dict[str, Any]] = []
+    cases: CaseDice = {}
     for group in GROUPS:
         for method in get_methods([name.format(work) for name in group.methods]):
             for path in sorted((work / group.folder / method.folder).glob("seed*/result.json")):
                 metrics.append({"group": group.folder, **read_json(path)})
-                cases += _cases(path.with_name("cases.csv"), f"{group.folder} {method.name}")
-    values = {key: found for (key, label), found in case_values(cases, "dice").items() if label == ALL}
+                cases[group.folder, method.name, metrics[-1]["seed"]] = _case_dice(path.with_name("cases.csv"))
     head = next((row["trained_numbers"] for row in metrics if row["method"] == "head"), 0)
     summary = [
-        _summary(group, name, metrics, values, head)
+        _summary(group, name, metrics, cases, head)
         for group in GROUPS
         for name in dict.fromkeys(row["method"] for row in metrics if row["group"] == group.folder)
     ]
@@ -154,16 +157,17 @@ def collect(work: Path, results: Path) -> list[dict[str, Any]]:
     return summary
 
 
-def _cases(path: Path, key: str) -> list[dict[str, Any]]:
-    return [
-        {"method": key, "label": name.removeprefix("dice "), "case": row["case"], "dice": float(value)}
+def _case_dice(path: Path) -> dict[str, float]:
+    """The Dice of each case, as the mean over its labels."""
+    return {
+        row["case"]: finite_mean([float(value) for name, value in row.items() if name.startswith("dice ")])
         for row in read_csv(path)
-        for name, value in row.items()
-        if name.startswith("dice ")
-    ]
+    }
 
 
-def _summary(group: Group, name: str, metrics: list[dict[str, Any]], values: Any, head: int) -> dict[str, Any]:
+def _summary(
+    group: Group, name: str, metrics: list[dict[str, Any]], cases: CaseDice, head: int
+) -> dict[str, Any]:  # fmt: skip
     """The row of a method; its differences are empty where it is the base or the base is not finished."""
     runs = _runs(metrics, group.folder, name)
     base = _runs(metrics, group.base_folder, group.base)
@@ -174,11 +178,16 @@ def _summary(group: Group, name: str, metrics: list[dict[str, Any]], values: Any
         "dice_mean": statistics.mean(dice), "dice_sd": statistics.stdev(dice) if len(dice) > 1 else "",
         "base": group.base, "difference": "", "difference_sd": "", "low": "", "high": "",
     }  # fmt: skip
-    shared = [runs[seed]["dice"] - base[seed]["dice"] for seed in runs if seed in base]
-    if (group.base_folder, group.base) == (group.folder, name) or not shared:
+    seeds = [seed for seed in runs if seed in base]
+    if (group.base_folder, group.base) == (group.folder, name) or not seeds:
         return row
-    own, other = values[f"{group.folder} {name}"], values[f"{group.base_folder} {group.base}"]
-    low, high = interval([own[case] - other[case] for case in own])
+    shared = [runs[seed]["dice"] - base[seed]["dice"] for seed in seeds]
+    own, other = (
+        [cases[folder, method, seed] for seed in seeds]
+        for folder, method in ((group.folder, name), (group.base_folder, group.base))
+    )
+    by_case = [finite_mean([a[case] - b[case] for a, b in zip(own, other, strict=True)]) for case in own[0]]
+    low, high = interval([value for value in by_case if not math.isnan(value)])
     spread = statistics.stdev(shared) if len(shared) > 1 else ""
     return row | {"difference": statistics.mean(shared), "difference_sd": spread, "low": low, "high": high}
 
