@@ -83,8 +83,8 @@ def train(
         model: Trained in place, on the device it is on.
         volumes: The training cases.
         plan: How to train.
-        folder: Gets `metrics.csv` (step, from 0; loss, learning rate, validation Dice) and `checkpoint.pt`. A checkpoint that
-            is there already is resumed from.
+        folder: Gets `metrics.csv` (step, from 0; loss, learning rate, validation Dice) and `checkpoint.pt`. A
+            checkpoint that is there already is resumed from.
         validate: Returns the validation Dice of the model; called before the first step too.
         select: Returns the score that `select` and `patience` of the plan go by, on other cases than `validate`.
         on_step: Called after each step with the number of steps done and the loss.
