@@ -252,7 +252,7 @@ def _check_output(out: Path, scans: Sequence[Scan], origin: dict[str, Any], over
     if not overwrite or others:
         beside = f" for all scans in it ({others[0]} is not among these)" if others else ""
         raise ValueError(
-            f"{record}: the label maps in this folder were made with {_MADE_WITH[changed[0]]} than now; expected another "
-            f"folder, or --overwrite{beside}"
+            f"{record}: the label maps in this folder were made with {_MADE_WITH[changed[0]]} than now; expected "
+            f"another folder, or --overwrite{beside}"
         )
     return False
