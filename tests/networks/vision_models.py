@@ -56,6 +56,9 @@ def timm(name: str, model: str, side: int = 32, **options: Any) -> Architecture:
         import timm
 
         made: nn.Module = timm.create_model(model, num_classes=3, **options)
+        for module in made.modules():  # Swin v2's blocks begin as the identity, with norms of weight 0
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
         return made
 
     return Architecture(name, "timm.create_model", build, positional(side))
@@ -119,7 +122,7 @@ VISION_MODELS = (
          window_size=4),
     timm("Swin v2 of timm", "swinv2_tiny_window8_256", img_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4),
          window_size=4),
-    timm("MLP-Mixer of timm", "mixer_s32_224", img_size=32, patch_size=8, embed_dim=32, num_blocks=2),
+    timm("MLP-Mixer of timm", "mixer_s32_224", side=64, img_size=64),
     torchvision("ViT of torchvision", "VisionTransformer", image_size=32, patch_size=8, num_layers=2, num_heads=4,
                 hidden_dim=32, mlp_dim=48),
     torchvision("Swin of torchvision", "SwinTransformer", patch_size=[4, 4], embed_dim=16, depths=[2, 2],

@@ -112,6 +112,13 @@ def test_folds_are_chosen_by_their_full_names(data: Path) -> None:
     write(data, "splits.json", FOLDS)
     found = read_dataset(data, train_list="fold_1/train", val_list="fold_1/val")
     assert [case.name for case in (*found.train, *found.val)] == ["case_002", "case_003"]
+    assert (
+        found.division
+        == "1 training and 1 validation cases, by the lists 'fold_1/train' and 'fold_1/val' of splits.json"
+    )
+    (data / "splits.json").unlink()
+    drawn = read_dataset(data, seed=3).division
+    assert drawn == "4 training and 1 validation cases, by a random draw with data-seed 3"
 
 
 def test_a_list_may_name_files(data: Path) -> None:

@@ -265,6 +265,8 @@ def test_mapped_values_stand_for_others(data: Path) -> None:
     assert same(load_volumes(found.val, (3.0,) * 3), expected)
     edit(data, labels={"0": "background", "255": "front", "4": "back"})  # names go with the values
     assert read_dataset(data, map_labels={255: 1, 4: 2}).labels == {0: "background", 1: "front", 2: "back"}
+    with pytest.warns(UserWarning, match="map-labels: no label has the value 9, so that 9=1 does nothing"):
+        read_dataset(data, map_labels={255: 1, 4: 2, 9: 1})
     with pytest.raises(ValueError, match="map-labels: found 4=4, expected two different whole numbers from 0"):
         read_dataset(data, map_labels={4: 4})
     edit(data, labels={"0": "background", "1": "front"})

@@ -210,7 +210,9 @@ def test_label_maps_made_otherwise_do_not_mix(tmp_path: Path) -> None:
     a, b = (save(tmp_path / f"{name}.nii", blob()) for name in "ab")
     out = tmp_path / "out"
     predict_scans(levels(), [a, b], out)
-    with pytest.raises(ValueError, match=r"another overlap than now; expected another folder, or --overwrite"):
+    with pytest.raises(
+        ValueError, match=r"made with another overlap than now; expected another folder, or --overwrite"
+    ):
         predict_scans(levels(), [a], out, PredictOptions(overlap=0.5))
     with pytest.raises(ValueError, match="for all scans in it \\(b is not among these\\)"):
         predict_scans(levels(), [a], out, PredictOptions(overlap=0.5, overwrite=True))

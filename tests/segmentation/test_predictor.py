@@ -135,6 +135,8 @@ def test_files_that_are_missing_or_do_not_fit_are_named(finished_run: Path, tmp_
     adapter, base = finished_run / "head/seed0/adapter.safetensors", finished_run / "base.safetensors"
     with pytest.raises(FileNotFoundError, match="nowhere: no such file; expected an adapter file"):
         load_files(tmp_path / "nowhere", base)
+    with pytest.raises(ValueError, match="found weights without an adapter's header, expected an adapter file"):
+        load_files(base, base)
     alone = Path(shutil.copy(base, tmp_path / "base.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"network\.json: no such file; expected it beside"):
         load_files(adapter, alone)

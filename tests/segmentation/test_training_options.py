@@ -172,10 +172,12 @@ def test_the_best_weights_are_kept_and_training_stops_when_they_are_no_longer_be
         model, folder = small_network(), tmp_path / f"{select}{patience}"
         progress = train(model, volumes, plan, folder, select=scripted(scores, kept), validate=lambda model: 0.5)
         assert (progress.step, progress.stopped) == (done, done < 7)
-        assert progress.curve == [[done, 0.5]]  # also where patience has ended it
+        assert progress.curve == [[0, 0.5], [done, 0.5]]  # also where patience has ended it
         for name, parameter in trainable(model).items():
             assert torch.equal(parameter, kept[chosen][name])
-        assert [row["select_dice"] for row in read_csv(folder / "metrics.csv")] == [str(s) for s in scores[:done]]
+        before, *rows = read_csv(folder / "metrics.csv")
+        assert (before["step"], before["loss"], before["val_dice"]) == ("0", "", "0.5")
+        assert [row["select_dice"] for row in rows] == [str(s) for s in scores[:done]]
 
 
 def test_cases_are_held_out_of_the_training_and_are_not_those_reported_on(
@@ -215,7 +217,7 @@ def test_pretraining_holds_out_too(pristine_data: Path, tmp_path: Path) -> None:
         ), tmp_path / "base",
     )  # fmt: skip
     assert len(read_json(tmp_path / "base/run.json")["selection"]["held_out"]) == 1
-    assert all(row["select_dice"] for row in read_csv(tmp_path / "base/metrics.csv"))
+    assert all(row["select_dice"] for row in read_csv(tmp_path / "base/metrics.csv")[1:])
 
 
 def test_subjects_are_not_divided() -> None:
@@ -283,7 +285,7 @@ def test_a_killed_run_with_augmentation_accumulation_and_selection_is_resumed_bi
     assert len(names) >= 6
     for name in names:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    curve = [float(row["select_dice"]) for row in read_csv(out / "tcur/seed0/metrics.csv")]
+    curve = [float(row["select_dice"]) for row in read_csv(out / "tcur/seed0/metrics.csv")[1:]]
     assert read_csv(out / "tcur/seed0/metrics.csv") == read_csv(tmp_path / "whole/tcur/seed0/metrics.csv")
     # the weights that are kept are those of before the kill, which only the checkpoint has
     assert curve.index(max(curve)) + 1 == best["step"] < 6

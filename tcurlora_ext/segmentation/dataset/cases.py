@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tcurlora_ext.segmentation.dataset.formats import FORMS, other_volumes
 from tcurlora_ext.segmentation.dataset.formats import SUFFIXES as SUFFIXES  # also known by this name
@@ -17,9 +18,17 @@ VAL_FRACTION = 0.2  # of the cases, where nothing else says which validate
 Pair = tuple[tuple[Case, ...], tuple[Case, ...]]
 
 
+class Split(NamedTuple):
+    """The training and the validation cases of a data set, and what divides them, in words."""
+
+    train: tuple[Case, ...]
+    val: tuple[Case, ...]
+    origin: str
+
+
 def choose_cases(
     layout: Layout, *, train_list: str, val_list: str, val_fraction: float | None, seed: int, fold: int | None
-) -> Pair:
+) -> Split:
     """The training and the validation cases of a data set, which have no case in common.
 
     Args:
@@ -42,26 +51,28 @@ def choose_cases(
             other = f"the list '{train_list if train_list != 'train' else val_list}'" if given else "a val-fraction"
             raise ValueError(f"fold: found {fold} and {other}, expected one of the two")
         lists = fold_cases(layout, fold)
-        train, val = lists["train"], lists["val"]
+        (train, val), origin = (lists["train"], lists["val"]), f"fold {fold}"
     elif splits.is_file():
         _refuse_fraction(val_fraction, splits)
         train, val = (listed_cases(splits, name, layout.files) for name in (train_list, val_list))
+        origin = f"the lists '{train_list}' and '{val_list}' of {splits.name}"
     else:
         for name, default in ((train_list, "train"), (val_list, "val")):
             if name != default:
                 raise FileNotFoundError(f"{splits}: no such file; expected it to hold the list '{name}'")
         if layout.files.validation is not None:
             _refuse_fraction(val_fraction, layout.source)
-            train, val = _by_lists(layout)
+            (train, val), origin = _by_lists(layout), f"the lists of {layout.source.name}"
         else:
-            train, val = _drawn(layout, VAL_FRACTION if val_fraction is None else val_fraction, seed)
+            fraction = VAL_FRACTION if val_fraction is None else val_fraction
+            (train, val), origin = _drawn(layout, fraction, seed), f"a random draw with data-seed {seed}"
     both = sorted({case.name for case in train} & {case.name for case in val})
     if both:
         raise ValueError(
             f"{layout.root}: found {', '.join(both[:5])} in both lists, expected training and validation apart"
         )  # fmt: skip
     refuse_shared(layout.root, ((case.image, case.label) for case in (*train, *val)))
-    return train, val
+    return Split(train, val, origin)
 
 
 def _refuse_fraction(fraction: float | None, source: object) -> None:

@@ -38,7 +38,7 @@ class _File:
     headless: bool = False
 
 
-def check_case(case: Case, declared: dict[int, str] | None) -> tuple[int, set[int]]:
+def check_case(case: Case, declared: dict[int, str] | None) -> tuple[int, dict[int, int]]:
     """Check the files of one case.
 
     Args:
@@ -46,7 +46,8 @@ def check_case(case: Case, declared: dict[int, str] | None) -> tuple[int, set[in
         declared: Class names by label value; None where any whole numbers from 0 are classes.
 
     Returns:
-        The image's channel count, and the label's values as the case maps them, without the one that is ignored.
+        The image's channel count; and by each value in the label, but for the one that is ignored, the value that it
+        stands for.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -144,8 +145,8 @@ def _check_finite(path: Path, voxels: NDArray[Any], expected: str) -> None:
         raise ValueError(f"{path}: found {count} voxels that are NaN or infinite, expected {expected}")
 
 
-def _label_values(case: Case, file: _File, declared: dict[int, str] | None) -> set[int]:
-    """The values of a label as the case maps them, without the ignored one. ValueError where one is no class."""
+def _label_values(case: Case, file: _File, declared: dict[int, str] | None) -> dict[int, int]:
+    """What each value of a label stands for, without the ignored one. ValueError where one is no class."""
     path, label = case.label, file.voxels
     mapped = dict(case.relabel)
     expected = "whole numbers from 0" if declared is None else ", ".join(f"{v} ({n})" for v, n in declared.items())
@@ -164,7 +165,7 @@ def _label_values(case: Case, file: _File, declared: dict[int, str] | None) -> s
         slope, intercept = file.scaling
         scaled = "" if (slope, intercept) == (1, 0) else f" after its header's scaling by {slope:g} and {intercept:g}"
         raise ValueError(f"{path}: found label values {found}{scaled}, expected {expected}")
-    return {int(new) for new in values.values() if new != case.ignore}
+    return {int(old): int(new) for old, new in values.items() if new != case.ignore}
 
 
 def _check_grid(image: _File, other: _File, kind: str) -> None:

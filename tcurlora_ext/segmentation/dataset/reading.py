@@ -11,6 +11,7 @@ expected. All chosen volumes are held in memory at once.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ class SegmentationDataset:
         train: The training cases.
         val: The validation cases.
         fingerprint: SHA-256 of all files of these cases.
+        origin: What divides the cases into these two, in words.
     """
 
     root: Path
@@ -54,6 +56,12 @@ class SegmentationDataset:
     train: tuple[Case, ...]
     val: tuple[Case, ...]
     fingerprint: str
+    origin: str
+
+    @property
+    def division(self) -> str:
+        """How many cases train and how many validate, and what divides them, in words."""
+        return f"{len(self.train)} training and {len(self.val)} validation cases, by {self.origin}"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -133,19 +141,21 @@ def read_dataset(
     require_package("nibabel")
     require_package("monai")
     layout, mapping = read_layout(root), check_mapping(map_labels)
-    train, val = (
-        with_label_values(cases, layout, mapping)
-        for cases in choose_cases(
-            layout, train_list=train_list, val_list=val_list, val_fraction=val_fraction, seed=seed, fold=fold
-        )
+    split = choose_cases(
+        layout, train_list=train_list, val_list=val_list, val_fraction=val_fraction, seed=seed, fold=fold
     )
+    train, val = (with_label_values(cases, layout, mapping) for cases in (split.train, split.val))
     declared = declared_classes(layout.source, layout.description, labels, mapping)
     found = [check_case(case, declared) for case in (*train, *val)]
     channels = {number: case for (number, _), case in zip(found, (*train, *val), strict=True)}
     if len(channels) > 1:
         described = ", ".join(f"{case.image} has {number}" for number, case in channels.items())
         raise ValueError(f"{layout.root}: found images of different channel counts ({described}), expected one count")
-    values = [seen for _, seen in found]
+    values = [set(seen.values()) for _, seen in found]
+    for old in sorted(set(mapping).difference(*(seen for _, seen in found))):
+        warnings.warn(
+            f"map-labels: no label has the value {old}, so that {old}={mapping[old]} does nothing", stacklevel=3
+        )
     both = values[: len(train)], values[len(train) :]
     check_foreground(train, val, *both, declared)
     if declared is None:
@@ -154,7 +164,8 @@ def read_dataset(
     for case in (*train, *val):
         for path in (*case.images, case.label):
             digest.update(path.read_bytes())
-    return SegmentationDataset(layout.root, declared, next(iter(channels)), train, val, digest.hexdigest())
+    channel_count = next(iter(channels))
+    return SegmentationDataset(layout.root, declared, channel_count, train, val, digest.hexdigest(), split.origin)
 
 
 def with_label_values(cases: Sequence[Case], layout: Layout, mapping: Mapping[int, int]) -> tuple[Case, ...]:

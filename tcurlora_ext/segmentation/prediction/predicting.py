@@ -219,6 +219,13 @@ def _earlier_rows(path: Path) -> dict[str, Row]:
     return {str(row["case"]): dict(row) for row in read_csv(path)} if path.is_file() else {}
 
 
+# What differs, in words, where an entry of prediction.json does.
+_MADE_WITH = {
+    "base_sha256": "other base weights", "adapters_sha256": "other adapters", "labels": "other classes",
+    "overlap": "another overlap",
+}  # fmt: skip
+
+
 def _check_output(out: Path, scans: Sequence[Scan], origin: dict[str, Any], overwrite: bool) -> bool:
     """Raise ValueError unless label maps of these scans may be written to the folder, beside those in it.
 
@@ -245,7 +252,7 @@ def _check_output(out: Path, scans: Sequence[Scan], origin: dict[str, Any], over
     if not overwrite or others:
         beside = f" for all scans in it ({others[0]} is not among these)" if others else ""
         raise ValueError(
-            f"{record}: the label maps in this folder have another {changed[0]} than now; expected another folder, or "
-            f"--overwrite{beside}"
+            f"{record}: the label maps in this folder were made with {_MADE_WITH[changed[0]]} than now; expected "
+            f"another folder, or --overwrite{beside}"
         )
     return False

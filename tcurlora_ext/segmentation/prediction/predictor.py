@@ -230,6 +230,8 @@ def load_files(adapter: Path, base: Path, device: torch.device | str = "cpu") ->
     config = NetworkConfig.read(found / "network.json")
     spec = get_spec(config.network)
     header, tensors = read_tensors(adapter, "an adapter file")
+    if not header:
+        raise ValueError(f"{adapter}: found weights without an adapter's header, expected an adapter file")
     name = header.get(METHOD_KEY) or (
         PREFERRED if OF_ADAPTER in header else _method_of(list(tensors), spec.head, spec.decoder)
     )

@@ -45,8 +45,9 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
         line = ("-", "--", ":", "-.")[next(shown.setdefault(base_name(method), itertools.count())) % 4]
         for index, path in enumerate(sorted((out / own).glob("seed*/metrics.csv"))):
             rows = read_csv(path)
-            steps = np.array([int(row["step"]) for row in rows])
-            loss = np.array([float(row["loss"]) for row in rows])
+            trained = [row for row in rows if row["loss"]]  # there is none before the first step
+            steps = np.array([int(row["step"]) for row in trained])
+            loss = np.array([float(row["loss"]) for row in trained])
             left.plot(steps, trailing_mean(loss), color=colour, ls=line, lw=1.4, label=None if index else method)
             points = [(int(row["step"]), 100 * float(row["val_dice"])) for row in rows if row["val_dice"]]
             right.plot(
@@ -59,7 +60,7 @@ def draw_curves(out: Path, methods: Sequence[str]) -> None:
                 label=None if index else method,
             )
     left.set(xlabel="step", ylabel="Dice + cross-entropy", title="Training loss, mean of the last 10 steps")
-    right.set(xlabel="step", ylabel="Dice, %", title="Validation Dice (up to 4 cases)")
+    right.set(xlabel="step", ylabel="Dice, %", title="Validation Dice, mean over all cases")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)

@@ -117,7 +117,7 @@ def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]
         return result
     fitted = fit(
         job, method, choice, seed, folder, job.train, title=f"{method.name}, seed {seed}",
-        validate=lambda current: evaluation.mean_dice(current, job.val[:4], job.config),
+        validate=lambda current: evaluation.mean_dice(current, job.val, job.config),
     )  # fmt: skip
     method.save(fitted.model, folder / "adapter.safetensors", fitted.options)
     scores = evaluation.evaluate(load_adapted(job.out, method.name, seed).to(job.device), job.val, job.config)

@@ -92,6 +92,7 @@ def finetune(
         folder = embedded(out / "data", "target", settings.subjects, settings.data_seed, display)
         data = settings.read_data(folder)
     record(out, "data", describe_data(data))
+    display.say(data.division)
     record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
     record_held_out([case.name for case in data.train], settings, out, display)
     pretrained = settings.pretrained or _pretrain_embedded(settings, out, display)

@@ -147,6 +147,7 @@ def pretrain(
     if data is None:
         data = settings.read_data(embedded(out / "data", "source", settings.subjects, settings.data_seed, display))
     record(out, "data", describe_data(data))
+    display.say(data.division)
     record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
     record_held_out([case.name for case in data.train], settings, out, display)
     sizes = complete_sizes(spec, settings.sizes)
@@ -183,7 +184,7 @@ def _train(
     ):
         training.train(
             model, train, plan, out, on_step=on_step, log=log,
-            validate=lambda current: evaluation.mean_dice(current, val[:4], config),
+            validate=lambda current: evaluation.mean_dice(current, val, config),
             select=None if chosen is None else lambda current: evaluation.mean_dice(current, chosen, config),
         )  # fmt: skip
 

@@ -120,7 +120,7 @@ def _check(cases: Sequence[Case], declared: dict[int, str] | None, run: Run | No
     values = {0}
     for case in cases:
         found, seen = check_case(case, declared)
-        values |= seen
+        values |= set(seen.values())
         if channels is not None and found != channels:
             raise ValueError(f"{case.image}: found {found} channels, expected {channels} as in training")
     return declared or {value: f"label {value}" if value else "background" for value in sorted(values)}

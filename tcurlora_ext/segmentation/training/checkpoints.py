@@ -28,12 +28,14 @@ def save(
     plan: Plan,
     addition: StepAddition | None = None,
 ) -> None:
-    """Write metrics.csv, with a row for each step, and the checkpoint."""
+    """Write metrics.csv, with a row for each step and one for the Dice before the first, and the checkpoint."""
     dice, chosen = ({int(step): value for step, value in curve} for curve in (progress.curve, progress.select_curve))
+    measured = [("", ""), *((loss, plan.lr * schedule(plan, step)) for step, loss in enumerate(progress.losses))]
     rows = [
-        {"step": step, "loss": loss, "lr": plan.lr * schedule(plan, step - 1), "val_dice": dice.get(step, "")}
+        {"step": step, "loss": loss, "lr": lr, "val_dice": dice.get(step, "")}
         | ({"select_dice": chosen.get(step, "")} if chosen else {})
-        for step, loss in enumerate(progress.losses, start=1)
+        for step, (loss, lr) in enumerate(measured)
+        if step or step in dice
     ]
     write_csv(folder / "metrics.csv", rows)
     write_checkpoint(folder / CHECKPOINT, {

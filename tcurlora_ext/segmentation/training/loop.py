@@ -83,12 +83,13 @@ def train(
         model: Trained in place, on the device it is on.
         volumes: The training cases.
         plan: How to train.
-        folder: Gets `metrics.csv` (step, loss, learning rate, validation Dice) and `checkpoint.pt`. A checkpoint that
-            is there already is resumed from.
-        validate: Returns the validation Dice of the model.
+        folder: Gets `metrics.csv` (step, from 0; loss, learning rate, validation Dice) and `checkpoint.pt`. A
+            checkpoint that is there already is resumed from.
+        validate: Returns the validation Dice of the model; called before the first step too.
         select: Returns the score that `select` and `patience` of the plan go by, on other cases than `validate`.
         on_step: Called after each step with the number of steps done and the loss.
-        log: Called after each step with the number of steps done and what was measured at it, by name.
+        log: Called after each step with the number of steps done and what was measured at it, by name, and before the
+            first step with the validation Dice.
 
     Raises:
         Diverged: The loss is not finite.
@@ -101,6 +102,10 @@ def train(
     progress = checkpoints.resume(folder, parameters, optimizer, precision, addition)
     sampler, loss_of = Sampler(volumes, plan), segmentation_loss(plan.class_weights).to(device)
     with torch.random.fork_rng(), Interruption() as interruption:
+        if validate is not None and progress.step == 0:
+            progress.curve.append([0.0, validate(model)])
+            if log is not None:
+                log(0, {"val_dice": progress.curve[0][1]})
         drawn = windows(sampler, progress.step)
         stopping = False
         while progress.step < plan.steps and not (progress.stopped or stopping):

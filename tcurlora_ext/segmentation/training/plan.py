@@ -24,7 +24,7 @@ class Plan:
         roi: Size of a window in voxels.
         weight_decay: Of AdamW.
         checkpoint_every: Steps between checkpoints.
-        eval_every: Steps between points of the validation curve; 0 for one point after the last step.
+        eval_every: Steps between points of the validation curve; 0 for one before the first and one after the last.
         beside: Name prefixes of parameters that train beside an adapter.
         beside_lr: Their peak learning rate, in place of `lr`.
         amp: Autocast of the forward pass: "off", "bf16" or "fp16".
