@@ -132,13 +132,24 @@ def prepare(maps: Path, data: Path, work: Path, pretrain_steps: int, display: Di
 
 def publish(run: Path, results: Path) -> None:
     """Copy the small files of a run: its tables, and settings and versions together with the commit and the command."""
+    copy_results(run, results, ("summary.csv", "metrics.csv", "transformer.json"))
+
+
+def copy_results(run: Path, results: Path, names: Sequence[str]) -> None:
+    """Copy files of a run, and run.json with the commit and the command."""
     results.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.csv", "metrics.csv", "transformer.json"):
+    for name in names:
         shutil.copy(run / name, results / name)
     description = read_json(run / "run.json")
     settings = description["settings"]
-    for key in ("data", "pretrained"):  # the folder that they were in has no effect on the result
-        if settings[key] is not None:
+    for key in (
+        "data",
+        "pretrained",
+        "subject_file",
+        "factors",
+        "cache",
+    ):  # the folder that they were in has no effect on the result
+        if settings.get(key) is not None:
             settings[key] = Path(settings[key]).name
     settings["methods"] = [re.sub("=/[^:]*/", "=", method) for method in settings["methods"]]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

@@ -1,0 +1,1 @@
+"""Runs, each in a folder of its own: pretraining, adapting by several methods, learning a subspace."""
