@@ -27,8 +27,8 @@ def open_pretrained(settings: FinetuneSettings, path: Path, data: SegmentationDa
     """The network with these weights, for the channels and classes of the data.
 
     Raises:
-        ValueError, FileNotFoundError: Of :func:`~tcurlora_ext.segmentation.networks.checkpoints.open_base`; or the head alone is
-            to train beside adapters where the decoder starts at random.
+        ValueError, FileNotFoundError: Of :func:`~tcurlora_ext.segmentation.networks.checkpoints.open_base`; or the head
+            alone is to train beside adapters where the decoder starts at random.
     """
     base = open_base(
         path,
