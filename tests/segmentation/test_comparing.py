@@ -34,6 +34,7 @@ from tcurlora_ext.segmentation.report.cells import folded, number, with_sd
 from tcurlora_ext.segmentation.runs import adapting
 from tcurlora_ext.segmentation.runs.finetuning import finetune
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
+from tcurlora_ext.segmentation.training import loop
 
 TABLES = ("table.csv", "cases.csv", "tests.csv")
 
@@ -155,21 +156,27 @@ def test_fewer_subjects_are_among_more(whole: Path) -> None:
 
 
 def test_only_what_is_missing_is_run(
-    whole: Path, tmp_path: Path, trained: list[tuple[str, str, int]], chosen: CompareSettings
+    whole: Path, tmp_path: Path, trained: list[tuple[str, str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = copied(whole, tmp_path)
     (out / "2" / "tcur" / "seed1" / "result.json").unlink()
-    assert command("compare", "--resume", out).exit_code == 0
-    assert trained == [("2", "tcur", 1)]
-    assert contents(out) == contents(whole)
-    trained.clear()
-    done = command("compare", "--resume", out, "--methods", "norms", "--shots", "one")
+    done = command("compare", "--resume", out, "--methods", "norms")
     assert done.exit_code == 0, done.output
-    sets = [("one", method, seed) for seed in (0, 1) for method in ("head", "tcur", "norms")]
-    assert trained == [*((s, "norms", seed) for s in "12" for seed in (0, 1)), *sets]
-    assert {row["training_set"] for row in read_csv(out / "table.csv")} == {"1", "2", "one"}
-    rows = [row for row in read_csv(out / "cases.csv") if row["method"] != "norms" and row["training_set"] != "one"]
-    assert rows == read_csv(whole / "cases.csv")
+    assert trained == [
+        ("1", "norms", 0), ("1", "norms", 1), ("2", "norms", 0), ("2", "tcur", 1), ("2", "norms", 1)
+    ]  # fmt: skip
+    rows = read_csv(out / "cases.csv")
+    assert {row["method"] for row in rows} == {"head", "tcur", "norms"}
+    assert [row for row in rows if row["method"] != "norms"] == read_csv(whole / "cases.csv")
+    started: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        comparing, "finetune", lambda settings, folder, **_: started.append((folder.name, settings.seeds))
+    )
+    for words, expected in ((("--shots", "one"), [("one", 2)]), (("--seeds", 3), [(name, 3) for name in "12"])):
+        done = command("compare", "--resume", copied(whole, tmp_path / words[0]), *words)
+        assert "no such file" in done.stderr  # as nothing has been trained
+        assert [started.pop(0) for _ in expected] == expected
+    assert started == []
 
 
 class Stopped(Exception):
@@ -179,20 +186,22 @@ class Stopped(Exception):
 def test_an_interrupted_comparison_has_the_scores_of_an_uninterrupted_one(
     whole: Path, tmp_path: Path, chosen: CompareSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, save, saves = tmp_path / "compare", adapting.training.loop.checkpoints.save, iter(range(9))
+    out, save, saves = tmp_path / "compare", loop.checkpoints.save, iter(range(9))
+    one = replace(chosen, training_sets=("2",), seeds=1)
 
     def stops(*values: Any) -> None:
         save(*values)
-        if next(saves) == 8:  # in the third run of the first training set
+        if next(saves) == 2:  # the first of the second method
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(adapting.training.loop.checkpoints, "save", stops)
+        patched.setattr(loop.checkpoints, "save", stops)
         with pytest.raises(Stopped):
-            compare(chosen, out)
-    compare(chosen, out)
-    for name in ("cases.csv", "tests.csv"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+            compare(one, out)
+    assert (out / "2" / "tcur" / "seed0" / "checkpoint.pt").is_file()
+    compare(one, out)
+    expected = [row for row in read_csv(whole / "cases.csv") if (row["training_set"], row["seed"]) == ("2", "0")]
+    assert read_csv(out / "cases.csv") == expected
 
 
 def test_a_run_of_finetune_is_taken_over_without_what_it_has_not_measured(
