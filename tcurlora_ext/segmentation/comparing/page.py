@@ -84,10 +84,10 @@ def terminal_tables(plan: Plan, parts: Sequence[Part], rows: Sequence[Row], test
 def _page_rows(plan: Plan, rows: Sequence[Row], tests: Mapping[str, Row]) -> list[list[str]]:
     return [
         [
-            row["method"], f"{row['trained_numbers']:,}", number(row["adapter_bytes"], 1e-3, 1),
-            str(row["warm_up_steps"] or ""), number(row["step_ms"], 1, 0), _memory(row),
-            with_sd(row["dice_mean"], row["dice_sd"], 100), with_sd(row["hd95_mm_mean"], row["hd95_mm_sd"], 1, 2),
+            row["method"], f"{row['trained_numbers']:,}", with_sd(row["dice_mean"], row["dice_sd"], 100),
             _with_interval(tests.get(row["method"])), _p(tests.get(row["method"])),
+            with_sd(row["hd95_mm_mean"], row["hd95_mm_sd"], 1, 2), number(row["step_ms"], 1, 0), _memory(row),
+            number(row["adapter_bytes"], 1e-3, 1), str(row["warm_up_steps"] or ""),
         ]
         for row in rows
     ]  # fmt: skip
@@ -160,8 +160,8 @@ def write_page(
         steps=plan.settings.steps,
         reference=plan.reference,
         header=[
-            "method", "trained parameters", "file KB", "warm-up steps", "step ms", "memory MiB", "Dice %", "HD95 mm",
-            f"minus {plan.reference} (95 % interval)", "p (Holm)",
+            "method", "trained parameters", "Dice %", f"minus {plan.reference} (95 % interval)", "p (Holm)", "HD95 mm",
+            "step ms", "memory MiB", "file KB", "warm-up steps",
         ],
         parts=[
             {
