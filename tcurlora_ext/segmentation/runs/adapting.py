@@ -62,9 +62,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model and how it was trained."""
+    """A trained model, and how and on what it was trained."""
 
     model: nn.Module
+    volumes: Volumes
     options: MethodOptions
     plan: training.Plan
     progress: training.Progress
@@ -111,7 +112,7 @@ def fit(
         progress = training.train(
             model, volumes, plan, folder, validate=validate, select=select, on_step=on_step, log=log
         )  # fmt: skip
-    return Fitted(model, options, plan, progress, trained)
+    return Fitted(model, volumes, options, plan, progress, trained)
 
 
 def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]
         "method": method.name, "seed": seed, "trained_numbers": fitted.trained, "lr": fitted.plan.lr,
         "steps": progress.step, **evaluation.summarise(scores, job.classes), "seconds": round(progress.seconds, 2),
         "warm_up_steps": method.warm_up(fitted.options),
-        "adapter_bytes": (folder / "adapter.safetensors").stat().st_size, **cost_of(job, fitted),
+        "adapter_bytes": (folder / "adapter.safetensors").stat().st_size, **cost_of(fitted),
     }  # fmt: skip
     write_json(folder / "result.json", row)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -153,9 +154,9 @@ def read_result(folder: Path) -> dict[str, Any]:
     return {**result, **{name: result.get(name) for name in COST}}
 
 
-def cost_of(job: Job, fitted: Fitted) -> dict[str, Any]:
+def cost_of(fitted: Fitted) -> dict[str, Any]:
     """The median time of the steps in ms and the memory of one in MiB, as `COST` names them."""
-    memory, step_ms = training.step_memory(fitted.model, job.train, fitted.plan), fitted.progress.step_ms
+    memory, step_ms = training.step_memory(fitted.model, fitted.volumes, fitted.plan), fitted.progress.step_ms
     costs = (None if math.isnan(step_ms) else round(step_ms, 3), round(memory.counted_mib, 3), memory.peak_mib)
     return dict(zip(COST, costs, strict=True))
 
