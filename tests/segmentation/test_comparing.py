@@ -28,7 +28,7 @@ from tcurlora_ext.segmentation.comparing.findings import comparison_sentence
 from tcurlora_ext.segmentation.comparing.labels import spread
 from tcurlora_ext.segmentation.comparing.settings import CompareSettings
 from tcurlora_ext.segmentation.comparing.testing import against_reference, subject_scores
-from tcurlora_ext.segmentation.dataset.subjects import few_subjects
+from tcurlora_ext.segmentation.dataset import synthetic
 from tcurlora_ext.segmentation.metrics.comparison import holm, paired, rank_biserial
 from tcurlora_ext.segmentation.report.cells import folded, number, with_sd
 from tcurlora_ext.segmentation.runs import adapting
@@ -36,6 +36,7 @@ from tcurlora_ext.segmentation.runs.finetuning import finetune
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.training import loop
 
+SIZES = {"hidden_size": 16, "mlp_dim": 32, "num_layers": 1, "num_heads": 2, "features": 4}
 TABLES = ("table.csv", "cases.csv", "tests.csv")
 
 
@@ -147,12 +148,6 @@ def test_fewer_subjects_are_among_more(whole: Path) -> None:
     one, two = (set(read_json(whole / name / "run.json")["data"]["train"]) for name in "12")
     assert (len(one), len(two)) == (1, 2)
     assert one < two
-    names = [f"sub-{index // 2}_{index}" for index in range(10)]
-    for count in (1, 3, 5):
-        chosen = few_subjects(names, count, 0, None)
-        assert len(chosen) == 2 * count
-        assert {names[index][:5] for index in chosen} == {names[index][:5] for index in chosen[::2]}
-        assert set(few_subjects(names, 1, 0, None)) <= set(chosen)
 
 
 def test_only_what_is_missing_is_run(
@@ -253,6 +248,24 @@ def test_wrong_settings_are_named_before_anything_is_written(
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         compare(replace(chosen, **changes), tmp_path / "compare")
     assert not (tmp_path / "compare").exists()
+
+
+def test_the_embedded_data_are_made_once_for_all_training_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    make = synthetic.make_subject
+    monkeypatch.setattr(synthetic, "make_subject", lambda *key: make(*key[:3], spacing=8.0))
+    small = CompareSettings(
+        methods=("head",), subjects=(2, 1), source_subjects=(1, 1), sizes=SIZES, roi=(16, 16, 16), steps=1,
+        pretrain_steps=1, training_sets=("all", "1"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="shots: found 3, expected 1 to 2"):
+        compare(replace(small, training_sets=("3",)), tmp_path / "compare")
+    rows = compare(small, tmp_path / "compare")
+    assert [row["training_set"] for row in rows if row["label"] == "mean"] == ["1", "all"]
+    assert not list((tmp_path / "compare").glob("*/pretrain"))
+    bases = [read_json(tmp_path / "compare" / name / "run.json")["base"]["sha256"] for name in ("1", "all")]
+    assert bases[0] == bases[1]
 
 
 def test_a_file_of_subjects_says_which_cases_belong_together(whole: Path, tmp_path: Path) -> None:

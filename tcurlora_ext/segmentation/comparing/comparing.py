@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tcurlora_ext.io.records import write_csv
+from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation.comparing import figures
 from tcurlora_ext.segmentation.comparing.collecting import collect_cases, collect_results, table
 from tcurlora_ext.segmentation.comparing.measuring import measure_steps, read_steps
@@ -133,7 +133,11 @@ def _finish(
     write_csv(out / "table.csv", rows)
     write_csv(out / "cases.csv", cases)
     write_csv(out / "tests.csv", tests)
-    drawn = _draw(plan, parts, rows, cases, trained, display)
+    drawn = _draw(plan, parts, rows, cases)
+    chosen = _chosen(plan, parts[-1], rows)
+    if trained or read_json(out / "run.json").get("overlays") != chosen or not (out / "overlays.png").is_file():
+        _draw_overlays(plan, parts[-1], chosen["methods"], display)
+        write_json(out / "run.json", {**read_json(out / "run.json"), "overlays": chosen})
     result = write_page(plan, parts, rows, tests, drawn)
     for shown in terminal_tables(plan, parts, rows, tests):
         display.console.print(shown)
@@ -143,9 +147,9 @@ def _finish(
 
 
 def _draw(
-    plan: Plan, parts: Sequence[Part], rows: Sequence[Row], cases: Sequence[Row], trained: bool, display: Display
+    plan: Plan, parts: Sequence[Part], rows: Sequence[Row], cases: Sequence[Row]
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Draw the figures of the last training set; returns their titles and names."""
+    """Draw the figures of the last training set but for the overlays; returns the titles and names of all."""
     out, last, names = plan.out, parts[-1], [method.name for method in plan.methods]
     means = [row for row in rows if row["label"] == MEAN]
     own = [row for row in means if row["training_set"] == last.name]
@@ -163,19 +167,22 @@ def _draw(
     )  # fmt: skip
     figures.draw_validation(out / "curves.png", last, names, plan.settings.seeds)
     found += [(f"Dice of each subject{on}", "subjects"), (f"Learning curves{on}", "curves")]
-    if trained or not (out / "overlays.png").is_file():
-        _draw_overlays(plan, last, own, display)
     return [*found, (f"Prediction and truth{on}", "overlays")]
 
 
-def _draw_overlays(plan: Plan, part: Part, rows: Sequence[Row], display: Display) -> None:
-    """Predictions of the reference, the first form of tCUR and the best other method, after those before adaptation."""
+def _chosen(plan: Plan, part: Part, rows: Sequence[Row]) -> Row:
+    """What the overlays show: the reference, the first form of tCUR and the best other methods of a training set."""
+    means = [row for row in rows if (row["training_set"], row["label"]) == (part.name, MEAN)]
+    own = [row["method"] for row in means if base_name(row["method"]).startswith("tcur")][:1]
+    best = [row["method"] for row in sorted(means, key=lambda row: -row["dice_mean"])]
+    return {"training_set": part.name, "methods": list(dict.fromkeys([plan.reference, *own, *best]))[:SHOWN]}
+
+
+def _draw_overlays(plan: Plan, part: Part, chosen: Sequence[str], display: Display) -> None:
+    """Draw the predictions of some methods for the first validation cases, after those before adaptation."""
     job = open_job(part.settings, part.out, display)
-    by_dice = sorted(rows, key=lambda row: -row["dice_mean"])
-    own = next((row["method"] for row in rows if base_name(row["method"]).startswith("tcur")), None)
-    chosen = list(dict.fromkeys(name for name in (plan.reference, own, *(row["method"] for row in by_dice)) if name))
     models = {} if job.head_is_new else {"before": load_base(part.out)}
-    models |= {name: load_adapted(part.out, name) for name in chosen[:SHOWN]}
+    models |= {name: load_adapted(part.out, name) for name in chosen}
     predictions = {
         name: [evaluation.predict(model.to(job.device), volume, job.config.roi) for volume in job.val[:SHOWN]]
         for name, model in models.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,8 +23,8 @@ class CompareSettings(FinetuneSettings):
     """Options of `tcurlora compare`: those of finetune, whose `shots` stays None, and what is compared.
 
     Attributes:
-        training_sets: What is trained on, one after the other: a number of subjects, drawn from the training list, the
-            name of another list of splits.json, or "all" for the training list.
+        training_sets: What is trained on: a number of subjects, drawn from the training list, the name of another list
+            of splits.json, or "all" for the training list.
         reference: The method that the others are tested against; None: lora, or else the first one.
         subject_file: A JSON file with the subject of each case by its name, for the tests; None: by `subject_pattern`.
         measure: Whether the time and memory of steps are measured side by side once all methods have been trained.
@@ -69,11 +70,14 @@ class Plan:
     subjects: Mapping[str, str]
 
     def parts(self, data: Path, pretrained: Path) -> list[Part]:
-        """The runs, with a folder each: numbers first by size, then lists, in the order given."""
-        return [
-            Part(name, self.out / folder_of(name), self._settings(name, data, pretrained))
-            for name in self.settings.training_sets
-        ]
+        """The runs, with a folder each: lists in the order given, then numbers by size, then all cases.
+
+        Args:
+            data: The data set of all of them.
+            pretrained: Their base.
+        """
+        names = sorted(self.settings.training_sets, key=_size)
+        return [Part(name, self.out / folder_of(name), self._settings(name, data, pretrained)) for name in names]
 
     def _settings(self, name: str, data: Path, pretrained: Path) -> FinetuneSettings:
         values: dict[str, Any] = {field.name: getattr(self.settings, field.name) for field in fields(FinetuneSettings)}
@@ -83,6 +87,13 @@ class Plan:
         elif name != ALL:
             values["train_list"] = name
         return FinetuneSettings(**values)
+
+
+def _size(training_set: str) -> float:
+    """The number of subjects; of a list, which has a name, no number and so the least; of all cases the most."""
+    if training_set == ALL:
+        return math.inf
+    return int(training_set) if training_set.isdecimal() else 0
 
 
 def folder_of(training_set: str) -> str:
