@@ -36,6 +36,7 @@ from tcurlora_ext.segmentation.terminal import Display
 LEFT_HIPPOCAMPUS = 17  # FreeSurfer's value; right-sided crops are mirrored to the left
 DRAWS = 2  # images of each crop
 VALIDATION_SUBJECTS = 3
+PLACES = ("data", "pretrained", "subject_file", "factors", "cache")  # settings that are paths
 WINDOW = (42, 58, 44)  # voxels of 1 mm around the hippocampus; the real data are crops of at most 43x59x47
 
 
@@ -142,13 +143,7 @@ def copy_results(run: Path, results: Path, names: Sequence[str]) -> None:
         shutil.copy(run / name, results / name)
     description = read_json(run / "run.json")
     settings = description["settings"]
-    for key in (
-        "data",
-        "pretrained",
-        "subject_file",
-        "factors",
-        "cache",
-    ):  # the folder that they were in has no effect on the result
+    for key in PLACES:  # they have no effect on the result
         if settings.get(key) is not None:
             settings[key] = Path(settings[key]).name
     settings["methods"] = [re.sub("=/[^:]*/", "=", method) for method in settings["methods"]]

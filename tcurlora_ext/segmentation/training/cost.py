@@ -94,8 +94,7 @@ def step_times(model: nn.Module, volumes: Sequence[Volume], plan: Plan, count: i
         model.train()
         for _ in range(untimed + count):
             started = time.perf_counter()
-            take(
-                model, loss_of, images, labels, optimizer, precision, plan, addition_of(model)
-            )  # which waits for the loss
+            # which waits for the loss: on a GPU too, the time is that of the passes
+            take(model, loss_of, images, labels, optimizer, precision, plan, addition_of(model))
             times.append(time.perf_counter() - started)
     return times[untimed:]
