@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tcurlora_ext.io.table import rich_table
@@ -40,10 +40,15 @@ def folded(name: str, width: int) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def results_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], title: str, left: Collection[int] = (0,)
-) -> Table:
-    """A table for a terminal of 80 columns; cells may have several lines."""
+def results_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str, gap: int = 1) -> Table:
+    """A table for a terminal of 80 columns; cells may have several lines, and the first column is aligned left.
+
+    Args:
+        header: The columns' headings.
+        rows: The cells.
+        title: Above the table.
+        gap: Spaces between columns, beside one that there always is.
+    """
     from rich.box import SIMPLE_HEAD
 
-    return rich_table(header, rows, left=left, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return rich_table(header, rows, title=title, box=SIMPLE_HEAD, padding=(0, gap, 0, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,11 +101,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 def table(summary: Sequence[Row]) -> Table:
     """The methods side by side for a terminal of 80 columns; ± is the standard deviation over seeds."""
     rows = [
-        [cell.replace(" (", "\n(") for cell in (folded(row["method"], 20), *(_cells(row)[at] for at in IN_TERMINAL))]
+        [folded(row["method"], 18), *(re.sub(r" (?=\(|undefined)", "\n", _cells(row)[at]) for at in IN_TERMINAL)]
         for row in summary
     ]
     header = ("method", *(HEADER[at].replace(" ", "\n", 1) for at in IN_TERMINAL))
-    return results_table(header, rows, "Validation, mean over foreground classes")
+    return results_table(header, rows, "Validation, mean over foreground classes", gap=0)
 
 
 def before_text(out: Path) -> str:
