@@ -13,10 +13,9 @@ from tcurlora_ext.segmentation.report.page import summarise_runs, table
 
 def result(method: str, seed: int, **others: Any) -> dict[str, Any]:
     return {
-        "method": method, "seed": seed,
-        "trained_numbers": 123_456_789, "lr": 0.01, "steps": 120,
-        "dice": 0.7 + seed / 10, "dice a": 0.7, "hd95_mm": 12.5, "hd95_mm a": 12.5, "hd95_undefined": 1234, "seconds": 12_345.0,
-        "warm_up_steps": 120, "adapter_bytes": 493_827_156, **others,
+        "method": method, "seed": seed, "trained_numbers": 123_456_789, "lr": 0.01, "steps": 120,
+        "dice": 0.7 + seed / 10, "dice a": 0.7, "hd95_mm": 12.5, "hd95_mm a": 12.5, "hd95_undefined": 1234,
+        "seconds": 12_345.0, "warm_up_steps": 120, "adapter_bytes": 493_827_156, **others,
     }  # fmt: skip
 
 
