@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from .memory import Passed, owned
+from tcurlora_ext.saved import owned
+
+from .memory import Passed
 from .variants import Problem
 
 Shape = tuple[int, ...]

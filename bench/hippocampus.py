@@ -36,6 +36,7 @@ from tcurlora_ext.segmentation.terminal import Display
 LEFT_HIPPOCAMPUS = 17  # FreeSurfer's value; right-sided crops are mirrored to the left
 DRAWS = 2  # images of each crop
 VALIDATION_SUBJECTS = 3
+PLACES = ("data", "pretrained", "subject_file", "factors", "cache")  # settings that are paths
 WINDOW = (42, 58, 44)  # voxels of 1 mm around the hippocampus; the real data are crops of at most 43x59x47
 
 
@@ -132,13 +133,18 @@ def prepare(maps: Path, data: Path, work: Path, pretrain_steps: int, display: Di
 
 def publish(run: Path, results: Path) -> None:
     """Copy the small files of a run: its tables, and settings and versions together with the commit and the command."""
+    copy_results(run, results, ("summary.csv", "metrics.csv", "transformer.json"))
+
+
+def copy_results(run: Path, results: Path, names: Sequence[str]) -> None:
+    """Copy files of a run, and run.json with the commit and the command."""
     results.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.csv", "metrics.csv", "transformer.json"):
+    for name in names:
         shutil.copy(run / name, results / name)
     description = read_json(run / "run.json")
     settings = description["settings"]
-    for key in ("data", "pretrained"):  # the folder that they were in has no effect on the result
-        if settings[key] is not None:
+    for key in PLACES:  # they have no effect on the result
+        if settings.get(key) is not None:
             settings[key] = Path(settings[key]).name
     settings["methods"] = [re.sub("=/[^:]*/", "=", method) for method in settings["methods"]]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

@@ -85,8 +85,13 @@ def hippocampus_setting(work: Path, maps: Path, data: Path, display: Display) ->
 
 def _of_other_subjects(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """The volumes of subjects that none of the known volumes is of: 2k - 1 and 2k are the two sides of one scan."""
-    subjects = {(int(name) + 1) // 2 for name in known}
-    return [name for name in names if (int(name) + 1) // 2 not in subjects]
+    subjects = {subject_of(name) for name in known}
+    return [name for name in names if subject_of(name) not in subjects]
+
+
+def subject_of(name: str) -> int:
+    """The subject of a volume of the hippocampus: 2k - 1 and 2k are of subject k."""
+    return (int(name) + 1) // 2
 
 
 def embedded_setting(work: Path, display: Display) -> Setting:

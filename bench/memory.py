@@ -10,19 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._C._autograd import DeviceType
+
+from tcurlora_ext.saved import saved_for_backward
 
 from .variants import Problem
 
 # Without it the profiler reports every start and stop on stderr. It is read when the profiler is first used.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-
-
-def owned(module: nn.Module) -> dict[int, int]:
-    """Storages of the parameters and buffers of a module: address -> bytes."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 @dataclass(frozen=True)
@@ -41,18 +36,7 @@ class Passed:
 
 def forward_pass(problem: Problem) -> Passed:
     """Run the first input forward and record what autograd saves: nothing in inference."""
-    parameters = owned(problem.adapted)
-    saved: dict[int, int] = {}
-    alive = []  # a freed tensor's address could be given to another
-
-    def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_for_backward(problem.adapted) as saved:
         outputs = problem.outputs(problem.network.runs[0].inputs)
     return Passed(saved, sum(y.nbytes for y in outputs))
 

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from tcurlora_ext.cli.bench import bench
+from tcurlora_ext.cli.compare import compare
 from tcurlora_ext.cli.doctor import doctor
 from tcurlora_ext.cli.evaluate import evaluate
 from tcurlora_ext.cli.features import features
@@ -93,6 +94,7 @@ def _root(
 
 for _command, _summary in (
     (finetune, "Adapt a pretrained segmentation network by several methods."),
+    (compare, "Compare methods over seeds and numbers of training subjects."),
     (pretrain, "Train a segmentation network from random weights."),
     (learn_factors, "Learn on some cases the factors of adapters to others."),
     (predict, "Write label maps of new scans by an adapted network."),

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from tcurlora_ext.io.table import terminal
 
 PACKAGES = ("tcurlora_ext", "torch", "triton", "nvtx", "numpy", "safetensors", "monai", "peft", "transformers")
-SEGMENTATION = ("monai", "einops", "nibabel", "nilearn", "scipy", "matplotlib", "jinja2", "peft")
+SEGMENTATION = ("monai", "einops", "nibabel", "nilearn", "scipy", "matplotlib", "jinja2", "pandas", "peft")
 
 
 def doctor() -> None:

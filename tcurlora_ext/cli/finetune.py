@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from tcurlora_ext.cli import options
 from tcurlora_ext.cli import training_options as training
 from tcurlora_ext.io.table import terminal
+
+Settings = TypeVar("Settings", bound=Any)
+METHODS_HELP = (
+    "all (head, decoder, full, lora, tcur), or some of these and of tcur-light, tcur-learned, tcur-carried, norms, "
+    "bitfit, ssf, adapter, adalora, pissa, dora, vera, psoft, unilora, lora-xs, lora-sb, lora-pt, hyps, cps, curlora "
+    "with commas between; options of a method follow its name, as in lora:rank=1."
+)
 
 
 def finetune(
@@ -35,11 +43,7 @@ def finetune(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(
-            help="all (head, decoder, full, lora, tcur), or some of these and of tcur-light, tcur-learned, "
-            "tcur-carried, norms, bitfit, ssf, adapter, adalora, pissa, dora, vera, psoft, unilora, lora-xs, lora-sb, "
-            "lora-pt, hyps, cps, curlora with commas between; options of a method follow its name, as in lora:rank=1."
-        ),
+        typer.Option(help=METHODS_HELP),
     ] = "all",
     seeds: Annotated[int, typer.Option(help="How many seeds: every method runs with each of 0 .. SEEDS-1.")] = 1,
     also_train: options.AlsoTrain = None,
@@ -64,6 +68,7 @@ def finetune(
     roi: options.Window = None,
     spacing: options.Spacing = None,
     train_list: options.TrainList = "train",
+    shots: options.Shots = None,
     val_list: options.ValList = "val",
     val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
@@ -105,25 +110,14 @@ def finetune(
 
     Ends with a table of scores and trained parameters, and a report.html that needs no other file.
     """
+    given = dict(locals())  # the options by their names
     from tcurlora_ext.segmentation.runs.finetuning import finetune as start
     from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, read_settings
     from tcurlora_ext.segmentation.terminal import Display
 
     folder, from_there = training.run_folder(ctx, run, output, resume)
     earlier = read_settings(folder, "finetune", FinetuneSettings) if from_there else None
-    names = _names(method, factors)
-    settings = FinetuneSettings(
-        data=data, pretrained=pretrained, methods=names, seeds=seeds, also_train=also_train,
-        rank=rank, alpha=alpha, lora_rank=lora_rank, steps=steps, batch=batch,
-        lr=_rates(lr, names if earlier is None else (*earlier.methods, *names)), factors=factors,
-        network=network, sizes=sizes or {}, roi=roi, spacing=spacing, train_list=train_list,
-        val_list=val_list, val_fraction=val_fraction, labels=labels, fold=fold, map_labels=map_labels,
-        pretrain_steps=pretrain_steps, data_seed=data_seed, checkpoint_every=checkpoint_every, device=device, amp=amp,
-        cache=cache, workers=workers, augment=augment, flips=flips, class_weights=class_weights,
-        accumulate=accumulate, select=select, patience=patience, select_fraction=select_fraction,
-        select_every=select_every, subject_pattern=subject_pattern, log=log or (), tune=tune,
-        trials=trials, tune_over=tune_over or (), tune_folds=tune_folds,
-    )  # fmt: skip
+    settings = settings_of(FinetuneSettings, given, method_names(method, factors), earlier)
     if earlier is not None:
         settings = training.resumed(earlier, settings, ctx, {"methods": "method"})
     training.say_unused(ctx, settings)
@@ -131,7 +125,25 @@ def finetune(
         start(settings, folder, resume=resume, display=Display(terminal()))
 
 
-def _names(method: str, factors: Path | None) -> tuple[str, ...]:
+def settings_of(kind: type[Settings], given: Mapping[str, Any], names: Sequence[str], earlier: Any) -> Settings:
+    """The settings that options give; an option that is None leaves the default.
+
+    Args:
+        kind: FinetuneSettings or a class that has more.
+        given: The options by the names of the settings; others are left out.
+        names: Of the methods.
+        earlier: The settings of the run that goes on, where there is one.
+    """
+    lr = given["lr"]
+    if isinstance(lr, float):  # one number is for all methods
+        own = {name.partition(":")[0]: lr for name in (*(() if earlier is None else earlier.methods), *names)}
+    else:
+        own = lr or {}
+    values = {field.name: given[field.name] for field in fields(kind) if given.get(field.name) is not None}
+    return kind(**values | {"methods": tuple(names), "lr": own})
+
+
+def method_names(method: str, factors: Path | None) -> tuple[str, ...]:
     """The methods by name, with the one that takes the factors where there are some."""
     from tcurlora_ext.segmentation.methods import STANDARD
 
@@ -139,10 +151,3 @@ def _names(method: str, factors: Path | None) -> tuple[str, ...]:
     if factors is not None and not any(name.startswith("tcur-carried") for name in names):
         return (*names, "tcur-carried")
     return names
-
-
-def _rates(lr: float | dict[str, float] | None, names: Sequence[str]) -> dict[str, float]:
-    """Learning rates by method; one number is for all of them."""
-    if lr is None or isinstance(lr, dict):
-        return lr or {}
-    return dict.fromkeys((name.partition(":")[0] for name in names), lr)

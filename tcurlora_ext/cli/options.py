@@ -180,7 +180,13 @@ MapLabels = Annotated[
         help="Values that stand for others in labels, as in 4=3,255=1; other values stay.",
     ),
 ]
-DataSeed = Annotated[int, typer.Option(help="Seed of the embedded subjects and of a random split.")]
+Shots = Annotated[
+    int | None,
+    typer.Option(help="Train on so many subjects, drawn by --data-seed from the training cases. Default: on all."),
+]
+DataSeed = Annotated[
+    int, typer.Option(help="Seed of the embedded subjects, of a random split and of the subjects that --shots draws.")
+]
 Batch = Annotated[int, typer.Option(help="Windows of one batch.")]
 CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

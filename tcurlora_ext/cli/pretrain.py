@@ -34,6 +34,7 @@ def pretrain(
     ] = None,
     spacing: options.Spacing = None,
     train_list: options.TrainList = "train",
+    shots: options.Shots = None,
     val_list: options.ValList = "val",
     val_fraction: options.ValFraction = None,
     labels: options.Labels = None,
@@ -71,7 +72,7 @@ def pretrain(
     folder, from_there = training.run_folder(ctx, run, output, resume)
     settings = PretrainSettings(
         data=data, network=network, sizes=sizes or {}, roi=roi or (32, 32, 32), spacing=spacing,
-        train_list=train_list, val_list=val_list, val_fraction=val_fraction, labels=labels, fold=fold,
+        train_list=train_list, shots=shots, val_list=val_list, val_fraction=val_fraction, labels=labels, fold=fold,
         map_labels=map_labels, steps=steps, batch=batch, lr=lr, seed=seed, data_seed=data_seed,
         checkpoint_every=checkpoint_every, device=device, amp=amp, cache=cache, workers=workers,
         augment=augment, flips=flips, class_weights=class_weights, accumulate=accumulate, select=select,

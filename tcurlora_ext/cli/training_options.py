@@ -1,16 +1,17 @@
-"""Options of training that finetune and pretrain share, options from a file, and how an interrupted run goes on."""
+"""Options of training that several commands share, options from a file, and how an interrupted run goes on."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NewType, TypeVar
+from typing import Annotated, Any, NewType, TypeVar, get_type_hints
 
 import typer
 
@@ -18,6 +19,7 @@ from tcurlora_ext.cli.options import Words, words
 from tcurlora_ext.io.records import read_json
 
 Settings = TypeVar("Settings", bound=Any)
+Command = TypeVar("Command", bound=Callable[..., None])
 Weights = NewType("Weights", tuple[float, ...])
 NOT_IN_A_FILE = ("config", "resume", "run")
 
@@ -94,7 +96,7 @@ def _source(ctx: typer.Context, option: str) -> str:
 def resumed(earlier: Settings, now: Settings, ctx: typer.Context, renamed: Mapping[str, str] | None = None) -> Settings:
     """The settings of an earlier run with those that the command line or a file of options gives now.
 
-    Methods and learning rates are added to those that the run has.
+    Methods, training sets and learning rates are added to those that the run has.
 
     Args:
         earlier: Of the run.
@@ -104,8 +106,8 @@ def resumed(earlier: Settings, now: Settings, ctx: typer.Context, renamed: Mappi
     """
     options = {field.name: (renamed or {}).get(field.name, field.name) for field in fields(now)}
     changes = {name: getattr(now, name) for name, option in options.items() if _source(ctx, option) != "DEFAULT"}
-    if "methods" in changes:
-        changes["methods"] = tuple(dict.fromkeys([*earlier.methods, *changes["methods"]]))
+    for name in {"methods", "training_sets"} & set(changes):
+        changes[name] = tuple(dict.fromkeys([*getattr(earlier, name), *changes[name]]))
     if isinstance(changes.get("lr"), dict):
         changes["lr"] = {**earlier.lr, **changes["lr"]}
     return replace(earlier, **changes)
@@ -134,14 +136,42 @@ def say_unused(ctx: typer.Context, settings: Any) -> None:
         settings: Of the run.
     """
     tunes, chooses = getattr(settings, "tune", False), settings.select == "best" or settings.patience > 0
+    draws = settings.shots is not None or hasattr(settings, "training_sets")  # or tests over subjects
     for needed, there, names in (
         ("--tune", tunes, ("trials", "tune_over", "tune_folds")),
         ("--select best or --patience", chooses, ("select_fraction", "select_every", "subject_pattern")),
     ):
         given = [name for name in names if _source(ctx, name) != "DEFAULT"]
-        if given and not there and not (tunes and given == ["subject_pattern"]):
+        if given == ["subject_pattern"] and (tunes or draws):
+            continue
+        if given and not there:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             typer.echo(f"warning: {options}: no effect without {needed}", err=True)
+
+
+def with_options_of(other: Callable[..., None], but: Collection[str]) -> Callable[[Command], Command]:
+    """Give a command that takes any keywords the options of another command, after its own.
+
+    Args:
+        other: The other command.
+        but: Options that it does not get.
+    """
+
+    def decorate(command: Command) -> Command:
+        own, theirs = (
+            {name: part.replace(annotation=hints.get(name, part.annotation)) for name, part in parts.items()}
+            for function in (command, other)
+            for parts, hints in [
+                (inspect.signature(function).parameters, get_type_hints(function, include_extras=True))
+            ]
+        )
+        shown = [part for part in own.values() if part.kind is not inspect.Parameter.VAR_KEYWORD]
+        shown += [part for name, part in theirs.items() if name not in own and name not in but]
+        command.__annotations__ = {part.name: part.annotation for part in shown}
+        vars(command)["__signature__"] = inspect.Signature(shown)
+        return command
+
+    return decorate
 
 
 @contextmanager
@@ -211,8 +241,8 @@ SubjectPattern = Annotated[
     str | None,
     typer.Option(
         metavar="REGEX",
-        help="Its first group is the subject in a case's name; subjects are held out whole. Default: BIDS's sub-NAME, "
-        "else every case is a subject.",
+        help="Its first group is the subject in a case's name; subjects are held out and drawn whole. Default: BIDS's "
+        "sub-NAME, else every case is a subject.",
     ),
 ]
 Logs = Annotated[

@@ -34,9 +34,8 @@ def results(run: Path) -> dict[str, bytes | list[dict[str, str]]]:
         if path.suffix == ".safetensors" or path.name in ("cases.csv", "network.json"):
             found[name] = path.read_bytes()
         elif path.suffix == ".csv":
-            found[name] = [
-                {key: value for key, value in row.items() if key != "seconds"} for row in read_csv(path)
-            ]  # fmt: skip
+            rows = read_csv(path)
+            found[name] = [{k: value for k, value in row.items() if k not in ("seconds", "step_ms")} for row in rows]
     return found
 
 

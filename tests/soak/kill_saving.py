@@ -126,7 +126,10 @@ def results(run: Path) -> dict[str, object]:
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))
         if path.suffix == ".csv":
-            found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(path)]
+            found[name] = [
+                {key: value for key, value in row.items() if key not in ("seconds", "step_ms")}
+                for row in read_csv(path)
+            ]
         elif path.suffix == ".safetensors" or path.name.endswith((".nii.gz", "before.json", "transformer.json")):
             found[name] = path.read_bytes()
         else:

@@ -132,7 +132,7 @@ def labelled_cases(layout: Layout, list_name: str | None, fold: int | None = Non
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)  # who called read_dataset
+    warnings.warn(message, stacklevel=6)  # who called read_dataset
 
 
 def _unused(files: Files, cases: Sequence[Case]) -> list[str]:

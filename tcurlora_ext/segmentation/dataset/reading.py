@@ -15,10 +15,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from tcurlora_ext.segmentation.dataset.cases import choose_cases
+from tcurlora_ext.segmentation.dataset.cases import Split, choose_cases
 from tcurlora_ext.segmentation.dataset.classes import (
     check_foreground,
     check_mapping,
@@ -31,6 +32,7 @@ from tcurlora_ext.segmentation.dataset.integrity import check_case
 from tcurlora_ext.segmentation.dataset.layouts import Case as Case  # also known by this name
 from tcurlora_ext.segmentation.dataset.layouts import Layout, read_layout
 from tcurlora_ext.segmentation.dataset.preparation import Preparation
+from tcurlora_ext.segmentation.dataset.subjects import few_subjects
 from tcurlora_ext.segmentation.packages import require_package
 
 IGNORED = -1  # in the labels of a Volume: the voxel counts neither in the loss nor in scores
@@ -93,7 +95,10 @@ class DataOptions:
     """Options of reading a data set that finetune, learn-factors and pretrain share: those of :func:`read_dataset`.
 
     Attributes:
-        data_seed: Of the embedded subjects, and of a random split.
+        data_seed: Of the embedded subjects, of a random split, and of the draw of `shots`.
+        shots: How many of the training subjects train; None: all of them.
+        subject_pattern: Regular expression whose first group is the subject in the name of a case; None: BIDS names,
+            and elsewhere each case is a subject.
     """
 
     train_list: str = "train"
@@ -103,19 +108,26 @@ class DataOptions:
     fold: int | None = None
     map_labels: dict[int, int] | None = None
     data_seed: int = 0
+    shots: int | None = None
+    subject_pattern: str | None = None
+
+    @property
+    def lists(self) -> dict[str, Any]:
+        """What says which cases train and which validate: arguments of :func:`read_cases`."""
+        return {
+            "train_list": self.train_list, "val_list": self.val_list, "val_fraction": self.val_fraction,
+            "seed": self.data_seed, "fold": self.fold, "shots": self.shots, "subject_pattern": self.subject_pattern,
+        }  # fmt: skip
 
     def read_data(self, folder: Path) -> SegmentationDataset:
         """The data set in a folder, as :func:`read_dataset` finds and checks it."""
-        return read_dataset(
-            folder, train_list=self.train_list, val_list=self.val_list, val_fraction=self.val_fraction,
-            seed=self.data_seed, labels=self.labels, fold=self.fold, map_labels=self.map_labels,
-        )  # fmt: skip
+        return read_dataset(folder, labels=self.labels, map_labels=self.map_labels, **self.lists)
 
 
 def read_dataset(
     root: Path, *, train_list: str = "train", val_list: str = "val", val_fraction: float | None = None,
     seed: int = 0, labels: Sequence[str] | None = None, fold: int | None = None,
-    map_labels: Mapping[int, int] | None = None,
+    map_labels: Mapping[int, int] | None = None, shots: int | None = None, subject_pattern: str | None = None,
 ) -> SegmentationDataset:  # fmt: skip
     """Find the cases of a data set and check every file of the two lists.
 
@@ -125,11 +137,15 @@ def read_dataset(
         val_list: The list of splits.json to validate on.
         val_fraction: Fraction of the cases that is drawn for validation where there is no splits.json, and refused
             beside one; None: 0.2 where it is needed.
-        seed: Of that draw.
+        seed: Of that draw, and of the draw of `shots`.
         labels: Class names, background first, in place of those of dataset.json. Without either, the classes are the
             values in the training labels.
         fold: The fold of splits_final.json, or of a data list, whose lists are taken in place of splits.json.
         map_labels: Values that stand for others in labels; values that it does not name stay.
+        shots: How many of the training subjects train, drawn at random: fewer of the same seed are among them. None:
+            all of them.
+        subject_pattern: Regular expression whose first group is the subject in the name of a case; None: that of BIDS,
+            and elsewhere each case is a subject.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -141,9 +157,10 @@ def read_dataset(
     require_package("nibabel")
     require_package("monai")
     layout, mapping = read_layout(root), check_mapping(map_labels)
-    split = choose_cases(
-        layout, train_list=train_list, val_list=val_list, val_fraction=val_fraction, seed=seed, fold=fold
-    )
+    split = read_cases(
+        layout, train_list=train_list, val_list=val_list, val_fraction=val_fraction, seed=seed, fold=fold, shots=shots,
+        subject_pattern=subject_pattern,
+    )  # fmt: skip
     train, val = (with_label_values(cases, layout, mapping) for cases in (split.train, split.val))
     declared = declared_classes(layout.source, layout.description, labels, mapping)
     found = [check_case(case, declared) for case in (*train, *val)]
@@ -166,6 +183,28 @@ def read_dataset(
             digest.update(path.read_bytes())
     channel_count = next(iter(channels))
     return SegmentationDataset(layout.root, declared, channel_count, train, val, digest.hexdigest(), split.origin)
+
+
+def read_cases(layout: Layout, *, shots: int | None = None, subject_pattern: str | None = None, **lists: Any) -> Split:
+    """The training and the validation cases of a data set, whose files are not read.
+
+    Args:
+        layout: The data set.
+        shots: As for :func:`read_dataset`.
+        subject_pattern: As for :func:`read_dataset`.
+        lists: The arguments of :func:`~tcurlora_ext.segmentation.dataset.cases.choose_cases`.
+
+    Raises:
+        FileNotFoundError, ValueError: Those of `choose_cases`, or there are fewer than `shots` subjects.
+    """
+    split = choose_cases(layout, **lists)
+    if shots is None:
+        return split
+    chosen = few_subjects([case.name for case in split.train], shots, lists["seed"], subject_pattern)
+    train, subjects = tuple(split.train[index] for index in chosen), "subject" if shots == 1 else "subjects"
+    return Split(
+        train, split.val, f"{split.origin}; of the training cases those of {shots} {subjects}, drawn at random"
+    )
 
 
 def with_label_values(cases: Sequence[Case], layout: Layout, mapping: Mapping[int, int]) -> tuple[Case, ...]:

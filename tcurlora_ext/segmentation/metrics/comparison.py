@@ -88,9 +88,8 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every two methods, paired over the cases for which both have a value, by the mean over labels.
 
     Returns:
-        Entries with measure, method, other, cases; difference (method minus other) with its 95 % bootstrap interval,
-        low and high; p of Wilcoxon's signed-rank test, and p_holm, corrected by Holm's method for all pairs of a
-        measure.
+        Entries with measure, method, other, the values of :func:`paired` for method minus other, and p_holm, corrected
+        by Holm's method for all pairs of a measure.
     """
     entries = []
     for measure in MEASURES:
@@ -99,14 +98,43 @@ def compare_methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for method, other in combinations(values, 2):
             found = [values[method][case] - values[other].get(case, math.nan) for case in values[method]]
             differences = [value for value in found if not math.isnan(value)]
-            low, high = interval(differences)
-            pairs.append({
-                "measure": measure, "method": method, "other": other, "cases": len(differences),
-                "difference": finite_mean(differences), "low": low, "high": high, "p": _wilcoxon(differences),
-            })  # fmt: skip
+            pairs.append({"measure": measure, "method": method, "other": other, **paired(differences)})
         corrected = holm([pair["p"] for pair in pairs])
         entries += [{**pair, "p_holm": p} for pair, p in zip(pairs, corrected, strict=True)]
     return entries
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """What paired differences say.
+
+    Args:
+        differences: One for each case or subject, all finite.
+
+    Returns:
+        cases (how many); difference, their mean, with its 95 % bootstrap interval, low and high; rank_biserial, from
+        -1 to 1: the share of the rank sum of their sizes that belongs to differences above 0 minus that below; and p
+        of Wilcoxon's signed-rank test.
+    """
+    low, high = interval(differences)
+    return {
+        "cases": len(differences), "difference": finite_mean(differences), "low": low, "high": high,
+        "rank_biserial": rank_biserial(differences), "p": _wilcoxon(differences),
+    }  # fmt: skip
+
+
+def rank_biserial(differences: Sequence[float]) -> float:
+    """The matched-pairs rank-biserial correlation (Kerby 2014); differences of 0 are left out, NaN where none is left.
+
+    Args:
+        differences: All finite.
+    """
+    from scipy.stats import rankdata
+
+    values = np.asarray([value for value in differences if value])
+    if not len(values):
+        return math.nan
+    ranks = rankdata(np.abs(values))
+    return float((ranks * np.sign(values)).sum() / ranks.sum())
 
 
 def _wilcoxon(differences: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.records import read_csv, read_json
-from tcurlora_ext.io.table import rich_table
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.methods import METHODS, base_name
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 from tcurlora_ext.segmentation.packages import require_package
+from tcurlora_ext.segmentation.report.cells import folded, number, results_table, with_sd
 from tcurlora_ext.segmentation.report.figures import draw_curves
 from tcurlora_ext.segmentation.report.findings import result_sentence
 from tcurlora_ext.segmentation.report.overlays import draw_overlays
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
-HEADER = ("method", "what trains", "trained parameters", "Dice %", "HD95 mm", "seconds")
+HEADER = (
+    "method", "what trains", "trained parameters", "Dice %", "HD95 mm", "file KB", "step ms", "memory MiB",
+    "warm-up steps", "seconds",
+)  # fmt: skip
+IN_TERMINAL = (2, 3, 4, 5, 6, 7)  # columns after the method
 
 
 def summarise_runs(results: Sequence[Row]) -> list[dict[str, Any]]:
@@ -49,8 +54,15 @@ def summarise_runs(results: Sequence[Row]) -> list[dict[str, Any]]:
             "seconds": round(finite_mean([row["seconds"] for row in runs]), 2),
             "warm_up_steps": runs[0].get("warm_up_steps", 0),
             "adapter_bytes": round(finite_mean([row.get("adapter_bytes", math.nan) for row in runs])),
+            **{key: _measured([row.get(key) for row in runs]) for key in ("step_ms", "step_mib", "gpu_peak_mib")},
         })  # fmt: skip
     return rows
+
+
+def _measured(values: Sequence[float | None]) -> float | str:
+    """The mean of what was measured, rounded; empty where nothing was."""
+    mean = finite_mean([value for value in values if value is not None])
+    return "" if math.isnan(mean) else round(mean, 3)
 
 
 def comparisons(summary: Sequence[Row]) -> list[str]:
@@ -76,29 +88,24 @@ def comparisons(summary: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _number(score: Any, factor: float = 1, digits: int = 2) -> str:
-    """A score for reading; a dash where it is undefined in every case."""
-    value = factor * float(score)
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
 def _cells(row: Row) -> tuple[str, ...]:
-    sd = f" ± {100 * float(row['dice_sd']):.1f}" if row["dice_sd"] != "" else ""
     undefined = f" ({row['hd95_undefined']} undefined)" if int(row["hd95_undefined"]) else ""
     return (
         row["method"], METHODS[base_name(row["method"])].description, f"{int(row['trained_numbers']):,}",
-        _number(row["dice_mean"], 100, 1) + sd, _number(row["hd95_mm"]) + undefined,
-        f"{float(row['seconds']):.0f}",
+        with_sd(row["dice_mean"], row["dice_sd"], 100), number(row["hd95_mm"]) + undefined,
+        number(row["adapter_bytes"], 1e-3, 1), number(row["step_ms"], 1, 0),
+        number(row["gpu_peak_mib"] or row["step_mib"], 1, 1), str(row["warm_up_steps"]), f"{float(row['seconds']):.0f}",
     )  # fmt: skip
 
 
 def table(summary: Sequence[Row]) -> Table:
-    """The methods side by side for the terminal; ± is the standard deviation over seeds."""
-    from rich.box import SIMPLE_HEAD
-
-    rows = [_cells(row) for row in summary]
-    title = "Validation, mean over foreground classes"
-    return rich_table(HEADER, rows, left=(0, 1), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    """The methods side by side for a terminal of 80 columns; ± is the standard deviation over seeds."""
+    rows = [
+        [folded(row["method"], 18), *(re.sub(r" (?=\(|undefined)", "\n", _cells(row)[at]) for at in IN_TERMINAL)]
+        for row in summary
+    ]
+    header = ("method", *(HEADER[at].replace(" ", "\n", 1) for at in IN_TERMINAL))
+    return results_table(header, rows, "Validation, mean over foreground classes", gap=0)
 
 
 def before_text(out: Path) -> str:
@@ -123,7 +130,8 @@ def _transformer_text(out: Path) -> str:
     )
 
 
-def _settings_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+def settings_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What run.json says of a run, for a table with names and values."""
     data = run["data"]
     rows = [
         (f"{name} cases ({len(data[part])})", ", ".join(data[part]))
@@ -151,7 +159,8 @@ def _text(value: Any) -> str:
     return "default" if value is None else str(value)
 
 
-def _data_url(path: Path) -> str:
+def data_url(path: Path) -> str:
+    """A picture as the address of itself."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -163,17 +172,13 @@ def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str,
         volumes: The validation cases.
         predictions: For each column of overlays.png, the predicted label values (X, Y, Z) of the first cases.
     """
-    require_package("jinja2")
-    import jinja2
-
     run, summary = read_json(out / "run.json"), read_csv(out / "summary.csv")
     labels, methods = run["data"]["labels"], [row["method"] for row in summary]
     classes = [labels[value] for value in sorted(labels, key=int) if int(value)]
     draw_curves(out, methods)
     draw_overlays(out, volumes, predictions, classes)
-    loader = jinja2.PackageLoader("tcurlora_ext.segmentation.report", "")
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    page = pages.get_template("report.html.j2").render(
+    content = render(
+        "report.html.j2",
         methods=methods,
         source=run["settings"]["data"] or "embedded target domain (MNI152 template)",
         cases={part: len(run["data"][part]) for part in ("train", "val")},
@@ -184,15 +189,25 @@ def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str,
         result=result_sentence(out, methods),
         findings=[*comparisons(summary), before_text(out)],
         transformer=_transformer_text(out),
-        curves=_data_url(out / "curves.png"),
-        overlays=_data_url(out / "overlays.png"),
+        curves=data_url(out / "curves.png"),
+        overlays=data_url(out / "overlays.png"),
         class_header=["method", *(f"{score}, {name}" for score in ("Dice %", "HD95 mm") for name in classes)],
         class_rows=[_class_cells(row, classes) for row in summary],
-        settings=_settings_rows(run),
+        settings=settings_rows(run),
     )
-    write_bytes(out / "report.html", page.encode())
+    write_bytes(out / "report.html", content)
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A page of this folder's templates with these values."""
+    require_package("jinja2")
+    import jinja2
+
+    loader = jinja2.PackageLoader("tcurlora_ext.segmentation.report", "")
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return pages.get_template(template).render(**values).encode()
 
 
 def _class_cells(row: Row, classes: Sequence[str]) -> list[str]:
-    dice = [_number(row[f"dice {name}"], 100, 1) for name in classes]
-    return [row["method"], *dice, *(_number(row[f"hd95_mm {name}"]) for name in classes)]
+    dice = [number(row[f"dice {name}"], 100, 1) for name in classes]
+    return [row["method"], *dice, *(number(row[f"hd95_mm {name}"]) for name in classes)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,15 +13,19 @@ from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation import training
-from tcurlora_ext.segmentation.metrics import evaluation
-from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
+from tcurlora_ext.segmentation.dataset.volumes import Volumes
 from tcurlora_ext.segmentation.methods import Method, MethodOptions, Task, beside
+from tcurlora_ext.segmentation.metrics import evaluation
 from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec, randomise
+from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, beside_rate
 from tcurlora_ext.segmentation.runs.subjects import hold_out
 from tcurlora_ext.segmentation.terminal import Display
 from tcurlora_ext.segmentation.training.logs import open_logs
-from tcurlora_ext.segmentation.dataset.volumes import Volumes
+
+# In result.json: the median time of a step without drawing its windows; what a step keeps for the backward pass, its
+# gradients and AdamW's moments; and the most that is allocated on a GPU, with the weights.
+COST = ("step_ms", "step_mib", "gpu_peak_mib")
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model and how it was trained."""
+    """A trained model, and how and on what it was trained."""
 
     model: nn.Module
+    volumes: Volumes
     options: MethodOptions
     plan: training.Plan
     progress: training.Progress
@@ -87,7 +93,7 @@ def fit(
     model = load_base(job.out)
     if job.head_is_new:  # a head for other classes starts from random weights of its own for each seed
         randomise(model, job.config, spec.head, seed)
-    plan, select = _plan(job, method, choice.lr, options), None
+    plan, select = plan_of(job, method, choice.lr, options), None
     if settings.holds_out:
         kept, held = hold_out(volumes.names, settings)
         chosen, volumes = volumes.part(held), volumes.part(kept)
@@ -106,15 +112,14 @@ def fit(
         progress = training.train(
             model, volumes, plan, folder, validate=validate, select=select, on_step=on_step, log=log
         )  # fmt: skip
-    return Fitted(model, options, plan, progress, trained)
+    return Fitted(model, volumes, options, plan, progress, trained)
 
 
 def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]:
     """Train by one method and seed, save the adapter, read it back and score it; returns the row of metrics.csv."""
     folder = job.out / method.folder / f"seed{seed}"
     if (folder / "result.json").is_file():
-        result: dict[str, Any] = read_json(folder / "result.json")
-        return result
+        return read_result(folder)
     fitted = fit(
         job, method, choice, seed, folder, job.train, title=f"{method.name}, seed {seed}",
         validate=lambda current: evaluation.mean_dice(current, job.val, job.config),
@@ -132,7 +137,7 @@ def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]
         "method": method.name, "seed": seed, "trained_numbers": fitted.trained, "lr": fitted.plan.lr,
         "steps": progress.step, **evaluation.summarise(scores, job.classes), "seconds": round(progress.seconds, 2),
         "warm_up_steps": method.warm_up(fitted.options),
-        "adapter_bytes": (folder / "adapter.safetensors").stat().st_size,
+        "adapter_bytes": (folder / "adapter.safetensors").stat().st_size, **cost_of(fitted),
     }  # fmt: skip
     write_json(folder / "result.json", row)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -141,6 +146,19 @@ def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]
         f"HD95 {row['hd95_mm']:.2f} mm{_selected(fitted)}"
     )
     return row
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result of a method and seed from its folder; what an earlier version has not measured is None."""
+    result = read_json(folder / "result.json")
+    return {**result, **{name: result.get(name) for name in COST}}
+
+
+def cost_of(fitted: Fitted) -> dict[str, Any]:
+    """The median time of the steps in ms and the memory of one in MiB, as `COST` names them."""
+    memory, step_ms = training.step_memory(fitted.model, fitted.volumes, fitted.plan), fitted.progress.step_ms
+    costs = (None if math.isnan(step_ms) else round(step_ms, 3), round(memory.counted_mib, 3), memory.peak_mib)
+    return dict(zip(COST, costs, strict=True))
 
 
 def _selected(fitted: Fitted) -> str:
@@ -156,7 +174,7 @@ def _selected(fitted: Fitted) -> str:
     return "".join(f"; {part}" for part in parts)
 
 
-def _plan(job: Job, method: Method, lr: float, options: MethodOptions) -> training.Plan:
+def plan_of(job: Job, method: Method, lr: float, options: MethodOptions) -> training.Plan:
     """How a method trains: its learning rates, and the same steps and windows for all methods of a seed."""
     settings, spec = job.settings, get_spec(job.config.network)
     plan = training.Plan(

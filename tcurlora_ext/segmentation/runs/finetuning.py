@@ -26,16 +26,19 @@ import torch
 from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_csv, write_json
+from tcurlora_ext.segmentation.dataset import SegmentationDataset
+from tcurlora_ext.segmentation.dataset.subjects import check_pattern, few_subjects
+from tcurlora_ext.segmentation.dataset.volumes import open_volumes
+from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, get_methods, learning_rate
 from tcurlora_ext.segmentation.metrics import evaluation
+from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, check_network, get_spec
+from tcurlora_ext.segmentation.networks.checkpoints import base_warnings
+from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.report import page as report
 from tcurlora_ext.segmentation.runs import tuning
 from tcurlora_ext.segmentation.runs.adapting import Choice, Job, adapt
+from tcurlora_ext.segmentation.runs.folder import check_folder, describe, open_folder, record
 from tcurlora_ext.segmentation.runs.network import load_adapted, load_base, open_pretrained, take_base
-from tcurlora_ext.segmentation.networks.checkpoints import base_warnings
-from tcurlora_ext.segmentation.dataset import SegmentationDataset
-from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, get_methods, learning_rate
-from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, check_network, get_spec
-from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.runs.pretraining import (
     PretrainSettings,
     check_positive,
@@ -46,13 +49,11 @@ from tcurlora_ext.segmentation.runs.pretraining import (
     pretrain,
     with_fraction,
 )
-from tcurlora_ext.segmentation.runs.folder import check_folder, describe, open_folder, record
-from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, beside_rate
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.runs.subjects import hold_out, record_held_out
 from tcurlora_ext.segmentation.terminal import Display
 from tcurlora_ext.segmentation.training import check_options, describe_augmentation
 from tcurlora_ext.segmentation.training.options import check_class_count
-from tcurlora_ext.segmentation.dataset.volumes import open_volumes
 
 EMBEDDED_CLASSES = 3
 
@@ -71,9 +72,8 @@ def finetune(
     display = display or Display()
     for package in ("matplotlib", "jinja2"):  # the report comes last, after all the training
         require_package(package)
-    methods = _check(settings)
-    rated = [*(METHODS[name] for name in STANDARD), *methods]
-    settings = replace(settings, lr={method.name: learning_rate(method, settings.lr) for method in rated})
+    methods = check_settings(settings)
+    settings = with_rates(settings, methods)
     description = describe("finetune", with_fraction(settings))
     defaults = describe("finetune", FinetuneSettings())["settings"]
     check_folder(out, description, resume, defaults)
@@ -95,7 +95,7 @@ def finetune(
     display.say(data.division)
     record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
     record_held_out([case.name for case in data.train], settings, out, display)
-    pretrained = settings.pretrained or _pretrain_embedded(settings, out, display)
+    pretrained = settings.pretrained or pretrain_embedded(settings, out / "pretrain", display)
     base = base or open_pretrained(settings, pretrained, data)
     take_base(base, out)
     for line in base.said:
@@ -120,6 +120,18 @@ def finetune(
     return _finish(job, methods, results)
 
 
+def open_job(settings: FinetuneSettings, out: Path, display: Display) -> Job:
+    """What the methods of a run share, from its folder, where it has begun."""
+    run, settings = read_json(out / "run.json"), with_rates(settings, check_settings(settings))
+    if run.get("weights", {}).get("random"):
+        settings = replace(settings, also_train="decoder")
+    data = settings.read_data(settings.data or out / "data" / "target")
+    config = NetworkConfig.read(out / "network.json")
+    train, val = (open_volumes(cases, config.spacing, settings.cache) for cases in (data.train, data.val))
+    device = pick_device(settings.device)
+    return Job(out, settings, config, run["base"]["head_is_new"], data.classes, train, val, device, display)
+
+
 def _finish(job: Job, methods: Sequence[Method], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write and show what the methods have reached; returns the rows of summary.csv."""
     out, display = job.out, job.display
@@ -136,7 +148,14 @@ def _finish(job: Job, methods: Sequence[Method], results: Sequence[dict[str, Any
     return summary
 
 
-def _check(settings: FinetuneSettings) -> list[Method]:
+def with_rates(settings: FinetuneSettings, methods: Sequence[Method]) -> FinetuneSettings:
+    """The settings with the learning rate of each method, as run.json records them."""
+    rated = [*(METHODS[name] for name in STANDARD), *methods]
+    return replace(settings, lr={method.name: learning_rate(method, settings.lr) for method in rated})
+
+
+def check_settings(settings: FinetuneSettings) -> list[Method]:
+    """The methods of a run. ValueError, which names the option, where one of the settings is wrong."""
     check_positive(
         steps=settings.steps, batch=settings.batch, seeds=settings.seeds, rank=settings.rank, alpha=settings.alpha,
         lora_rank=settings.lora_rank, checkpoint_every=settings.checkpoint_every,
@@ -155,6 +174,7 @@ def _check(settings: FinetuneSettings) -> list[Method]:
             "pretrained: found none, expected a file of weights to adapt to --data; "
             "`tcurlora pretrain --data DIR --output BASE` makes one, then give --pretrained BASE/base.safetensors"
         )
+    check_pattern(settings.subject_pattern)
     check_options(settings, pick_device(settings.device))
     if settings.tune:
         tuning.check(settings)
@@ -189,6 +209,8 @@ def _check_cases(settings: FinetuneSettings, data: SegmentationDataset | None) -
         data: None for the embedded target domain, which is made later.
     """
     names = [str(index) for index in range(settings.subjects[0])] if data is None else [c.name for c in data.train]
+    if data is None and settings.shots is not None:
+        names = [names[index] for index in few_subjects(names, settings.shots, settings.data_seed, None)]
     check_class_count(settings, EMBEDDED_CLASSES if data is None else len(data.labels))
     if settings.tune:
         tuning.check_cases(settings, names)
@@ -202,9 +224,9 @@ def _embedded_config(settings: FinetuneSettings) -> NetworkConfig:
     )  # fmt: skip
 
 
-def _pretrain_embedded(settings: FinetuneSettings, out: Path, display: Display) -> Path:
-    """Weights pretrained on the embedded source domain inside the run folder."""
-    config, folder = _embedded_config(settings), out / "pretrain"
+def pretrain_embedded(settings: FinetuneSettings, folder: Path, display: Display) -> Path:
+    """Weights pretrained on the embedded source domain in a folder, unless they are there."""
+    config = _embedded_config(settings)
     if not (folder / "transformer.json").is_file():
         pretrain(
             PretrainSettings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,9 +14,9 @@ import torch
 from tcurlora_ext.io.records import read_json, write_json
 
 # Settings to which a later call with --resume may add.
-GROWING = ("methods", "seeds", "lr")
+GROWING = ("methods", "seeds", "lr", "training_sets")
 # Those that make no difference to the results: a later call may have others.
-FREE = ("cache", "workers", "log")
+FREE = ("cache", "workers", "log", "reference", "measure", "subject_file")
 PACKAGES = ("tcurlora_ext", "torch", "monai", "peft", "nilearn", "nibabel", "numpy", "scipy")
 
 
@@ -40,7 +40,8 @@ def _version(package: str) -> str:
 
 
 def check_folder(
-    folder: Path, description: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None
+    folder: Path, description: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None,
+    own: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Check that a run may write to its folder, and write nothing.
 
@@ -49,6 +50,7 @@ def check_folder(
         description: What run.json is to hold, as values that JSON has.
         resume: Whether an earlier run in the folder is continued.
         defaults: Of the settings: what an earlier version has not recorded, because there was no such setting.
+        own: Names of what may lie in the folder before the run has begun.
 
     Raises:
         ValueError: The folder is neither new nor empty and `resume` is False; or the earlier run has another
@@ -57,7 +59,7 @@ def check_folder(
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: found a file, expected a folder or nothing")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name in own for path in folder.iterdir()):
         return
     if not resume:
         raise ValueError(
@@ -109,14 +111,15 @@ def record(folder: Path, part: str, content: Mapping[str, Any]) -> None:
 
 
 def open_folder(
-    folder: Path, description: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None
+    folder: Path, description: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None,
+    own: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Call :func:`check_folder`, then make the folder and write `run.json` unless it is there.
 
     A resumed run sets PyTorch's CPU threads to as many as the run started with: sums by another number of threads
     differ in the last bits.
     """
-    check_folder(folder, description, resume, defaults)
+    check_folder(folder, description, resume, defaults, own)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
     if not path.is_file():

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tcurlora_ext.segmentation.dataset.subjects import by_subject
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.runs.folder import record
 from tcurlora_ext.segmentation.terminal import Display
-
-BIDS = r"^(sub-[A-Za-z0-9]+)"
-
-
-def by_subject(names: Sequence[str], pattern: str | None) -> list[list[int]]:
-    """Indices of cases, one list for each subject, in the order in which the subjects come first.
-
-    Args:
-        names: Of the cases.
-        pattern: Regular expression whose first group is the subject in a name; None: that of BIDS, ``sub-01_...``. A
-            name without it is a subject of its own.
-    """
-    subjects: dict[tuple[str, str], list[int]] = {}
-    for index, name in enumerate(names):
-        found = re.search(pattern or BIDS, name)
-        subjects.setdefault(("subject", found[1]) if found else ("case", name), []).append(index)
-    return list(subjects.values())
 
 
 def folds(names: Sequence[str], count: int, seed: int, pattern: str | None) -> list[list[int]]:

@@ -7,6 +7,7 @@ whichever process draws them.
 """
 
 from .additions import StepAddition, add_to_steps
+from .cost import StepMemory, step_memory, step_times
 from .interruption import Interruption
 from .loop import Diverged, loss_step, make_optimizer, train, trainable
 from .options import TrainingOptions, check_options, with_options
@@ -22,6 +23,7 @@ __all__ = [
     "Progress",
     "Sampler",
     "StepAddition",
+    "StepMemory",
     "TrainingOptions",
     "add_to_steps",
     "check_options",
@@ -31,6 +33,8 @@ __all__ = [
     "rise_and_cosine",
     "schedule",
     "segmentation_loss",
+    "step_memory",
+    "step_times",
     "train",
     "trainable",
     "with_options",

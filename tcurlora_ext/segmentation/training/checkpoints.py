@@ -41,7 +41,8 @@ def save(
     write_checkpoint(folder / CHECKPOINT, {
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
         "optimizer": optimizer.state_dict(), "step": progress.step, "losses": progress.losses,
-        "curve": progress.curve, "seconds": progress.seconds, "selection": _selection(progress),
+        "curve": progress.curve, "seconds": progress.seconds, "times": progress.times,
+        "selection": _selection(progress),
         "scaler": None if precision.scaler is None else precision.scaler.state_dict(),
         **({} if addition is None else {"addition": addition.state()}),
     })  # fmt: skip
@@ -71,6 +72,7 @@ def resume(
     copy_into(parameters, saved)
     optimizer.load_state_dict(content["optimizer"])
     progress = Progress(content["step"], content["losses"], content["curve"], content["seconds"])
+    progress.times = content.get("times", [])  # as earlier checkpoints have none
     if selection := content.get("selection"):  # earlier checkpoints have none
         progress.select_curve, progress.stale = selection["curve"], selection["stale"]
         progress.stopped = selection["stopped"]

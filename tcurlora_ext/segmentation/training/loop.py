@@ -115,7 +115,8 @@ def train(
                 group["lr"] = group["peak"] * schedule(plan, step)
             images, labels = next(drawn)
             model.train()
-            progress.losses.append(_take(model, loss_of, images, labels, optimizer, precision, plan, addition))
+            drawn_at = time.perf_counter()
+            progress.losses.append(take(model, loss_of, images, labels, optimizer, precision, plan, addition))
             progress.step = step + 1
             if addition is not None:
                 addition.after_step(progress.step)
@@ -124,7 +125,9 @@ def train(
                     f"{folder}: the loss of step {step} is {progress.losses[-1]}, expected a finite number; "
                     f"try a learning rate below {plan.lr:g}"
                 )
-            progress.seconds += time.perf_counter() - started
+            ended = time.perf_counter()
+            progress.seconds += ended - started
+            progress.times.append(ended - drawn_at)
             measured = {"loss": progress.losses[-1], "lr": plan.lr * schedule(plan, step)}
             last = progress.step == plan.steps
             if select is not None and (last or _due(progress.step, plan.select_every)):
@@ -152,7 +155,7 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _take(
+def take(
     model: nn.Module, loss_of: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer,
     precision: Precision, plan: Plan, addition: StepAddition | None,
 ) -> float:  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ class TrainingOptions:
         patience: Stop after so many scores in a row on held-out training cases without a better one; 0: never.
         select_fraction: Fraction of the training subjects that is held out where `select` or `patience` needs it.
         select_every: Steps between scores on them; None: a tenth of the steps.
-        subject_pattern: Regular expression whose first group is the subject in the name of a case; None: BIDS names,
-            and elsewhere each case is a subject.
         log: "tensorboard" and "mlflow" write curves there too.
     """
 
@@ -51,7 +48,6 @@ class TrainingOptions:
     patience: int = 0
     select_fraction: float = 0.2
     select_every: int | None = None
-    subject_pattern: str | None = None
     log: tuple[str, ...] = ()
 
     @property
@@ -73,13 +69,6 @@ def check_options(options: TrainingOptions, device: torch.device) -> None:
         raise ValueError(f"select-fraction: found {options.select_fraction}, expected a number between 0 and 1")
     if options.flips and options.augment == "none":
         raise ValueError("flips: found them with augment none, expected intensity or full")
-    if options.subject_pattern is not None:
-        try:
-            groups = re.compile(options.subject_pattern).groups
-        except re.error as error:
-            raise ValueError(f"subject-pattern: found '{options.subject_pattern}' ({error})") from None
-        if not groups:
-            raise ValueError(f"subject-pattern: found '{options.subject_pattern}' without a group, expected one in ()")
     if options.cache is not None:
         _check_cache(options.cache)
     _check_weights(options.class_weights)

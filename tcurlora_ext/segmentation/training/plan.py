@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -87,6 +88,8 @@ class Progress:
         select_curve: Pairs of a step and the score after it that `select` and `patience` of the plan go by.
         best: The best of them; None before the first that is a number.
         stale: How many scores in a row were not better.
+        times: Seconds of each step's passes and update, without drawing its windows; steps of an earlier version have
+            none.
         stopped: Whether `patience` has ended the training before its last step.
     """
 
@@ -98,6 +101,13 @@ class Progress:
     best: Best | None = None
     stale: int = 0
     stopped: bool = False
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def step_ms(self) -> float:
+        """The median of `times` in milliseconds without the first three steps, which warm up; NaN without any."""
+        times = self.times[3:] or self.times
+        return 1e3 * statistics.median(times) if times else math.nan
 
     def scored(self, dice: float, parameters: Mapping[str, Tensor], patience: int) -> None:
         """Take in a score after the current step; NaN is no better than any other."""

@@ -1,0 +1,1 @@
+"""Methods compared over seeds and over numbers of training subjects: tables, paired tests, figures, a report."""

@@ -1,0 +1,54 @@
+"""Cells of the tables of results, for the terminal and for pages."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tcurlora_ext.io.table import rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DASH = "-"
+
+
+def number(value: Any, factor: float = 1, digits: int = 2, sign: str = "") -> str:
+    """A number for reading; a dash where it is empty, None or NaN."""
+    if value in ("", None) or math.isnan(float(value)):
+        return DASH
+    return f"{factor * float(value):{sign},.{digits}f}"
+
+
+def with_sd(mean: Any, sd: Any, factor: float = 1, digits: int = 1) -> str:
+    """A mean with its standard deviation, where there is one."""
+    shown = number(sd, factor, digits)
+    return number(mean, factor, digits) + ("" if shown == DASH else f" ± {shown}")
+
+
+def folded(name: str, width: int) -> str:
+    """A name in lines of at most so many characters, which begin at colons and hyphens where that is possible."""
+    lines = [""]
+    for part in re.findall(r"[:=-]?[^:=-]*", name):
+        for start in range(0, len(part), width):
+            piece = part[start : start + width]
+            if len(lines[-1]) + len(piece) > width:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(line for line in lines if line)
+
+
+def results_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str, gap: int = 1) -> Table:
+    """A table for a terminal of 80 columns; cells may have several lines, and the first column is aligned left.
+
+    Args:
+        header: The columns' headings.
+        rows: The cells.
+        title: Above the table.
+        gap: Spaces between columns, beside one that there always is.
+    """
+    from rich.box import SIMPLE_HEAD
+
+    return rich_table(header, rows, title=title, box=SIMPLE_HEAD, padding=(0, gap, 0, 0))

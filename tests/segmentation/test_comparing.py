@@ -1,0 +1,390 @@
+"""Comparisons in miniature: what is run and what is not, the tables, the tests over subjects, wrong settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pandas")
+
+import numpy as np
+from scipy.stats import wilcoxon
+from typer.testing import CliRunner, Result
+
+from tcurlora_ext.cli.app import app
+from tcurlora_ext.io.records import read_csv, read_json, write_json
+from tcurlora_ext.segmentation.comparing import comparing
+from tcurlora_ext.segmentation.comparing.comparing import compare
+from tcurlora_ext.segmentation.comparing.figures import short_names
+from tcurlora_ext.segmentation.comparing.findings import comparison_sentence
+from tcurlora_ext.segmentation.comparing.labels import spread
+from tcurlora_ext.segmentation.comparing.settings import CompareSettings
+from tcurlora_ext.segmentation.comparing.testing import against_reference, subject_scores
+from tcurlora_ext.segmentation.dataset import synthetic
+from tcurlora_ext.segmentation.metrics.comparison import holm, paired, rank_biserial
+from tcurlora_ext.segmentation.report.cells import folded, number, with_sd
+from tcurlora_ext.segmentation.runs import adapting
+from tcurlora_ext.segmentation.runs.finetuning import finetune
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
+from tcurlora_ext.segmentation.training import loop
+
+SIZES = {"hidden_size": 16, "mlp_dim": 32, "num_layers": 1, "num_heads": 2, "features": 4}
+TABLES = ("table.csv", "cases.csv", "tests.csv")
+
+
+def command(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def chosen(settings: Callable[..., FinetuneSettings]) -> CompareSettings:
+    """Two methods on one and on two of three subjects, two steps each."""
+    small = settings(steps=2, checkpoint_every=1)
+    values = {field.name: getattr(small, field.name) for field in fields(FinetuneSettings)}
+    return CompareSettings(**values | {"seeds": 2, "training_sets": ("1", "2")})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, pristine_data: Path, base: Path) -> Path:
+    """A finished comparison with the settings of `chosen`, measured; tests do not change it."""
+    out = tmp_path_factory.mktemp("compare") / "whole"
+    done = command(
+        "compare", "--output", out, "--data", pristine_data, "--pretrained", base, "--methods", "head,tcur", "--shots",
+        "1,2", "--seeds", 2, "--steps", 2, "--rank", 4, "--lora-rank", 2, "--checkpoint-every", 1, "--measure",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (out / "said.txt").write_text(done.output)
+    return out
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """Which training sets, methods and seeds have been trained."""
+    found: list[tuple[str, str, int]] = []
+    fit = adapting.fit
+
+    def noted(job: Any, method: Any, choice: Any, seed: int, *rest: Any, **named: Any) -> Any:
+        found.append((job.out.name, method.name, seed))
+        return fit(job, method, choice, seed, *rest, **named)
+
+    monkeypatch.setattr(adapting, "fit", noted)
+    return found
+
+
+def copied(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "compare"))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in TABLES}
+
+
+def test_repeated_it_trains_nothing_and_writes_the_same_tables(
+    whole: Path, tmp_path: Path, trained: list[Any], pristine_data: Path
+) -> None:
+    out = copied(whole, tmp_path)
+    before = contents(out)
+    for name in TABLES:
+        (out / name).unlink()
+    done = command("compare", "--resume", out)
+    assert done.exit_code == 0, done.output
+    assert (trained, contents(out)) == ([], before)
+
+
+def test_the_tables_and_the_report_have_every_method_and_training_set(whole: Path) -> None:
+    rows = read_csv(whole / "table.csv")
+    keys = [(row["training_set"], row["method"], row["label"]) for row in rows]
+    assert keys == [(s, m, label) for s in "12" for m in ("head", "tcur") for label in ("mean", "front", "back")]
+    assert {(row["training_set"], row["training_cases"]) for row in rows} == {("1", "1"), ("2", "2")}
+    for row in rows:
+        seeds = [
+            read_json(whole / row["training_set"] / row["method"] / f"seed{seed}" / "result.json") for seed in (0, 1)
+        ]
+        suffix = "" if row["label"] == "mean" else f" {row['label']}"
+        dice = [result[f"dice{suffix}"] for result in seeds]
+        assert float(row["dice_mean"]) == pytest.approx(np.mean(dice), nan_ok=True)
+        assert float(row["dice_sd"]) == pytest.approx(np.std(dice, ddof=1), nan_ok=True)
+        assert int(row["trained_numbers"]) == seeds[0]["trained_numbers"]
+        assert float(row["step_ms"]) > 0
+        assert float(row["step_mib"]) > 0
+        assert (row["seeds"], row["steps"], row["warm_up_steps"], row["gpu_peak_mib"]) == ("2", "2", "0", "")
+    cases = read_csv(whole / "cases.csv")
+    assert len(cases) == 2 * 2 * 2 * 2
+    assert {row["subject"] for row in cases} == {"case_003", "case_004"}
+    tests = read_csv(whole / "tests.csv")
+    assert [(t["training_set"], t["measure"], t["method"], t["reference"]) for t in tests] == [
+        (s, measure, "tcur", "head") for s in "12" for measure in ("dice", "hd95_mm")
+    ]
+    text = (whole / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert text.count("data:image/png;base64") == 6
+    for title in ("1 training subject (1 case)", "2 training subjects (2 cases)"):
+        assert f"<h2>{title}</h2>" in text
+    assert text.count("<td class=l>tcur</td>") >= 2
+    said = (whole / "said.txt").read_text()
+    tables = said[said.index("1 training subject") :].partition("table:")[0]
+    assert max(len(line.rstrip()) for line in tables.splitlines() if "Trained on" not in line) <= 80
+
+
+def test_what_is_measured_side_by_side_stands_in_the_table(whole: Path) -> None:
+    steps = {row["method"]: row for row in read_csv(whole / "steps.csv")}
+    assert set(steps) == {"head", "tcur"}
+    for row in read_csv(whole / "table.csv"):
+        assert float(row["step_ms"]) == float(steps[row["method"]]["step_ms"])
+        result = read_json(whole / row["training_set"] / row["method"] / "seed0" / "result.json")
+        assert float(row["step_mib"]) == result["step_mib"]  # as in the training
+    assert float(steps["tcur"]["step_mib"]) > float(steps["head"]["step_mib"])
+
+
+def test_fewer_subjects_are_among_more(whole: Path) -> None:
+    one, two = (set(read_json(whole / name / "run.json")["data"]["train"]) for name in "12")
+    assert (len(one), len(two)) == (1, 2)
+    assert one < two
+
+
+def test_only_what_is_missing_is_run(
+    whole: Path, tmp_path: Path, trained: list[tuple[str, str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copied(whole, tmp_path)
+    (out / "2" / "tcur" / "seed1" / "result.json").unlink()
+    done = command("compare", "--resume", out, "--methods", "norms")
+    assert done.exit_code == 0, done.output
+    assert trained == [
+        ("1", "norms", 0), ("1", "norms", 1), ("2", "norms", 0), ("2", "tcur", 1), ("2", "norms", 1)
+    ]  # fmt: skip
+    rows = read_csv(out / "cases.csv")
+    assert {row["method"] for row in rows} == {"head", "tcur", "norms"}
+    assert [row for row in rows if row["method"] != "norms"] == read_csv(whole / "cases.csv")
+    started: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        comparing, "finetune", lambda settings, folder, **_: started.append((folder.name, settings.seeds))
+    )
+    for words, expected in ((("--shots", "one"), [("one", 2)]), (("--seeds", 3), [(name, 3) for name in "12"])):
+        done = command("compare", "--resume", copied(whole, tmp_path / words[0]), *words)
+        assert "no such file" in done.stderr  # as nothing has been trained
+        assert [started.pop(0) for _ in expected] == expected
+    assert started == []
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_comparison_has_the_scores_of_an_uninterrupted_one(
+    whole: Path, tmp_path: Path, chosen: CompareSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save, saves = tmp_path / "compare", loop.checkpoints.save, iter(range(9))
+    one = replace(chosen, training_sets=("2",), seeds=1)
+
+    def stops(*values: Any) -> None:
+        save(*values)
+        if next(saves) == 2:  # the first of the second method
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.checkpoints, "save", stops)
+        with pytest.raises(Stopped):
+            compare(one, out)
+    assert (out / "2" / "tcur" / "seed0" / "checkpoint.pt").is_file()
+    compare(one, out)
+    expected = [row for row in read_csv(whole / "cases.csv") if (row["training_set"], row["seed"]) == ("2", "0")]
+    assert read_csv(out / "cases.csv") == expected
+
+
+def test_a_run_of_finetune_is_taken_over_without_what_it_has_not_measured(
+    tmp_path: Path, chosen: CompareSettings, settings: Callable[..., FinetuneSettings], trained: list[Any]
+) -> None:
+    out = tmp_path / "compare"
+    finetune(settings(steps=2, methods=("head", "tcur", "norms"), seeds=1, train_list="one"), out / "one")
+    for path in out.glob("one/*/seed0/result.json"):  # as an earlier version writes it
+        old = {k: v for k, v in read_json(path).items() if k not in adapting.COST}
+        write_json(path, old)
+    description = read_json(out / "one" / "run.json")
+    del description["settings"]["shots"]
+    write_json(out / "one" / "run.json", description)
+    trained.clear()
+    wanted = replace(chosen, training_sets=("one",), seeds=1, checkpoint_every=2)
+    rows = compare(wanted, out)
+    assert trained == []
+    assert {row["method"] for row in rows} == {"head", "tcur"}
+    assert {row["step_ms"] for row in rows} == {""}
+    assert "time.png" not in {path.name for path in out.iterdir()}
+    with pytest.raises(ValueError, match="the run has steps = 2, found 3 now"):
+        compare(replace(wanted, steps=3), out)
+    shutil.rmtree(out / "one")
+    (out / "notes.txt").write_text("mine")
+    (out / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"found no run\.json"):
+        compare(wanted, out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "lora"}, "reference: found 'lora', expected one of the methods head, tcur"),
+        ({"training_sets": ("4",)}, "shots: found 4, expected 1 to 3, the number of training subjects"),
+        ({"training_sets": ("0",)}, "shots: found 0, expected 1 to 3"),
+        ({"training_sets": ("1", "01")}, "shots: found '1,01', expected each once"),
+        ({"training_sets": ("one", "one")}, "shots: found 'one,one', expected each once"),
+        ({"training_sets": ("",)}, "shots: found '', expected numbers of subjects or names of lists"),
+        ({"training_sets": ("five",)}, "found no list 'five', expected one of"),
+        ({"training_sets": ("few/one", "few_one")}, "expected each once"),
+        ({"training_sets": ("1", "2"), "fold": 0, "train_list": "train"}, "for fold 0"),
+        ({"training_sets": ("one",), "fold": 0}, "shots: found 'one' beside fold 0"),
+        ({"methods": ("head", "lore")}, "method: found 'head,lore'"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_written(
+    changes: dict[str, Any], message: str, chosen: CompareSettings, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        compare(replace(chosen, **changes), tmp_path / "compare")
+    assert not (tmp_path / "compare").exists()
+
+
+def test_the_embedded_data_are_made_once_for_all_training_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    make = synthetic.make_subject
+    monkeypatch.setattr(synthetic, "make_subject", lambda *key: make(*key[:3], spacing=8.0))
+    small = CompareSettings(
+        methods=("head",), subjects=(2, 1), source_subjects=(1, 1), sizes=SIZES, roi=(16, 16, 16), steps=1,
+        pretrain_steps=1, training_sets=("all", "1"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="shots: found 3, expected 1 to 2"):
+        compare(replace(small, training_sets=("3",)), tmp_path / "compare")
+    rows = compare(small, tmp_path / "compare")
+    assert [row["training_set"] for row in rows if row["label"] == "mean"] == ["1", "all"]
+    assert not list((tmp_path / "compare").glob("*/pretrain"))
+    bases = [read_json(tmp_path / "compare" / name / "run.json")["base"]["sha256"] for name in ("1", "all")]
+    assert bases[0] == bases[1]
+
+
+def test_a_file_of_subjects_says_which_cases_belong_together(whole: Path, tmp_path: Path) -> None:
+    out, path = copied(whole, tmp_path), tmp_path / "subjects.json"
+    path.write_text(json.dumps({"case_003": "a"}))
+    done = command("compare", "--resume", out, "--subject-file", path)
+    assert done.exit_code == 2
+    assert "found no subject of the case case_004" in done.stderr
+    path.write_text(json.dumps({"case_003": "a", "case_004": "a"}))
+    assert command("compare", "--resume", out, "--subject-file", path).exit_code == 0
+    assert {row["subjects"] for row in read_csv(out / "tests.csv")} == {"1"}
+    path.write_text("[1]")
+    assert "expected the subject of each case" in command("compare", "--resume", out, "--subject-file", path).stderr
+
+
+def scored(dice: dict[str, list[float]], seeds: int = 1) -> list[dict[str, Any]]:
+    """Rows of cases.csv: two labels that differ by 0.2 around a method's Dice; subject a has the first two cases."""
+    return [
+        {"training_set": "5", "method": method, "seed": seed, "case": f"c{index}", "subject": "aabcdefgh"[index],
+         "dice x": value - 0.1 + shift, "dice y": value + 0.1 + shift, "hd95_mm x": 1.0, "hd95_mm y": math.nan}
+        for method, values in dice.items()
+        for seed in range(seeds)
+        for shift in [0.02 * (2 * seed - seeds + 1)]
+        for index, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_scores_are_means_over_labels_seeds_and_cases_of_a_subject() -> None:
+    rows = scored({"lora": [0.5, 0.7, 0.8]}, seeds=3)
+    assert subject_scores(rows, "5", "lora", "dice") == pytest.approx({"a": 0.6, "b": 0.8})
+    assert subject_scores(rows, "5", "lora", "hd95_mm") == {"a": 1.0, "b": 1.0}
+
+
+def test_methods_are_tested_against_the_reference_over_subjects() -> None:
+    base = [0.5, 0.7, 0.6, 0.8, 0.7, 0.75, 0.65]
+    more = [0.01, 0.03, 0.03, -0.01, 0.04, 0.05, 0.06]  # subjects: 0.02, 0.03, -0.01, 0.04, 0.05, 0.06
+    rows = scored({
+        "lora": base, "tcur": [a + b for a, b in zip(base, more, strict=True)], "same": base,
+        "head": [value - 0.2 - 0.001 * index for index, value in enumerate(base)],
+    })  # fmt: skip
+    found = {row["method"]: row for row in against_reference(rows, "lora") if row["measure"] == "dice"}
+    assert list(found) == ["tcur", "same", "head"]
+    tcur = found["tcur"]
+    differences = [0.02, 0.03, -0.01, 0.04, 0.05, 0.06]
+    assert tcur["subjects"] == 6
+    assert tcur["difference"] == pytest.approx(np.mean(differences))
+    # by hand: the rank sum is 21, of which 1 belongs to the one difference below 0; 2 of 64 signs are as far out twice
+    assert tcur["rank_biserial"] == pytest.approx(19 / 21)
+    assert tcur["p"] == pytest.approx(4 / 64)
+    assert tcur["p"] == pytest.approx(wilcoxon(differences).pvalue)
+    assert (found["same"]["p"], found["same"]["difference"]) == (1.0, 0.0)
+    assert math.isnan(found["same"]["rank_biserial"])
+    assert found["head"]["rank_biserial"] == -1.0
+    assert found["head"]["p"] == pytest.approx(2 / 64)
+    # Holm: the smallest of three times 3, the next times 2, then as it is
+    assert [found[m]["p_holm"] for m in ("head", "tcur", "same")] == pytest.approx([6 / 64, 8 / 64, 1.0])
+    assert holm([4 / 64, 1.0, 2 / 64]) == pytest.approx([8 / 64, 1.0, 6 / 64])
+
+
+def test_ties_share_their_ranks() -> None:
+    assert rank_biserial([1.0, -1.0, 2.0, 0.0]) == pytest.approx((1.5 - 1.5 + 3) / 6)
+    assert paired([])["cases"] == 0
+
+
+def test_the_sentence_says_how_far_the_subjects_can_tell() -> None:
+    def row(method: str, dice: float, sd: float | str) -> dict[str, Any]:
+        return {
+            "method": method, "training_cases": 5, "dice_mean": dice, "dice_sd": sd, "seeds": 3,
+            "trained_numbers": 2338 if method == "tcur" else 98338,
+        }  # fmt: skip
+
+    test = {"method": "tcur", "difference": -0.012, "low": -0.03, "high": 0.002, "subjects": 24}
+    rows = [row("lora", 0.727, 0.002), row("tcur", 0.715, 0.001)]
+    assert comparison_sentence(rows, [test], "lora") == (
+        "Trained on 5 cases, tcur reaches 71.5 % Dice ± 0.1 over 3 seeds (2,338 trained parameters), 1.2 points less "
+        "(24 subjects, 95 % interval -0.2 to 3.0; may be chance) than lora with 98,338 trained parameters; the best of "
+        "the 2 methods is lora with 72.7 % Dice ± 0.2 over 3 seeds (98,338 trained parameters)."
+    )
+    assert "there is no score" in comparison_sentence([row("lora", math.nan, "")], [], "lora")
+
+
+def test_cells_of_tables() -> None:
+    assert (number(math.nan), number(""), number(None), number(0.123, 100, 1, "+")) == ("-", "-", "-", "+12.3")
+    assert (with_sd(0.5, "", 100), with_sd(0.5, 0.01, 100)) == ("50.0", "50.0 ± 1.0")
+    for name in ("tcur-learned:rows_only=true", "a" * 50, "lora"):
+        lines = folded(name, 18).split("\n")
+        assert "".join(lines) == name
+        assert max(map(len, lines)) <= 18
+
+
+def test_names_in_figures_are_short_and_different() -> None:
+    names = ["tcur", "tcur:orthonormal=true", "tcur-carried:factors=a:rank=4", "lora:bits=2"]
+    assert list(short_names(names).values()) == ["tcur", "tcur orthonormal", "tcur-carried r=4", "lora bits=2"]
+    alike = ["tcur-carried:factors=a:rank=4", "tcur-carried:factors=b:rank=4"]
+    assert list(short_names(alike).values()) == alike
+
+
+def test_names_at_the_ends_of_lines_keep_their_order_and_a_distance() -> None:
+    values = [3.0, 1.0, 1.1, 1.05, 9.0]
+    found = spread(values, 0.5)
+    assert sorted(range(5), key=found.__getitem__) == sorted(range(5), key=values.__getitem__)
+    assert np.diff(sorted(found)).min() >= 0.5 - 1e-6
+    assert found[4] == 9.0
+
+
+def test_the_command_takes_the_options_of_finetune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[CompareSettings, Path]] = []
+    monkeypatch.setattr(comparing, "compare", lambda settings, out, *, display: calls.append((settings, out)))
+    options = tmp_path / "options.json"
+    options.write_text(json.dumps({"methods": ["head", "tcur"], "shots": [5, 10], "amp": "bf16", "lr": 0.1}))
+    words = ("--tune", "--trials", 5, "--seeds", 3, "--reference", "head", "--data", "d", "--pretrained", "p")
+    done = command("compare", "--config", options, "--output", tmp_path / "out", *words)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert calls == [
+        (
+            CompareSettings(
+                data=Path("d"), pretrained=Path("p"), methods=("head", "tcur"), training_sets=("5", "10"), amp="bf16",
+                lr={"head": 0.1, "tcur": 0.1}, tune=True, trials=5, seeds=3, reference="head",
+            ),
+            tmp_path / "out",
+        )
+    ]  # fmt: skip
