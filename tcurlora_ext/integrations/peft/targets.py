@@ -65,7 +65,7 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
     """
     layers = {name: base_of(module) for name, module in outer_modules(model)}
     linear = {name: layer for name, layer in layers.items() if is_supported(layer, model)}
-    reasons = left_out_by_default(linear, model, max(pair_of(config.r)), _made_anew)
+    reasons = left_out_by_default(linear, model, max(pair_of(config.r)), _made_anew, bypassed(model))
     found = {name: Target(name, linear[name]).role for name, reason in reasons.items() if not reason}
     if not found:
         raise ValueError(
@@ -170,7 +170,11 @@ def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Targ
 def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraConfig) -> Target:
     """The target for a module that the configuration names. Raises TypeError or ValueError if it cannot be adapted."""
     base = base_of(module)
-    if is_made_anew(base) or is_read_by_attention(base):
+    if is_read_by_attention(base):
+        raise TypeError(
+            f"{name} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it; inject adapts it"
+        )
+    if is_made_anew(base):
         raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
     if not is_supported(base, model):
         raise TypeError(
