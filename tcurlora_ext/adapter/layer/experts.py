@@ -7,11 +7,15 @@ The forward pass of the experts stays the model's own. What it does with the par
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from tcurlora_ext.adapter.stack.slices import LayerSlices
 
 from .parameter import HeldParameter, TCURParameter
 
@@ -51,50 +55,74 @@ class HeldExperts(HeldParameter):
         return weights if slices == len(stored) else weights.flatten(0, 1).unflatten(0, (slices, -1))
 
 
-class TCURExperts(HeldExperts, TCURParameter):
-    """The weights of all experts of a layer, with a t-CUR adapter. :func:`tcurlora_ext.inject` creates it.
+class AsWeights(ABC):
+    """A layer that is, to the experts' forward pass, the parameter that it holds.
 
-    To the experts' forward pass it is the parameter: it can be indexed by an expert or by the experts of all tokens,
-    transposed, and multiplied. Anything else is refused by name.
+    It can be indexed by an expert or by the experts of all tokens, transposed, and multiplied. Anything else is refused
+    by name. A subclass is a module whose ``training`` says whether dropout applies.
+
+    Attributes:
+        training: As of any module.
     """
 
-    def _all(self) -> ExpertWeights:
-        return ExpertWeights(self)
+    training: bool
 
-    dtype = property(lambda self: self.weight.dtype)
-    device = property(lambda self: self.weight.device)
-    shape = property(lambda self: self.weight.shape)
+    @property
+    @abstractmethod
+    def held(self) -> HeldExperts:
+        """What holds the weights: W, or W + dW where that is merged."""
+
+    @abstractmethod
+    def active_slices(self) -> list[LayerSlices]:
+        """The slices of each adapter that is to be computed; a call of the layer is noted."""
+
+    dtype = property(lambda self: self.held.weight.dtype)
+    device = property(lambda self: self.held.weight.device)
+    shape = property(lambda self: self.held.weight.shape)
 
     def data_ptr(self) -> int:
         """The address of the weights, by which transformers chooses a kernel."""
-        address: int = self.weight.data_ptr()
+        address: int = self.held.weight.data_ptr()
         return address
 
     def transpose(self, first: int, second: int) -> ExpertWeights:
         """The weights with their last two dimensions exchanged; other dimensions are refused."""
-        return self._all().transpose(first, second)
+        return ExpertWeights(self).transpose(first, second)
 
     def __getitem__(self, index: Any) -> ExpertWeight | ChosenWeights:
-        return self._all()[index]
+        return ExpertWeights(self)[index]
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return _call(func, tuple(arg._all() if isinstance(arg, TCURExperts) else arg for arg in args), kwargs or {})
+        return _call(
+            func, tuple(ExpertWeights(arg) if isinstance(arg, AsWeights) else arg for arg in args), kwargs or {}
+        )
 
     # -- what the views compute ---------------------------------------------------------------------------------------
 
-    def adapts(self) -> bool:
-        """Whether the adapter is to be computed: not where it is merged. A call of the layer is noted."""
-        if self.uncalled and not torch.compiler.is_compiling():
-            self.uncalled = False
-        if self.stack.rides and self.weight.requires_grad:
-            self.stack.hold_columns()
-        return not self.merged
+    def of_one(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+        """``x (W + dW)^T + bias`` for an expert.
 
-    def around(self, x: Tensor, ends: Sequence[int], base: Callable[[Tensor], Tensor]) -> Tensor:
-        """The product of sorted tokens with all weights, by the model's own function for it, with the adapter.
+        Args:
+            x: (tokens, in).
+            weight: W (out, in).
+            bias: (out,) or None.
+            expert: Its index.
+        """
+        active = self.active_slices()
+        if not active:
+            return nn.functional.linear(x, weight, bias)
+        own, *others = active
+        result = own.stack.adapt(x, weight, bias, own.first_slice + expert, 1, self.training)
+        for slices in others:
+            delta = slices.stack.delta(x, slices.first_slice + expert, 1, self.training)
+            result = result + delta.to(result.dtype)
+        return result
+
+    def of_all(self, x: Tensor, ends: Callable[[], Sequence[int]], base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The product of sorted tokens with all weights, by the model's own function for it, with the adapters.
 
         Args:
             x: (tokens, in), those of expert 0 first.
@@ -104,25 +132,54 @@ class TCURExperts(HeldExperts, TCURParameter):
         Returns:
             (tokens, out).
         """
-        if self.stack.rides:
-            return base(self._by_expert(x, ends, lambda part, e: self.stack.changed_input(part, e, self.training), x))
-        result = base(x)
-        delta = self._by_expert(x, ends, lambda part, e: self.stack.delta(part, e, 1, self.training), None)
-        return result + delta.to(result.dtype)
+        active = self.active_slices()
+        if not active:
+            return base(x)
+        at = ends()
+        if active[0].stack.rides and not self.held.weight.requires_grad:
+            own = active.pop(0)
+            result = base(self._by_expert(x, at, partial(_changed, own, self.training), x))
+        else:
+            result = base(x)
+        for slices in active:
+            result = result + self._by_expert(x, at, partial(_delta, slices, self.training), None).to(result.dtype)
+        return result
 
     def _by_expert(
         self, x: Tensor, ends: Sequence[int], compute: Callable[[Tensor, int], Tensor], rest: Tensor | None
     ) -> Tensor:
-        """A function of the tokens of each expert and the index of its slice; ``rest`` for tokens without one."""
+        """A function of the tokens of each expert and the expert's index; ``rest`` for tokens without one, or zeros."""
         parts, start = [], 0
         for expert, end in enumerate(ends):
             if end > start:
-                parts.append(compute(x[start:end], self.first_slice + expert).to(x.dtype))
+                parts.append(compute(x[start:end], expert).to(x.dtype))
                 start = end
         if start < len(x) or not parts:
-            zeros = x.new_zeros(len(x) - start, self.features[0])
-            parts.append(zeros if rest is None else rest[start:])
+            parts.append(x.new_zeros(len(x) - start, self.held.features[0]) if rest is None else rest[start:])
         return torch.cat(parts)
+
+
+def _changed(slices: LayerSlices, training: bool, x: Tensor, expert: int) -> Tensor:
+    return slices.stack.changed_input(x, slices.first_slice + expert, training)
+
+
+def _delta(slices: LayerSlices, training: bool, x: Tensor, expert: int) -> Tensor:
+    return slices.stack.delta(x, slices.first_slice + expert, 1, training)
+
+
+class TCURExperts(AsWeights, HeldExperts, TCURParameter):
+    """The weights of all experts of a layer, with a t-CUR adapter. :func:`tcurlora_ext.inject` creates it."""
+
+    @property
+    def held(self) -> HeldExperts:
+        return self
+
+    def active_slices(self) -> list[LayerSlices]:
+        if self.uncalled and not torch.compiler.is_compiling():
+            self.uncalled = False
+        if self.stack.rides and self.weight.requires_grad:
+            self.stack.hold_columns()
+        return [] if self.merged else [self.layer_slices]
 
 
 class _View:
@@ -133,22 +190,22 @@ class _View:
         swapped: Whether the last two dimensions are those of the stored parameter in the other order.
     """
 
-    def __init__(self, layer: TCURExperts, swapped: bool = False) -> None:
+    def __init__(self, layer: AsWeights, swapped: bool = False) -> None:
         self.layer, self.swapped = layer, swapped
 
     @property
     def right(self) -> bool:
         """Whether the product is ``x W``, with W (in, out), and not ``x W^T``."""
-        return self.layer.transposed != self.swapped
+        return self.layer.held.transposed != self.swapped
 
     @property
     def plain(self) -> Tensor:
         """The weights as they are stored; W + dW where merged."""
-        weight: Tensor = self.layer.weight
+        weight: Tensor = self.layer.held.weight
         return weight.transpose(-2, -1) if self.swapped else weight
 
-    dtype = property(lambda self: self.layer.weight.dtype)
-    device = property(lambda self: self.layer.weight.device)
+    dtype = property(lambda self: self.layer.dtype)
+    device = property(lambda self: self.layer.device)
     shape = property(lambda self: self.plain.shape)
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -189,13 +246,13 @@ class ExpertWeights(_View):
         def base(seen: Tensor) -> Any:
             return func(seen, self.plain, *more, **kwargs)
 
-        return self.layer.around(x, offs.tolist(), base) if self.layer.adapts() else base(x)
+        return self.layer.of_all(x, offs.tolist, base)
 
 
 class ExpertWeight(_View):
     """The weight of one expert."""
 
-    def __init__(self, layer: TCURExperts, swapped: bool, expert: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, layer: AsWeights, swapped: bool, expert: int, dtype: torch.dtype | None = None) -> None:
         super().__init__(layer, swapped)
         self.expert, self.cast = expert, dtype
 
@@ -215,17 +272,13 @@ class ExpertWeight(_View):
             x: (tokens, in).
             bias: (out,) or None.
         """
-        weight = self.plain.T if self.right else self.plain
-        if not self.layer.adapts():
-            return nn.functional.linear(x, weight, bias)
-        layer = self.layer
-        return layer.stack.adapt(x, weight, bias, layer.first_slice + self.expert, 1, layer.training)
+        return self.layer.of_one(x, self.plain.T if self.right else self.plain, bias, self.expert)
 
 
 class ChosenWeights(_View):
     """The weights of the experts of all tokens, (tokens, out, in) or (tokens, in, out)."""
 
-    def __init__(self, layer: TCURExperts, swapped: bool, experts: Tensor) -> None:
+    def __init__(self, layer: AsWeights, swapped: bool, experts: Tensor) -> None:
         super().__init__(layer, swapped)
         self.experts = experts
 
@@ -240,12 +293,14 @@ class ChosenWeights(_View):
             x: (tokens, in).
             base: The product with the base weights, (tokens, in) -> (tokens, out).
         """
-        if not self.layer.adapts():
-            return base(x)
         order = self.experts.argsort(stable=True)
         back = order.argsort()
-        ends = self.experts.bincount(minlength=len(self.layer.weight)).cumsum(0).tolist()
-        return self.layer.around(x[order], ends, lambda seen: base(seen[back])[order])[back]
+
+        def ends() -> list[int]:
+            found: list[int] = self.experts.bincount(minlength=self.layer.shape[0]).cumsum(0).tolist()
+            return found
+
+        return self.layer.of_all(x[order], ends, lambda seen: base(seen[back])[order])[back]
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

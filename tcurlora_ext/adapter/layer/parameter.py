@@ -16,6 +16,8 @@ from tcurlora_ext.adapter.distributed.dtensor import whole
 
 from .linear import TCURLayer
 
+_ORDER = "tcur_parameters"  # of a module: the names of its own parameters before any was taken out
+
 
 class HeldParameter(nn.Module):
     """A matrix that a module has as a parameter, as a layer without an adapter.
@@ -28,12 +30,10 @@ class HeldParameter(nn.Module):
         weight: The parameter.
         bias: None: a bias stays with the module.
         slices: As given.
-        order: The names of the module's own parameters before this one was taken out, so that all go back in order.
     """
 
     weight: Any  # nn.Parameter
     bias: Any  # None
-    order: tuple[str, ...] = ()
 
     def __init__(self, parameter: nn.Parameter, slices: int = 1) -> None:
         super().__init__()
@@ -94,22 +94,24 @@ class TCURParameter(HeldParameter, TCURLayer):
         destination[prefix.removesuffix(".")] = destination.pop(f"{prefix}weight")
 
 
-def put_layer(owner: nn.Module, own: str, layer: TCURParameter) -> None:
+def put_layer(owner: nn.Module, own: str, layer: nn.Module, held: HeldParameter) -> None:
     """Put an adapted layer in the place of a module's parameter.
 
     Args:
         owner: The module.
         own: The parameter's name in it.
         layer: The layer.
+        held: What holds the parameter: the layer itself, or the base layer in it.
     """
-    layer.order = tuple(owner._parameters)
+    vars(owner).setdefault(_ORDER, tuple(owner._parameters))
     del owner._parameters[own]
     owner._modules[own] = layer
-    owner._register_load_state_dict_pre_hook(partial(_weight_of_layer, own))
+    if layer is held:
+        owner._register_load_state_dict_pre_hook(partial(_weight_of_layer, own))
 
 
 def put_parameter(owner: nn.Module, own: str, plain: HeldParameter) -> None:
-    """The inverse of :func:`put_layer`. Of several layers of a module, the last that was put is put back first.
+    """The inverse of :func:`put_layer`.
 
     Args:
         owner: The module.
@@ -117,10 +119,12 @@ def put_parameter(owner: nn.Module, own: str, plain: HeldParameter) -> None:
         plain: The layer without its adapter.
     """
     del owner._modules[own]
-    parameters = owner._parameters | {own: plain.weight}
-    first = [name for name in plain.order if name in parameters]
+    parameters, order = {**owner._parameters, own: plain.weight}, vars(owner)[_ORDER]
+    first = {name: parameters.pop(name) for name in order if name in parameters}
     owner._parameters.clear()
-    owner._parameters.update({name: parameters[name] for name in [*first, *(parameters.keys() - {*first})]})
+    owner._parameters.update(first | parameters)
+    if len(first) == len(order):
+        del vars(owner)[_ORDER]
     hooks = owner._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
         renames = getattr(hook, "hook", hook)

@@ -234,7 +234,7 @@ def remove(model: nn.Module) -> nn.Module:
         container.first_call.remove()
     named = list(adapted_layers(model))
     plain = {id(layer): layer.restore(plain_type(layer)) for _, layer in named}
-    for name, adapted in reversed(named):
+    for name, adapted in named:
         held = plain[id(adapted)]
         if isinstance(held, HeldParameter):
             put_back(model, name, held)

@@ -84,7 +84,7 @@ def put_in_place(model: nn.Module, name: str, layer: TCURParameter) -> None:
         layer: The layer.
     """
     parent, _, own = name.rpartition(".")
-    put_layer(model.get_submodule(parent), own, layer)
+    put_layer(model.get_submodule(parent), own, layer, layer)
 
 
 def put_back(model: nn.Module, name: str, plain: HeldParameter) -> None:
