@@ -26,6 +26,9 @@ from .fused import parts_of
 from .parameters import named_layers, quantised_experts, reads_itself
 from .support import EXPECTED, adapted_type, class_of, has_matrix, is_linear, reason_against, refuse
 
+# A layer of one of the experts in a list, as before transformers 5: its role is what stands after the expert's number.
+_EXPERT = re.compile(r"(?P<experts>(.*\.)?experts)\.(\w+_)?\d+\.(?P<role>.+)")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -289,6 +292,9 @@ def _key(target: Target, config: TCURConfig) -> object:
         return config.stack_by(target.name, target.module)
     if isinstance(target.module, HeldExperts):
         return target.name, target.shape  # the experts of a layer are a stack of their own
+    among = _EXPERT.fullmatch(target.name)
+    if among and config.stack_by != "none":
+        return f"{among['experts']}.{among['role']}", target.shape
     if config.stack_by == "none":
         return target.name
     if config.stack_by == "role":
