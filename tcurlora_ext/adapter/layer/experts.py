@@ -102,6 +102,7 @@ class AsWeights(ABC):
 
     # -- what the views compute ---------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # an expert has another number of tokens each time
     def of_one(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
         """``x (W + dW)^T + bias`` for an expert.
 
@@ -121,6 +122,7 @@ class AsWeights(ABC):
             result = result + delta.to(result.dtype)
         return result
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # an expert has another number of tokens each time
     def of_all(self, x: Tensor, ends: Callable[[], Sequence[int]], base: Callable[[Tensor], Tensor]) -> Tensor:
         """The product of sorted tokens with all weights, by the model's own function for it, with the adapters.
 
@@ -304,7 +306,7 @@ class ChosenWeights(_View):
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a forward pass gets for a function of such weights. Raises TypeError for one that is not known."""
+    """What a forward pass gets for a function of such weights. Raises RuntimeError for one that is not known."""
     name = getattr(func, "__name__", str(func))
     views = list(_views(args))
     if len(views) == 1 and not any(isinstance(value, _View) for value in kwargs.values()):
@@ -323,7 +325,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
                 return func(columns, weights).squeeze(dim) if view.right else func(weights, columns).squeeze(dim)
 
             return view.product(args[1 - at].squeeze(dim), base).unsqueeze(dim)
-    raise TypeError(_refusal(name))
+    raise RuntimeError(_refusal(name))  # after a TypeError, Python would go on to look for another operand of @
 
 
 def _views(args: tuple[Any, ...]) -> Iterator[tuple[int, _View]]:

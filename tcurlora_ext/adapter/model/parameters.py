@@ -31,14 +31,16 @@ def held_in(module: nn.Module) -> dict[str, HeldParameter]:
     Args:
         module: The module; of one that is adapted, those that are not.
     """
-    if isinstance(module, nn.MultiheadAttention):
-        parameters = {own: p for own, p in module._parameters.items() if p is not None and own.endswith("proj_weight")}
-        return {own: HeldParameter(p, 3 if own == "in_proj_weight" else 1) for own, p in parameters.items()}
     transposed = getattr(module, "is_transposed", None)
-    if isinstance(transposed, bool) and hasattr(module, "num_experts"):
-        parameters = {own: p for own, p in module._parameters.items() if p is not None and p.dim() == 3}
-        return {own: HeldExperts(p, transposed) for own, p in parameters.items() if own.endswith("_proj")}
-    return {}
+    own_parameters = {own: p for own, p in module._parameters.items() if p is not None}
+    held: dict[str, HeldParameter] = {}
+    if isinstance(module, nn.MultiheadAttention):
+        parts = {own: p for own, p in own_parameters.items() if own.endswith("proj_weight")}
+        held = {own: HeldParameter(p, 3 if own == "in_proj_weight" else 1) for own, p in parts.items()}
+    elif isinstance(transposed, bool) and hasattr(module, "num_experts"):
+        parts = {own: p for own, p in own_parameters.items() if p.dim() == 3 and own.endswith("_proj")}
+        held = {own: HeldExperts(p, transposed) for own, p in parts.items()}
+    return {own: layer.train(module.training) for own, layer in held.items()}
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
