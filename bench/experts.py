@@ -1,4 +1,4 @@
-"""The time of a training step of a layer of experts: frozen, adapted, and with PEFT's LoRA in the same parameters.
+"""The CPU time of a training step of a layer of experts: frozen, adapted, and with PEFT's LoRA in the same parameters.
 
     python -m tcurlora_ext.bench.experts
 
@@ -69,7 +69,7 @@ def step(block: Callable[[Tensor], Tensor], trained: list[nn.Parameter], x: Tens
 
 
 def measure(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median time of each call in milliseconds; they take turns, so that all see the same load.
+    """The median CPU time of each call in milliseconds; they take turns, so that all see the same load.
 
     Args:
         calls: What is measured, by name.
@@ -78,10 +78,10 @@ def measure(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
     times: dict[str, list[float]] = {name: [] for name in calls}
     for at in range(repeats + 2):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if at >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (time.process_time() - start))
     return {name: median(found) for name, found in times.items()}
 
 

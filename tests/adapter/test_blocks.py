@@ -19,7 +19,7 @@ from tcurlora_ext.adapter.config import DEFAULT_SPLIT
 from tcurlora_ext.adapter.model.blocks import left_out_by_default, not_called, repeated_names
 from tcurlora_ext.adapter.model.coverage import CONVOLUTION, EXPERTS
 from tcurlora_ext.adapter.model.fused import parts_of
-from tcurlora_ext.adapter.model.targets import find_targets
+from tcurlora_ext.adapter.model.targets import find_targets, group
 
 
 def named(**layers: tuple[int, int]) -> dict[str, nn.Module]:
@@ -89,6 +89,15 @@ def test_a_gate_beside_experts_is_a_router_and_a_narrow_one_is_left_out() -> Non
     assert reason("b.0.shared_gate", layers, rank=1) == ""
     config = tcur.TCURConfig(rank=(1, 2))  # the larger of both
     assert "b.0.shared_gate" not in {target.name for target in find_targets(model_of(layers), config)}
+
+
+def test_experts_in_a_list_are_a_stack_for_each_role_of_a_layer() -> None:
+    layers = {f"b.{i}.experts.{e}.{own}": nn.Linear(6, 6) for i in "01" for e in "012" for own in ("w1", "w2", "w3")}
+    config = tcur.TCURConfig(rank=2)
+    groups = group(find_targets(model_of(layers), config), config).values()
+    assert sorted([target.name for target in members] for members in groups) == [
+        [f"b.{i}.experts.{e}.{own}" for e in "012"] for i in "01" for own in ("w1", "w2", "w3")
+    ]
 
 
 def test_the_blocks_of_a_transformer_encoder_are_adapted_whole() -> None:

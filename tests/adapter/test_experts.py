@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.layer.experts import TCURExperts
+from tcurlora_ext.analysis.plan import plan, trace_calls
+from tcurlora_ext.cli.merge import merged_state
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -219,6 +221,28 @@ def test_dropout_is_of_the_adapter_alone() -> None:
     for stack in tcur.stacks(model).values():
         stack.core.data.zero_()
     assert_close(model.train()(IDS).logits, network()(IDS).logits)
+
+
+def test_the_command_merges_and_plans_experts() -> None:
+    model = adapted()
+    plain = network()
+    state, _ = merged_state(model, torch.float32)
+    assert state.keys() == plain.state_dict().keys()
+    plain.load_state_dict(state)
+    assert_close(plain(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    config = tcur.TCURConfig(rank=2)
+    calls = trace_calls(network(), config, IDS)
+    assert calls["model.layers.0.mlp.experts.down_proj"].tokens == 2 * IDS.numel()
+    assert plan(network(), config, calls).tcur.trained == tcur.summary(model).trained
+
+
+def test_a_learned_subspace_has_the_experts() -> None:
+    model = network()
+    config = tcur.TCURConfig.preset("learned", rank=2, target_modules=["experts.down_proj"])
+    subspace = tcur.learn_factors(model, config, lambda: model(IDS, labels=IDS).loss, steps=2)
+    before = model(IDS).logits
+    tcur.inject(model, config, subspace=subspace)
+    assert torch.equal(model(IDS).logits, before)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
