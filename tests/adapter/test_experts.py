@@ -239,7 +239,7 @@ def test_the_command_merges_and_plans_experts() -> None:
 def test_a_learned_subspace_has_the_experts() -> None:
     model = network()
     config = tcur.TCURConfig.preset("learned", rank=2, target_modules=["experts.down_proj"])
-    subspace = tcur.learn_factors(model, config, lambda: model(IDS, labels=IDS).loss, steps=2)
+    subspace = tcur.learn_factors(model, config, lambda _: model(IDS, labels=IDS).loss, steps=2)
     before = model(IDS).logits
     tcur.inject(model, config, subspace=subspace)
     assert torch.equal(model(IDS).logits, before)
