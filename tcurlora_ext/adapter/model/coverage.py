@@ -89,7 +89,7 @@ class Coverage:
 
     @property
     def adapted(self) -> tuple[Part, ...]:
-        """All that is adapted: linear layers, and parameters of experts."""
+        """All that is adapted, linear layers and parameters of experts."""
         return tuple(part for part in self.parts if part.slices)
 
     @property

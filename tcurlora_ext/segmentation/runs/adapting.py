@@ -12,15 +12,15 @@ from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation import training
-from tcurlora_ext.segmentation.dataset.volumes import Volumes
-from tcurlora_ext.segmentation.methods import Method, MethodOptions, Task, beside
 from tcurlora_ext.segmentation.metrics import evaluation
-from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec, randomise
 from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
+from tcurlora_ext.segmentation.methods import Method, MethodOptions, Task, beside
+from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec, randomise
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, beside_rate
 from tcurlora_ext.segmentation.runs.subjects import hold_out
 from tcurlora_ext.segmentation.terminal import Display
 from tcurlora_ext.segmentation.training.logs import open_logs
+from tcurlora_ext.segmentation.dataset.volumes import Volumes
 
 
 @dataclass(frozen=True)

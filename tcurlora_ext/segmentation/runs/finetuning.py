@@ -26,18 +26,16 @@ import torch
 from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_csv, write_json
-from tcurlora_ext.segmentation.dataset import SegmentationDataset
-from tcurlora_ext.segmentation.dataset.volumes import open_volumes
-from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, get_methods, learning_rate
 from tcurlora_ext.segmentation.metrics import evaluation
-from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, check_network, get_spec
-from tcurlora_ext.segmentation.networks.checkpoints import base_warnings
-from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.report import page as report
 from tcurlora_ext.segmentation.runs import tuning
 from tcurlora_ext.segmentation.runs.adapting import Choice, Job, adapt
-from tcurlora_ext.segmentation.runs.folder import check_folder, describe, open_folder, record
 from tcurlora_ext.segmentation.runs.network import load_adapted, load_base, open_pretrained, take_base
+from tcurlora_ext.segmentation.networks.checkpoints import base_warnings
+from tcurlora_ext.segmentation.dataset import SegmentationDataset
+from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, get_methods, learning_rate
+from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, check_network, get_spec
+from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.runs.pretraining import (
     PretrainSettings,
     check_positive,
@@ -48,11 +46,13 @@ from tcurlora_ext.segmentation.runs.pretraining import (
     pretrain,
     with_fraction,
 )
-from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
+from tcurlora_ext.segmentation.runs.folder import check_folder, describe, open_folder, record
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, beside_rate
 from tcurlora_ext.segmentation.runs.subjects import hold_out, record_held_out
 from tcurlora_ext.segmentation.terminal import Display
 from tcurlora_ext.segmentation.training import check_options, describe_augmentation
 from tcurlora_ext.segmentation.training.options import check_class_count
+from tcurlora_ext.segmentation.dataset.volumes import open_volumes
 
 EMBEDDED_CLASSES = 3
 

@@ -14,10 +14,10 @@ import tcurlora_ext as tcur
 from tcurlora_ext.adapter.learning import warmup
 from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.segmentation import training
+from tcurlora_ext.segmentation.runs.network import open_pretrained
 from tcurlora_ext.segmentation.dataset import SegmentationDataset, load_volumes
 from tcurlora_ext.segmentation.methods.tcur import prefixes_beside
 from tcurlora_ext.segmentation.networks import get_spec, randomise
-from tcurlora_ext.segmentation.runs.network import open_pretrained
 from tcurlora_ext.segmentation.runs.pretraining import check_positive, pick_device
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, beside_rate
 from tcurlora_ext.segmentation.terminal import Display

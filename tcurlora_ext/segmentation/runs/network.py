@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.segmentation.networks.checkpoints import Base, Wanted, open_base
 from tcurlora_ext.segmentation.dataset import SegmentationDataset
 from tcurlora_ext.segmentation.methods import METHODS, base_name, folder_name, get_methods
 from tcurlora_ext.segmentation.networks import (
@@ -18,7 +19,6 @@ from tcurlora_ext.segmentation.networks import (
     read_weights,
     save_weights,
 )
-from tcurlora_ext.segmentation.networks.checkpoints import Base, Wanted, open_base
 from tcurlora_ext.segmentation.runs.folder import record
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 

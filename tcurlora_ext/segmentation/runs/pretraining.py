@@ -11,10 +11,10 @@ from torch import nn
 
 from tcurlora_ext.io.records import write_json
 from tcurlora_ext.segmentation import training
-from tcurlora_ext.segmentation.dataset import DataOptions, SegmentationDataset, synthetic
-from tcurlora_ext.segmentation.dataset.cases import VAL_FRACTION
-from tcurlora_ext.segmentation.dataset.volumes import Volumes, open_volumes
 from tcurlora_ext.segmentation.metrics import evaluation
+from tcurlora_ext.segmentation.dataset import synthetic
+from tcurlora_ext.segmentation.dataset.cases import VAL_FRACTION
+from tcurlora_ext.segmentation.dataset import DataOptions, SegmentationDataset
 from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
@@ -29,6 +29,7 @@ from tcurlora_ext.segmentation.terminal import Display
 from tcurlora_ext.segmentation.training import TrainingOptions, check_options, describe_augmentation
 from tcurlora_ext.segmentation.training.logs import open_logs
 from tcurlora_ext.segmentation.training.options import check_class_count
+from tcurlora_ext.segmentation.dataset.volumes import Volumes, open_volumes
 
 EMBEDDED_SUBJECTS = {"source": (24, 6), "target": (4, 8)}  # training and validation
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tcurlora_ext.io.records import read_json
-from tcurlora_ext.segmentation.dataset import DataOptions
 from tcurlora_ext.segmentation.dataset.cases import VAL_FRACTION
+from tcurlora_ext.segmentation.dataset import DataOptions
 from tcurlora_ext.segmentation.methods import METHODS, STANDARD, Method, MethodOptions, learning_rate
 from tcurlora_ext.segmentation.runs.pretraining import EMBEDDED_SUBJECTS
 from tcurlora_ext.segmentation.training import TrainingOptions

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
-from tcurlora_ext.segmentation.methods import Method
 from tcurlora_ext.segmentation.metrics import evaluation
 from tcurlora_ext.segmentation.runs.adapting import Choice, Job, fit
+from tcurlora_ext.segmentation.methods import Method
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.runs.subjects import folds, hold_out
 from tcurlora_ext.segmentation.training import Diverged
