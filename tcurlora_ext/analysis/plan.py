@@ -30,6 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.model.coverage import Coverage, coverage
+from tcurlora_ext.adapter.model.parameters import reader_of
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
@@ -275,8 +277,25 @@ def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: 
         before = calls[name].tokens if name in calls else 0
         calls[name] = Call(before + x.shape[:-1].numel(), number)
 
-    with torch.no_grad(), watching(find_targets(model, config), note):
-        model(*inputs, **keywords)
+    def note_read(name: str, module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        x, *others = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
+        experts = [] if isinstance(module, nn.MultiheadAttention) else [o for o in others if not o.is_floating_point()]
+        tokens = experts[0].numel() if experts else x.shape[:-1].numel()  # a token has several experts
+        calls[name] = Call((calls[name].tokens if name in calls else 0) + tokens, name)
+
+    targets = find_targets(model, config)
+    readers = {target.name: reader_of(model, target.name) for target in targets}
+    handles = [
+        reader.register_forward_pre_hook(partial(note_read, name), with_kwargs=True)
+        for name, reader in readers.items()
+        if reader is not None
+    ]
+    try:
+        with torch.no_grad(), watching([target for target in targets if readers[target.name] is None], note):
+            model(*inputs, **keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
     return calls
 
 

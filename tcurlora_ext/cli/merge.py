@@ -77,7 +77,7 @@ def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dic
         for name, layer in adapted_layers(model):
             total = layer.summed_weight(dtype)
             losses[names[id(layer.stack)]][name] = rounding_loss(layer, total)
-            state[f"{name}.weight"] = layer.as_matrix(total)
+            state[layer.key_of(name)] = layer.as_matrix(total)
         # Tied tensors are written under each of their names: safetensors refuses shared memory.
         state = {
             name: (value.to(dtype) if value.is_floating_point() else value).cpu().contiguous().clone()

@@ -19,7 +19,7 @@ from tcurlora_ext.adapter.config import DEFAULT_SPLIT
 from tcurlora_ext.adapter.model.blocks import left_out_by_default, not_called, repeated_names
 from tcurlora_ext.adapter.model.coverage import CONVOLUTION, EXPERTS
 from tcurlora_ext.adapter.model.fused import parts_of
-from tcurlora_ext.adapter.model.targets import find_targets
+from tcurlora_ext.adapter.model.targets import find_targets, group
 
 
 def named(**layers: tuple[int, int]) -> dict[str, nn.Module]:
@@ -91,17 +91,20 @@ def test_a_gate_beside_experts_is_a_router_and_a_narrow_one_is_left_out() -> Non
     assert "b.0.shared_gate" not in {target.name for target in find_targets(model_of(layers), config)}
 
 
-def test_layers_that_their_parent_does_not_call_are_left_out() -> None:
+def test_experts_in_a_list_are_a_stack_for_each_role_of_a_layer() -> None:
+    layers = {f"b.{i}.experts.{e}.{own}": nn.Linear(6, 6) for i in "01" for e in "012" for own in ("w1", "w2", "w3")}
+    config = tcur.TCURConfig(rank=2)
+    groups = group(find_targets(model_of(layers), config), config).values()
+    assert sorted([target.name for target in members] for members in groups) == [
+        [f"b.{i}.experts.{e}.{own}" for e in "012"] for i in "01" for own in ("w1", "w2", "w3")
+    ]
+
+
+def test_the_blocks_of_a_transformer_encoder_are_adapted_whole() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
-    with pytest.raises(
-        ValueError, match=r"adapts none of the 4 linear modules .*layers\.0\.linear1 is left out: layers\.0 is an nn"
-    ):
-        tcur.inject(encoder, tcur.TCURConfig(rank=2))
-    both = nn.ModuleDict({"encoder": encoder, "b": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in "12")})
-    tcur.inject(both, tcur.TCURConfig(rank=2))
-    reasons = {part.name: part.reason for part in tcur.summary(both).covers.left_out}
-    assert "nn.TransformerEncoderLayer" in reasons["encoder.layers.0.linear1"]
-    assert "nn.MultiheadAttention reads its weight" in reasons["encoder.layers.0.self_attn.out_proj"]
+    found = {target.name: target.slices for target in find_targets(encoder, tcur.TCURConfig(rank=2))}
+    names = {"self_attn.in_proj_weight": 3, "self_attn.out_proj": 1, "linear1": 1, "linear2": 1}
+    assert found == {f"layers.{i}.{name}": slices for i in (0, 1) for name, slices in names.items()}
 
 
 def test_a_parent_that_reads_its_weights_is_known_by_its_class() -> None:

@@ -238,28 +238,6 @@ def test_a_module_under_two_names_is_replaced_in_both_and_is_one_slice() -> None
     assert torch.equal(model(x), y)
 
 
-def test_the_projection_of_multihead_attention_is_not_adapted() -> None:
-    """Its parent uses the weight without calling the layer: an adapter there would silently have no effect."""
-    model = nn.ModuleDict({"self_attn": nn.MultiheadAttention(8, 2), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 8)})})
-    kind = type(model["self_attn"].out_proj)
-    tcur.inject(model, tcur.TCURConfig(rank=2))
-    assert type(model["self_attn"].out_proj) is kind
-    assert isinstance(model["mlp"]["fc1"], tcur.TCURLinear)
-    tcur.remove(model)
-    with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear"):
-        tcur.inject(model, tcur.TCURConfig(rank=2, target_modules=["out_proj"]))
-
-
-def test_a_transformer_encoder_layer_is_refused(state_of: Any, assert_unchanged: Any) -> None:
-    """In eval mode it passes its weights to one fused operator: an adapter in it would silently have no effect."""
-    model = nn.ModuleDict({"first": nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "mlp": nn.Linear(8, 8)})
-    before = state_of(model)
-    with pytest.raises(ValueError, match=r"first\.linear1: first is an nn\.TransformerEncoderLayer"):
-        tcur.inject(model, tcur.TCURConfig(rank=2, target_modules=["linear1", "linear2", "mlp"]))
-    assert_unchanged(model, before)
-    tcur.inject(model, tcur.TCURConfig(rank=2, target_modules=["mlp"]))
-
-
 def test_a_core_of_the_wrong_model_is_not_reached_through_a_copy_of_the_config() -> None:
     """Two models adapted with one configuration share nothing."""
     config = tcur.TCURConfig(rank=1, target_modules=["0"])

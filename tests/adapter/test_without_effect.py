@@ -194,12 +194,8 @@ def mixed() -> nn.ModuleDict:
         ({"target_modules": ["q"], "exclude_modules": ["kk"]}, "exclude_modules has 'kk', which no module"),
         ({"target_modules": ["q"], "split_fused": {"qq": 2}}, "split_fused has 'qq', which no module"),
         ({"target_modules": ["q", "conv"]}, "'conv', but conv cannot be adapted: found a Conv1d, expected nn.Linear"),
-        (
-            {"target_modules": ["q", "out_proj"]},
-            r"attn\.out_proj cannot be adapted: nn\.MultiheadAttention reads its w",
-        ),
         ({"target_modules": ["q", "v"]}, "v cannot be adapted: its weight is made anew in each call"),
-        ({"target_modules": ["q", "in_proj_weight"]}, r"attn\.in_proj_weight is a parameter of a MultiheadAttention"),
+        ({"target_modules": ["q", "in_proj_bias"]}, r"attn\.in_proj_bias is a parameter of a MultiheadAttention"),
         ({"target_modules": r"q|conv"}, "match 1 modules that are left out, such as conv: found a Conv1d"),
     ],
 )

@@ -30,11 +30,18 @@ def row(architecture: Architecture) -> Row:
     return (
         architecture.name,
         f"`{architecture.symbol}`",
-        f"{len(covers.adapted)} of {len(covers.linear)}",
+        _adapted(covers),
         f"{covers.share:.0%}",
         f"{covers.share_of_all:.0%}",
         left_out(covers),
     )
+
+
+def _adapted(covers: Coverage) -> str:
+    adapted = f"{len(covers.adapted_linear)} of {len(covers.linear)}"
+    if not covers.experts:
+        return adapted
+    return f"{adapted}; experts: {sum(part.slices > 0 for part in covers.experts)} of {len(covers.experts)}"
 
 
 def left_out(covers: Coverage) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.carried import TCURCarried
+from tcurlora_ext.adapter.layer.parameter import TCURParameter
 from tcurlora_ext.adapter.model.structure import require_adapted, stacks
 from tcurlora_ext.adapter.stack.batches import batch_of, entered
 
@@ -76,6 +77,11 @@ class AdapterBank:
                 )
             if any(isinstance(layer, TCURCarried) for layer in stack.layers.values()):
                 raise ValueError(f"stack {name} has quantised layers, whose own forward pass knows one adapter alone")
+            if any(isinstance(layer, TCURParameter) for layer in stack.layers.values()):
+                raise ValueError(
+                    f"stack {name} has {stack.names[0]}, a parameter that the module around it reads: there the rows "
+                    "are no longer those of the batch (experts, nn.MultiheadAttention); adapt the model without it"
+                )
         self._names = {stack: name for name, stack in self._stacks.items()}
         self._modules = OwnModules(adapted, modules)
         like = {name: stack.core.detach() for name, stack in self._stacks.items()} | self._modules.base

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
+from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.model.effect import sample
 from tcurlora_ext.adapter.model.inject import attach, learned_factors
+from tcurlora_ext.adapter.model.parameters import named_layers, reads_itself
 from tcurlora_ext.adapter.model.structure import (
     Adapted,
     adapted_layers,
@@ -111,23 +113,24 @@ def _refuse_leftovers(adapted: Adapted, file: AdapterFile) -> None:
 def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list[Target]:
     """The modules of a stack, given the names of its slices: ``name[0]``, ``name[1]``, ... are one fused module."""
     members: list[Target] = []
-    here = {name for name, _ in model.named_modules()}
+    here, readers = dict(named_layers(model)), reads_itself(model)
     for slice_name in names:
         name = module_of(slice_name, here)
         if members and members[-1].name == name:
             members[-1] = Target(name, members[-1].module, members[-1].slices + 1)
             continue
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have"
-            ) from None
-        reason = "" if isinstance(module, TCURLayer) else reason_against(module)
+        if name not in here:
+            raise ValueError(f"{path}: stack {stack} adapts {name}, which {type(model).__name__} does not have")
+        module = here[name]
+        reason = readers.get(name) or ("" if isinstance(module, TCURLayer) else reason_against(module))
         if reason:
             raise ValueError(f"{path}: {name} cannot be adapted: {reason}")
         members.append(Target(name, module))
     for member in members:
+        if isinstance(member.module, HeldParameter) and member.slices != member.module.slices:
+            raise ValueError(
+                f"{path}: {member.name} has {member.slices} slices in the file, {member.module.slices} in the model"
+            )
         out_features = Target(member.name, member.module).shape[0]
         if out_features % member.slices:
             raise ValueError(
@@ -139,7 +142,9 @@ def _members(model: nn.Module, stack: str, names: list[str], path: Path) -> list
 def _others(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
     """What the file sets besides the stacks: (parameter or buffer of the model, value)."""
     found = []
-    for kind, here in (("trained", dict(model.named_parameters())), ("state", dict(model.named_buffers()))):
+    parameters = dict(model.named_parameters())
+    parameters |= {f"{n}.weight": held.weight for n, held in named_layers(model) if isinstance(held, HeldParameter)}
+    for kind, here in (("trained", parameters), ("state", dict(model.named_buffers()))):
         for name, value in file.under(kind).items():
             if name not in here:
                 raise ValueError(f"{file.path}: {name} is in the file, but not in {type(model).__name__}")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer
+from tcurlora_ext.adapter.layer.parameter import TCURParameter
 from tcurlora_ext.adapter.model.effect import warn_without_effect
 from tcurlora_ext.adapter.model.structure import CONTAINER, Adapted, adapted_layers, require_adapted, require_all_layers
 from tcurlora_ext.adapter.model.whole_modules import modules_to_save, tensors_of
@@ -131,6 +132,12 @@ def to_lora(
 def _source_of(adapted: Adapted) -> LoraSource:
     """What the LoRA adapter of a model adapted by ``inject`` is made from."""
     require_all_layers(adapted)
+    read = next((name for name, layer in adapted_layers(adapted.model) if isinstance(layer, TCURParameter)), None)
+    if read is not None:
+        raise ValueError(
+            f"{read} is a parameter that the module around it reads (experts, nn.MultiheadAttention), which a LoRA "
+            "adapter in PEFT's target_modules cannot name; use merge(model)"
+        )
     refuse_sharded(adapted.model, SHARDED)
     _require_one_place(adapted)
     whole = modules_to_save(adapted)

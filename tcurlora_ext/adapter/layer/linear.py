@@ -63,6 +63,14 @@ class TCURLayer(nn.Module):
         base = self.weight.detach() if self.base is None else self.base
         return self.as_matrix(whole(base)).unflatten(0, (self.num_slices, -1))
 
+    def key_of(self, name: str) -> str:
+        """The name of the layer's weight in a state_dict of a model.
+
+        Args:
+            name: The layer's name.
+        """
+        return f"{name}.weight"
+
     def slices_in(self, stack: TCURStack) -> int:
         """How many slices of a stack are this layer's.
 

@@ -31,9 +31,9 @@ _types: dict[type[nn.Linear], type[TCURSubclassed]] = {}
 def computes_linear(kind: type[nn.Module]) -> bool:
     """Whether a class is ``nn.Linear``, or a subclass of it that computes the same from the same weight and bias.
 
-    The output projection of nn.MultiheadAttention is none: its parent reads the weight and never calls it.
+    The output projection of nn.MultiheadAttention is one: where it is adapted, its parent is let call it.
     """
-    if not issubclass(kind, nn.Linear) or kind.__name__ == "NonDynamicallyQuantizableLinear":
+    if not issubclass(kind, nn.Linear):
         return False
     return kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__qualname__}" in _SAME_PRODUCT
 

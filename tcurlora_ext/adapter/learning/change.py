@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.layer.quantised import is_quantised
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.structure import refuse_adapted
@@ -112,7 +113,7 @@ def _changes(model: nn.Module, targets: list[Target], change: Change) -> dict[st
         change = change.state_dict()
     found = {}
     for target in targets:
-        key = f"{target.name}.weight"
+        key = target.name if isinstance(target.module, HeldParameter) else f"{target.name}.weight"
         if key not in change:
             raise ValueError(f"the changed model has no {key}; it has {', '.join(list(change)[:3])}, ...")
         if is_quantised(target.module):

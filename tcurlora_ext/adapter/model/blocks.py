@@ -51,6 +51,7 @@ def left_out_by_default(
     model: nn.Module,
     rank: int,
     check: Callable[[nn.Module], str] = reason_against,
+    uncalled: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Why the default leaves a linear layer out, by the names of all; "" for those that it adapts.
 
@@ -60,15 +61,16 @@ def left_out_by_default(
         rank: The larger of c and r.
         check: Why a layer cannot be adapted; "" where it can. A layer of a known name is adapted whatever this says, so
             that an error names it.
+        uncalled: Layers that their parents do not call, and why, beside those that are known for it.
     """
-    repeated, uncalled = repeated_names(layers), bypassed(model) | not_called(model)
+    repeated, uncalled = repeated_names(layers), {**(uncalled or {}), **not_called(model)}
     routers = {f"{name}.gate".lstrip(".") for name, module in model.named_modules() if hasattr(module, "experts")}
 
     def reason(name: str, module: nn.Module) -> str:
         if name in uncalled:
             return uncalled[name]
-        if re.fullmatch(DEFAULT_TARGETS, name):
-            return check(module) if is_read_by_attention(module) else ""
+        if re.fullmatch(DEFAULT_TARGETS, name) and not is_read_by_attention(module):
+            return ""
         if name in routers:
             return "a router"
         kind = next((kind for kind, named in _KINDS.items() if any(map(named.fullmatch, name.split(".")))), "")
@@ -101,7 +103,10 @@ def repeated_names(names: Iterable[str]) -> set[str]:
 
 
 def bypassed(model: nn.Module) -> dict[str, str]:
-    """The modules that are known not to be called by their parent: name -> reason."""
+    """The modules that are known not to be called by their parent, for PEFT's models: name -> reason.
+
+    :func:`tcurlora_ext.inject` lets them be called (``parameters.py``).
+    """
     reason = "is an nn.TransformerEncoderLayer, which in eval mode does not call its linear layers; an adapter in it"
     return {
         f"{name}.{child}".lstrip("."): f"{name or 'the model'} {reason} would do nothing"

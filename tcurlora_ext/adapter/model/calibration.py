@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 
+from .parameters import reader_of
 from .targets import Target, find_targets, watching
 
 
@@ -37,6 +38,12 @@ def calibrate(model: nn.Module, config: TCURConfig, batches: Iterable[Any]) -> d
 @torch.no_grad()
 def input_sizes(model: nn.Module, targets: Sequence[Target], batches: Iterable[Any]) -> dict[str, Tensor]:
     """As :func:`calibrate`, for given targets."""
+    read = next((target.name for target in targets if reader_of(model, target.name) is not None), None)
+    if read is not None:
+        raise ValueError(
+            f"{read}: its inputs cannot be measured, because the module around it reads its weight and calls no layer; "
+            "leave it out by exclude_modules, or use another rule"
+        )
     squares: dict[str, Tensor] = {}
     tokens = dict.fromkeys((target.name for target in targets), 0)
 

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.layer.experts import HeldExperts
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 
-from .blocks import bypassed
+from .parameters import named_layers, reads_itself
 from .structure import CONTAINER
 from .support import class_of, features_of, is_linear, reason_against
 from .targets import find_targets, matches, reasons_by_default
@@ -28,7 +29,7 @@ class Part:
 
     Attributes:
         name: The name of its module; of its parameter where that is not called ``weight``.
-        kind: "linear", "convolution", "embedding" or "parameter".
+        kind: "linear", "experts" (those of a layer in one parameter), "convolution", "embedding" or "parameter".
         shape: (out, in) of a linear layer, otherwise the parameter's shape.
         slices: How many slices of a stack it is; 0 where it is left out.
         reason: Why it is left out; "" where it is adapted.
@@ -78,13 +79,23 @@ class Coverage:
 
     @property
     def linear(self) -> tuple[Part, ...]:
-        """The linear layers."""
+        """The linear layers, with the projections of nn.MultiheadAttention."""
         return tuple(part for part in self.parts if part.kind == "linear")
 
     @property
+    def experts(self) -> tuple[Part, ...]:
+        """The parameters that have the weights of all experts of a layer, and can be adapted."""
+        return tuple(part for part in self.parts if part.kind == "experts")
+
+    @property
     def adapted(self) -> tuple[Part, ...]:
-        """The layers that are adapted."""
+        """All that is adapted, linear layers and parameters of experts."""
         return tuple(part for part in self.parts if part.slices)
+
+    @property
+    def adapted_linear(self) -> tuple[Part, ...]:
+        """The linear layers that are adapted."""
+        return tuple(part for part in self.linear if part.slices)
 
     @property
     def left_out(self) -> tuple[Part, ...]:
@@ -99,7 +110,8 @@ class Coverage:
     @property
     def share(self) -> float:
         """The share of the linear layers' weights that are adapted, 0 to 1; 0 without linear layers."""
-        return sum(part.weights for part in self.adapted) / max(1, sum(part.weights for part in self.linear))
+        adapted = sum(part.weights for part in self.adapted_linear)
+        return adapted / max(1, sum(part.weights for part in self.linear))
 
     def groups(self) -> list[Group]:
         """The parts in groups of one name, kind and reason, in the order of their first parts."""
@@ -111,13 +123,15 @@ class Coverage:
     def to_json(self) -> dict[str, Any]:
         """The counts, and :meth:`groups`, as values that JSON can hold."""
         return {
-            "adapted": len(self.adapted), "linear": len(self.linear), "share": self.share,
+            "adapted": len(self.adapted_linear), "linear": len(self.linear), "share": self.share,
             "share_of_all": self.share_of_all, "groups": [asdict(group) for group in self.groups()],
         }  # fmt: skip
 
     def __str__(self) -> str:
-        adapted, linear = len(self.adapted), len(self.linear)
-        line = f"adapted: {adapted} of {linear} linear layers, {self.share:.0%} of their weights"
+        linear, experts = self.linear, self.experts
+        line = f"adapted: {_of(linear)} linear layers, {self.share:.0%} of their weights"
+        if experts:
+            line += f", and {_of(experts)} parameters with all experts of a layer"
         beside: dict[str, int] = {}
         for part in self.parts:
             if part.kind == "convolution" or part.reason == EXPERTS:
@@ -142,7 +156,7 @@ def coverage(model: nn.Module, config: TCURConfig, adapted: Mapping[str, int] | 
     if adapted is None:
         adapted = {target.name: target.slices for target in find_targets(model, config)}
     reasons = reasons_by_default(model, config) if config.target_modules is None else {}
-    reasons = bypassed(model) | reasons
+    reasons = reads_itself(model) | reasons
 
     def reason(name: str, module: nn.Module) -> str:
         if matches(name, config.exclude_modules):
@@ -153,16 +167,24 @@ def coverage(model: nn.Module, config: TCURConfig, adapted: Mapping[str, int] | 
         return why or ("not in the adapter" if config.target_modules is None else "not in target_modules")
 
     parts: list[Part] = []
-    tied = {id(module.weight) for module in model.modules() if is_linear(module)}
-    for name, module in model.named_modules():
+    layers = [("", model), *named_layers(model)]
+    tied = {id(module.weight) for _, module in layers if is_linear(module)}
+    for name, module in layers:
         if CONTAINER in name.split("."):
             continue
         if is_linear(module):
             slices = adapted.get(name, 0)
-            parts.append(Part(name, "linear", features_of(module), slices, "" if slices else reason(name, module)))
+            kind, shape = "linear", features_of(module)
+            if isinstance(module, HeldExperts):
+                kind, shape = "experts", tuple(module.weight.shape)
+            parts.append(Part(name, kind, shape, slices, "" if slices else reason(name, module)))
         else:
             parts += _other_weights(name, module, tied)
     return Coverage(tuple(parts))
+
+
+def _of(parts: tuple[Part, ...]) -> str:
+    return f"{sum(part.slices > 0 for part in parts)} of {len(parts)}"
 
 
 def _other_weights(name: str, module: nn.Module, tied: set[int]) -> Iterator[Part]:

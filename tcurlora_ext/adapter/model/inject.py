@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
+from tcurlora_ext.adapter.layer.parameter import HeldParameter, TCURParameter
 from tcurlora_ext.adapter.layer.quantised import is_quantised
 from tcurlora_ext.adapter.options import Rank, StackOptions, pair_of
 from tcurlora_ext.adapter.stack import TCURStack
@@ -20,6 +21,7 @@ from tcurlora_ext.adapter.subspace import Subspace
 from .calibration import stack_inputs
 from .coverage import coverage
 from .effect import sample, watch_first_call
+from .parameters import let_call, let_read, put_back, put_in_place
 from .ranks import stack_ranks
 from .structure import (
     CONTAINER,
@@ -103,12 +105,16 @@ def attach(
             assert kind is not None
             layer = kind.adopt(target.module)
             layer.attach(stacks[name], first, target.slices, owned=False)
-            layers[id(target.module)] = layer
+            if isinstance(layer, TCURParameter):
+                put_in_place(model, target.name, layer)
+            else:
+                layers[id(target.module)] = layer
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if id(child) in layers:
                 parent._modules[child_name] = layers[id(child)]
+    let_call(model)
     owner, holder = "", model
     if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         owner, holder = list(adapted_layers(model))[-1]
@@ -226,7 +232,13 @@ def remove(model: nn.Module) -> nn.Module:
     container = require_adapted(model).container
     if container.first_call is not None:
         container.first_call.remove()
-    plain = {id(layer): layer.restore(plain_type(layer)) for _, layer in adapted_layers(model)}
+    named = list(adapted_layers(model))
+    plain = {id(layer): layer.restore(plain_type(layer)) for _, layer in named}
+    for name, adapted in named:
+        held = plain[id(adapted)]
+        if isinstance(held, HeldParameter):
+            put_back(model, name, held)
+    let_read(model)
     for layer in plain.values():
         layer._modules.pop(CONTAINER, None)
     for parent in list(model.modules()):

@@ -118,7 +118,7 @@ def summary(model: nn.Module) -> Summary:
         tuple(described),
         trained_beside=sum(p.numel() for p in beside if p.requires_grad),
         frozen=sum(p.numel() for p in beside if not p.requires_grad),
-        adapted=len(covers.adapted),
+        adapted=len(covers.adapted_linear),
         coverage=covers.share,
         left_out=tuple(part.name for part in covers.left_out),
         covers=covers,

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tcurlora_ext.adapter.layer.carried import TCURCarried, carried_type
+from tcurlora_ext.adapter.layer.experts import HeldExperts, TCURExperts
 from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer, TCURLinear
+from tcurlora_ext.adapter.layer.parameter import HeldParameter, TCURParameter
 from tcurlora_ext.adapter.layer.quantised import can_dequantise, is_quantised
 from tcurlora_ext.adapter.layer.subclassed import TCURSubclassed, computes_linear, subclassed_type
 
@@ -19,12 +21,17 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, adapted or not: nn.Linear, a subclass of it, or transformers' Conv1D."""
-    return isinstance(module, (nn.Linear, TCURLayer)) or is_conv1d(module)
+    """Whether a module is a linear layer, adapted or not: nn.Linear, a subclass of it, or transformers' Conv1D.
+
+    So is a :class:`HeldParameter`, a parameter that its module reads, as a layer.
+    """
+    return isinstance(module, (nn.Linear, TCURLayer, HeldParameter)) or is_conv1d(module)
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer; of a quantised one, too, whose weight has another shape."""
+    """(out, in) of a linear layer; of a quantised one, too, whose weight has another shape, and of one expert."""
+    if isinstance(module, HeldParameter):
+        return module.features
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     weight = module.weight
@@ -38,6 +45,9 @@ def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
     A subclass of ``nn.Linear`` is adapted where it computes the same. One with a forward pass of its own may use its
     weight in another way, and the adapter would silently have no effect. A quantised layer keeps its own forward pass.
     """
+    if isinstance(module, HeldParameter):
+        held = TCURExperts if isinstance(module, HeldExperts) else TCURParameter
+        return held if module.weight.is_floating_point() and module.weight.element_size() > 1 else None
     if is_quantised(module):
         return carried_type(type(module)) if can_dequantise(module) else None
     kind = type(module)
@@ -50,6 +60,8 @@ def plain_type(layer: TCURLayer) -> type[nn.Module]:
     """The inverse of :func:`adapted_type`."""
     if isinstance(layer, (TCURCarried, TCURSubclassed)):
         return layer.kind
+    if isinstance(layer, TCURParameter):
+        return HeldExperts if isinstance(layer, TCURExperts) else HeldParameter
     if isinstance(layer, TCURLinear):
         return nn.Linear
     from transformers.pytorch_utils import Conv1D
@@ -68,8 +80,8 @@ def reason_against(module: nn.Module) -> str:
     if is_made_anew(module):
         return "its weight is made anew in each call (weight_norm, spectral_norm, pruning or a parametrization)"
     if adapted_type(module) is None:
-        if is_read_by_attention(module):
-            return "nn.MultiheadAttention reads its weight and never calls it"
+        if isinstance(module, HeldParameter):
+            return f"it is quantised, {module.weight.dtype}, expected a floating dtype of 16 bits or more"
         if is_quantised(module):
             return f"it is quantised, a {class_of(module)} whose weight PEFT cannot read, or PEFT is not installed"
         return f"found a {class_of(module)}, {EXPECTED}"

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tcurlora_ext.adapter.config import DEFAULT_SPLIT, TCURConfig
+from tcurlora_ext.adapter.layer.experts import HeldExperts
+from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.layer.quantised import dequantised, is_quantised
 from tcurlora_ext.adapter.options import pair_of
 
 from .blocks import DEFAULT_TARGETS as DEFAULT_TARGETS  # also known by this name
-from .blocks import bypassed, left_out_by_default
+from .blocks import left_out_by_default
 from .fused import parts_of
+from .parameters import named_layers, quantised_experts, reads_itself
 from .support import EXPECTED, adapted_type, class_of, has_matrix, is_linear, reason_against, refuse
+
+# A layer of one of the experts in a list, as before transformers 5: its role is what stands after the expert's number.
+_EXPERT = re.compile(r"(?P<experts>(.*\.)?experts)\.(\w+_)?\d+\.(?P<role>.+)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Target:
 
     def as_slices(self, weight: Tensor) -> Tensor:
         """A tensor like the module's weight as slices (slices, out, in), sharing memory."""
+        if isinstance(self.module, HeldParameter):
+            return self.module.slices_of(weight, self.slices)
         matrix = weight if isinstance(self.module, nn.Linear) else weight.T
         return matrix.unflatten(0, (self.slices, -1))
 
@@ -76,7 +84,12 @@ class Target:
         return self.name[: len(self.name) - len(self.role)]
 
     def split(self, split_fused: Mapping[str, int]) -> Self:
-        """This target with the number of slices that :func:`parts_of` gives it, which may raise ValueError."""
+        """This target with the number of slices that :func:`parts_of` gives it, which may raise ValueError.
+
+        Experts, and the projections of nn.MultiheadAttention, have the number that they have.
+        """
+        if isinstance(self.module, HeldParameter):
+            return replace(self, slices=self.module.slices)
         out_features, in_features = self.shape
         return replace(self, slices=parts_of(self.name, (out_features * self.slices, in_features), split_fused))
 
@@ -122,7 +135,7 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
         UserWarning: An entry of a list, or of ``split_fused``, names nothing that can be adapted; or modules that match
             are left out, because they are no linear layers.
     """
-    named = {name: module for name, module in model.named_modules() if name}
+    named = dict(named_layers(model))
     linear = [name for name, module in named.items() if adapted_type(module)]
     if config.target_modules is None:
         reasons = reasons_by_default(model, config)
@@ -130,11 +143,14 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     else:
         matching = {name: module for name, module in named.items() if matches(name, config.target_modules)}
     matching = {name: module for name, module in matching.items() if not matches(name, config.exclude_modules)}
+    for name, reason in quantised_experts(model).items():
+        if matches(name, config.target_modules) and not matches(name, config.exclude_modules):
+            raise ValueError(f"{name} cannot be adapted: {reason}, expected a floating dtype of 16 bits or more")
     if not matching:
         raise ValueError(_nothing_matches(model, config, linear))
-    for name, reason in bypassed(model).items():
+    for name, reason in reads_itself(model).items():
         if name in matching:
-            raise ValueError(f"{name}: {reason}")
+            raise ValueError(f"{name} cannot be adapted: {reason}")
     for name, module in matching.items():
         if is_quantised(module):
             refuse(name, module)
@@ -162,8 +178,8 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
 
 def reasons_by_default(model: nn.Module, config: TCURConfig) -> dict[str, str]:
     """Of every linear layer, adapted or not, why ``target_modules=None`` leaves it out; "" where it does not."""
-    layers = {name: module for name, module in model.named_modules() if name and is_linear(module)}
-    return left_out_by_default(layers, model, max(pair_of(config.rank)))
+    layers = {name: module for name, module in named_layers(model) if is_linear(module)}
+    return left_out_by_default(layers, model, max(pair_of(config.rank)), uncalled=reads_itself(model))
 
 
 def _nothing_matches(model: nn.Module, config: TCURConfig, linear: Sequence[str]) -> str:
@@ -274,6 +290,11 @@ def group(targets: list[Target], config: TCURConfig) -> dict[str, list[Target]]:
 def _key(target: Target, config: TCURConfig) -> object:
     if callable(config.stack_by):
         return config.stack_by(target.name, target.module)
+    if isinstance(target.module, HeldExperts):
+        return target.name, target.shape  # the experts of a layer are a stack of their own
+    among = _EXPERT.fullmatch(target.name)
+    if among and config.stack_by != "none":
+        return f"{among['experts']}.{among['role']}", target.shape
     if config.stack_by == "none":
         return target.name
     if config.stack_by == "role":

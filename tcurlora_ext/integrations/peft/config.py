@@ -62,6 +62,8 @@ class TcurLoraConfig(PeftConfig):
             ``scale`` is a number.
         target_modules: None: the layers that :func:`tcurlora_ext.inject` adapts by default; else as in PEFT's LoRA:
             names, ends of names, a regex for the whole name, or ``"all-linear"``.
+        target_parameters: As in PEFT's LoRA: names, or ends of names, of parameters with all experts of a layer, such
+            as ``"mlp.experts.gate_up_proj"``. With these and without ``target_modules``, they alone are adapted.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: As in PEFT's LoRA.
         rank_pattern: End of a name, or regex -> rank in place of ``r``. All layers of a stack need the same rank.
         alpha_pattern: End of a name, or regex -> alpha in place of ``alpha``. All layers of a stack need the same.
@@ -103,6 +105,7 @@ class TcurLoraConfig(PeftConfig):
     r: Rank = 8
     alpha: float = 1.0
     target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
@@ -141,6 +144,8 @@ class TcurLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if self.target_parameters is not None:
+            self.target_parameters = list(self.target_parameters)
         # JSON has no tuples.
         self.r = _as_rank(self.r)
         if self.layer_replication is not None:

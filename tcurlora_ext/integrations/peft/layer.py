@@ -11,6 +11,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
+from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.layer.quantised import dequantised, rounds_its_input
 from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.stack import TCURStack
@@ -56,7 +57,9 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        base = self.get_base_layer()
+        held = isinstance(base, HeldParameter)
+        self.out_features, self.in_features = base.features if held else _get_in_out_features(base)[::-1]
         self.slices: dict[str, LayerSlices] = {}
         object.__setattr__(self, "tcurlora_core", nn.ModuleDict())
         self.register_buffer("unmerged_weight", None, persistent=False)  # W, where the base layer holds W + dW

@@ -12,6 +12,7 @@ from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.stack import TCURStack
 
 from .config import TcurLoraConfig
+from .experts import TcurLoraExperts
 from .layer import TcurLoraLinear
 from .targets import base_of, outer_modules
 
@@ -36,6 +37,12 @@ def lora_source(tuner: BaseTuner, adapter_name: str | None) -> LoraSource:
     _refuse_trained_beside(tuner, name, config)
     outer = list(outer_modules(tuner.model))
     adapted = {n: module for n, module in outer if isinstance(module, TcurLoraLinear) and name in module.slices}
+    experts = next((n for n, module in adapted.items() if isinstance(module, TcurLoraExperts)), None)
+    if experts is not None:
+        raise ValueError(
+            f"{experts} is a parameter with all experts of a layer, which a LoRA adapter in PEFT's target_modules "
+            "cannot name; use merge_and_unload()"
+        )
     state = get_peft_model_state_dict(tuner, adapter_name=name)
     options = {field: getattr(config, field) for field in SAME}
     options |= {field: value for field in SAME_WHERE_GIVEN if (value := getattr(config, field))}

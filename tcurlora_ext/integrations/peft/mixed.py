@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .experts import TcurLoraExperts
 from .layer import BASE, TcurLoraLinear
 
 
@@ -29,6 +30,8 @@ def rows_for_adapters(tuner: BaseTuner, adapter_names: Sequence[str], num_beams:
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; expected "
             f"{', '.join(tuner.tcurlora_core)} or {BASE}"
         )
+    if any(isinstance(module, TcurLoraExperts) for module in tuner.modules()):
+        raise ValueError("cannot pass adapter_names: the experts' tokens are no rows of the batch any more")
     once = list(adapter_names)
     repeated = [name for name in once for _ in range(num_beams or 1)]
     in_encoder = {id(module) for module in _encoder_modules(tuner.model)}

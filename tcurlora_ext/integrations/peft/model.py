@@ -17,6 +17,7 @@ from typing_extensions import Self
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.files.lora import LoraSource
+from tcurlora_ext.adapter.layer.parameter import HeldParameter, put_parameter
 from tcurlora_ext.adapter.model.inject import build_stack
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.support import is_conv1d
@@ -31,13 +32,22 @@ from tcurlora_ext.maths.selection import Selection
 from .config import TcurLoraConfig
 from .directions import new_subspace, require_factors, with_learned, with_subspace
 from .effect import note_call, warn_without_effect
+from .experts import adapt_parameters
 from .indices import with_factors, without_factors
 from .layer import TcurLoraLinear
 from .lora import lora_source
 from .mixed import rows_for_adapters
 from .quantised import backend_of
 from .sharing import share_factors
-from .targets import base_of, check_modules_to_save, default_names, find_groups, rank_pattern, stack_configs
+from .targets import (
+    base_of,
+    check_modules_to_save,
+    default_names,
+    find_groups,
+    parameter_targets,
+    rank_pattern,
+    stack_configs,
+)
 from .weighted import weighted_sum
 
 RANDOM_CORE = 0.1  # standard deviation of the core with init_weights=False
@@ -109,7 +119,7 @@ class TcurLoraModel(BaseTuner):
             core.requires_grad_(requires_grad)
 
     def _prepare_adapter_config(self, peft_config: TcurLoraConfig, model_config: dict[str, Any]) -> TcurLoraConfig:
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config.target_modules = default_names(self.model, peft_config)
         return peft_config
 
@@ -184,7 +194,17 @@ class TcurLoraModel(BaseTuner):
         layer = TcurLoraLinear(target, adapter_name, slices, peft_config.inference_mode, backend)
         self._replace_module(parent, target_name, layer, target)
 
+    def _inject_parameters(
+        self, peft_config: TcurLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        targets = parameter_targets(model, peft_config)
+        adapt_parameters(model, targets, adapter_name, self._slices, peft_config.inference_mode)
+        return [target.name for target in targets]
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, HeldParameter):
+            put_parameter(parent, child_name, new_module)
+            return
         # PEFT's method also assigns weight and bias. The layers here find them in their base layer, and a layer with
         # merged trainable tokens would refuse the assignment.
         setattr(parent, child_name, new_module)

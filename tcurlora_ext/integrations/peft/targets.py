@@ -15,7 +15,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.layer.experts import HeldExperts
+from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.model.blocks import bypassed, left_out_by_default
+from tcurlora_ext.adapter.model.parameters import named_layers
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.support import is_conv1d, is_made_anew, is_read_by_attention, reason_against
 from tcurlora_ext.adapter.model.targets import Target, group, is_no_name, matches, warn_unused
@@ -65,7 +68,7 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
     """
     layers = {name: base_of(module) for name, module in outer_modules(model)}
     linear = {name: layer for name, layer in layers.items() if is_supported(layer, model)}
-    reasons = left_out_by_default(linear, model, max(pair_of(config.r)), _made_anew)
+    reasons = left_out_by_default(linear, model, max(pair_of(config.r)), _made_anew, bypassed(model))
     found = {name: Target(name, linear[name]).role for name, reason in reasons.items() if not reason}
     if not found:
         raise ValueError(
@@ -102,10 +105,38 @@ def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
         if name in wanted:
             raise ValueError(f"{name}: {reason}")
     found = [as_target(name, module, model, config) for name, module in wanted.items()]
-    if found and not isinstance(config.target_modules, str):
+    found += parameter_targets(model, config)
+    if found and config.target_modules is not None and not isinstance(config.target_modules, str):
         linear = [name for name, module in outer_modules(model) if is_supported(base_of(module), model)]
         warn_unused("target_modules", sorted(config.target_modules or ()), linear, model)
     return found
+
+
+def parameter_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
+    """The parameters that ``target_parameters`` names, in the order of their modules.
+
+    Raises ValueError for an entry that names no parameter with all experts of a layer.
+    """
+    every: dict[str, nn.Module] = {}
+    for name, module in named_layers(model):
+        base = base_of(module)
+        if isinstance(base, HeldParameter) and not name.endswith(".base_layer"):
+            every[name] = base
+    entries = config.target_parameters or []
+    for entry in entries:
+        named = [name for name in every if matches(name, [entry])]
+        other = next((name for name in named if not isinstance(every[name], HeldExperts)), None)
+        if not named or other is not None:
+            known = ", ".join(name for name, held in every.items() if isinstance(held, HeldExperts)) or "there are none"
+            what = f"names {other}" if named else f"names no parameter of {type(model).__name__} that can be adapted"
+            raise ValueError(
+                f"target_parameters has {entry!r}, which {what}; expected parameters with all experts of a layer: "
+                f"{known:.200}"
+            )
+    for name, held in every.items():
+        if matches(name, entries) and reason_against(held):
+            raise ValueError(f"{name} cannot be adapted: {reason_against(held)}")
+    return [Target(name, held).split({}) for name, held in every.items() if matches(name, entries)]
 
 
 def check_modules_to_save(model: nn.Module, config: TcurLoraConfig) -> None:
@@ -170,7 +201,11 @@ def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Targ
 def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraConfig) -> Target:
     """The target for a module that the configuration names. Raises TypeError or ValueError if it cannot be adapted."""
     base = base_of(module)
-    if is_made_anew(base) or is_read_by_attention(base):
+    if is_read_by_attention(base):
+        raise TypeError(
+            f"{name} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it; inject adapts it"
+        )
+    if is_made_anew(base):
         raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
     if not is_supported(base, model):
         raise TypeError(
