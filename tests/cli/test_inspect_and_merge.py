@@ -16,7 +16,7 @@ from tcurlora_ext.cli.app import app
 
 pytest.importorskip("monai")
 networks = pytest.importorskip("tcurlora_ext.segmentation.networks")
-run_module = pytest.importorskip("tcurlora_ext.segmentation.runs.finetuning")
+run_module = pytest.importorskip("tcurlora_ext.segmentation.runs.network")
 
 SIZES = {"patch_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_layers": 3, "num_heads": 2, "features": 4}
 KWARGS = json.dumps(SIZES | {"roi": 16})
