@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 
 from .blocks import bypassed
 from .structure import CONTAINER
-from .support import class_of, features_of, is_linear, reason_against
+from .support import class_of, features_of, is_convolution, is_linear, reason_against
 from .targets import find_targets, matches, reasons_by_default
 
 CONVOLUTION = "a convolution"
@@ -82,14 +82,20 @@ class Coverage:
         return tuple(part for part in self.parts if part.kind == "linear")
 
     @property
+    def convolutions(self) -> tuple[Part, ...]:
+        """The convolutions where some of them are adapted; none otherwise."""
+        found = tuple(part for part in self.parts if part.kind == "convolution")
+        return found if any(part.slices for part in found) else ()
+
+    @property
     def adapted(self) -> tuple[Part, ...]:
         """The layers that are adapted."""
         return tuple(part for part in self.parts if part.slices)
 
     @property
     def left_out(self) -> tuple[Part, ...]:
-        """The linear layers that are not adapted."""
-        return tuple(part for part in self.linear if not part.slices)
+        """The linear layers, and where some are adapted the convolutions, that are not adapted."""
+        return tuple(part for part in (*self.linear, *self.convolutions) if not part.slices)
 
     @property
     def share_of_all(self) -> float:
@@ -98,8 +104,12 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """The share of the linear layers' weights that are adapted, 0 to 1; 0 without linear layers."""
-        return sum(part.weights for part in self.adapted) / max(1, sum(part.weights for part in self.linear))
+        """The share of the weights of linear layers, and where some are adapted of convolutions, that is adapted.
+
+        It is from 0 to 1, and 0 where there are no such weights.
+        """
+        every = sum(part.weights for part in (*self.linear, *self.convolutions))
+        return sum(part.weights for part in self.adapted) / max(1, every)
 
     def groups(self) -> list[Group]:
         """The parts in groups of one name, kind and reason, in the order of their first parts."""
@@ -111,16 +121,20 @@ class Coverage:
     def to_json(self) -> dict[str, Any]:
         """The counts, and :meth:`groups`, as values that JSON can hold."""
         return {
-            "adapted": len(self.adapted), "linear": len(self.linear), "share": self.share,
+            "adapted": len(self.adapted), "linear": len(self.linear), "convolutions": len(self.convolutions),
+            "share": self.share,
             "share_of_all": self.share_of_all, "groups": [asdict(group) for group in self.groups()],
         }  # fmt: skip
 
     def __str__(self) -> str:
-        adapted, linear = len(self.adapted), len(self.linear)
-        line = f"adapted: {adapted} of {linear} linear layers, {self.share:.0%} of their weights"
+        kinds = {"linear layers": self.linear, "convolutions": self.convolutions}
+        if self.convolutions and not any(part.slices for part in self.linear):
+            del kinds["linear layers"]
+        counts = [f"{sum(bool(p.slices) for p in parts)} of {len(parts)} {kind}" for kind, parts in kinds.items() if parts]
+        line = f"adapted: {' and '.join(counts) or '0 of 0 linear layers'}, {self.share:.0%} of their weights"
         beside: dict[str, int] = {}
         for part in self.parts:
-            if part.kind == "convolution" or part.reason == EXPERTS:
+            if part.reason in (CONVOLUTION, EXPERTS):
                 beside[part.reason] = beside.get(part.reason, 0) + part.weights
         names = [f"{part.name} ({part.reason})" for part in self.left_out[:4]]
         more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""
@@ -154,12 +168,16 @@ def coverage(model: nn.Module, config: TCURConfig, adapted: Mapping[str, int] | 
 
     parts: list[Part] = []
     tied = {id(module.weight) for module in model.modules() if is_linear(module)}
+    convolutions = any(name in adapted for name, module in model.named_modules() if is_convolution(module))
     for name, module in model.named_modules():
         if CONTAINER in name.split("."):
             continue
         if is_linear(module):
             slices = adapted.get(name, 0)
             parts.append(Part(name, "linear", features_of(module), slices, "" if slices else reason(name, module)))
+        elif is_convolution(module) and convolutions and isinstance(module.weight, Tensor):
+            slices, shape = adapted.get(name, 0), tuple(module.weight.shape)
+            parts.append(Part(name, "convolution", shape, slices, "" if slices else reason(name, module)))
         else:
             parts += _other_weights(name, module, tied)
     return Coverage(tuple(parts))
@@ -174,7 +192,7 @@ def _other_weights(name: str, module: nn.Module, tied: set[int]) -> Iterator[Par
         if parameter.dim() < 2 or id(parameter) in tied:
             continue
         called = name if own == "weight" else f"{name}.{own}".lstrip(".")
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if is_convolution(module):
             kind, reason = "convolution", CONVOLUTION
         elif isinstance(module, nn.Embedding):
             kind, reason = "embedding", "an embedding"

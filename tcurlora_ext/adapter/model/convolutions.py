@@ -1,0 +1,48 @@
+"""Which convolutions are adapted by default: those of a model without a linear layer that the default adapts.
+
+All are, in stacks of equal shape, but for
+
+1. the stem: the model's first convolution, and others that take the same image;
+2. heads, by their names: ``out``, ``final``, ``seg_layers``, ``heads`` and the like;
+3. convolutions narrower than the rank, such as a head of few classes;
+4. what cannot be adapted: several groups, or a class with a forward pass of its own.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from .support import features_of, reason_against
+
+# A volume of several contrasts, or a picture with transparency.
+_CHANNELS_OF_AN_IMAGE = 4
+# Components of the names of heads, in MONAI, nnU-Net, torchvision and segmentation_models_pytorch.
+_HEAD = re.compile(
+    r"(.*_)?(heads?|classifiers?)|(seg|segmentation|output|final|out|conv_final|final_conv|conv_out)(_?(blocks?|layers?|convs?))?"
+)
+
+
+def convolutions_left_out(model: nn.Module, rank: int) -> dict[str, str]:
+    """Why the default leaves a convolution out, by the names of all; "" for those that it adapts.
+
+    Args:
+        model: The model.
+        rank: The larger of c and r.
+    """
+    layers = {name: module for name, module in model.named_modules() if name and isinstance(module, _ConvNd)}
+    first = next(iter(layers.values()), None)
+
+    def reason(name: str, conv: _ConvNd) -> str:
+        assert first is not None
+        if conv is first or conv.in_channels == first.in_channels <= _CHANNELS_OF_AN_IMAGE:
+            return "a stem"
+        if any(map(_HEAD.fullmatch, name.split("."))):
+            return "a head"
+        if min(features_of(conv)) < rank:
+            return f"narrower than the rank {rank}"
+        return reason_against(conv)
+
+    return {name: reason(name, conv) for name, conv in layers.items()}
