@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.carried import TCURCarried
+from tcurlora_ext.adapter.layer.convolution import TCURConv
 from tcurlora_ext.adapter.model.structure import require_adapted, stacks
 from tcurlora_ext.adapter.stack.batches import batch_of, entered
 
@@ -76,6 +77,11 @@ class AdapterBank:
                 )
             if any(isinstance(layer, TCURCarried) for layer in stack.layers.values()):
                 raise ValueError(f"stack {name} has quantised layers, whose own forward pass knows one adapter alone")
+            if any(isinstance(layer, TCURConv) for layer in stack.layers.values()):
+                raise ValueError(
+                    f"stack {name} has convolutions ({stack.names[0]}, ...), expected linear layers: the rows of a batch "
+                    "of adapters are tokens, which convolutions mix"
+                )
         self._names = {stack: name for name, stack in self._stacks.items()}
         self._modules = OwnModules(adapted, modules)
         like = {name: stack.core.detach() for name, stack in self._stacks.items()} | self._modules.base

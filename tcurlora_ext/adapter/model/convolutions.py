@@ -11,6 +11,8 @@ All are, in stacks of equal shape, but for
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from math import prod
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -46,3 +48,28 @@ def convolutions_left_out(model: nn.Module, rank: int) -> dict[str, str]:
         return reason_against(conv)
 
     return {name: reason(name, conv) for name, conv in layers.items()}
+
+
+def positions(conv: nn.Module, shape: Sequence[int]) -> int:
+    """How many products of its weight's matrix with a vector a convolution computes.
+
+    They are the voxels of all samples: of the output, or of the input of a transposed convolution.
+
+    Args:
+        conv: The convolution.
+        shape: That of its input, (N, in, ...) or (in, ...).
+    """
+    assert isinstance(conv, _ConvNd)
+    space = len(conv.kernel_size)
+    samples, voxels = prod(shape[: -space - 1]), shape[-space:]
+    if conv.transposed:
+        return samples * prod(voxels)
+    around = conv._reversed_padding_repeated_twice[::-1]
+    sides = zip(voxels, around[::2], around[1::2], conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    return samples * prod((n + a + b - d * (k - 1) - 1) // s + 1 for n, a, b, k, d, s in sides)
+
+
+def elements_before(conv: nn.Module, count: int) -> int:
+    """The elements of the input where :func:`positions` are ``count``: stride^d times as many voxels, up to borders."""
+    assert isinstance(conv, _ConvNd)
+    return count * conv.in_channels * (1 if conv.transposed else prod(conv.stride))

@@ -58,6 +58,13 @@ class Target:
         assert isinstance(weight, nn.Parameter)
         return weight
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The tokens of an input, (T, features): the voxels of a convolution's, whose features are its channels."""
+        if is_convolution(self.module):
+            batched = x.dim() == self.parameter.dim()
+            x = x.movedim(1 if batched else 0, -1)
+        return x.reshape(-1, x.shape[-1])
+
     def as_slices(self, weight: Tensor) -> Tensor:
         """A tensor like the module's weight as slices (slices, out, in), sharing memory."""
         return matrix_of(self.module, weight).unflatten(0, (self.slices, -1))
