@@ -101,6 +101,8 @@ def convolved(
     Raises:
         RuntimeError: Shapes, dtypes or devices do not fit, as for PyTorch's convolutions.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return composed(x, seen, weight, bias, kernels, geometry)
     given = _cast(x.device.type, x, seen, weight, bias, *kernels)
     with torch.amp.autocast(x.device.type, enabled=False):
         result: Tensor = _Convolved.apply(*given, geometry)[0]  # type: ignore[no-untyped-call]
@@ -131,8 +133,11 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
 
 def _pointwise(matrix: Tensor, x: Tensor) -> Tensor:
-    """A 1x1 convolution: (m, n), (N, n, ...) -> (N, m, ...)."""
-    return torch.matmul(matrix, x.flatten(2)).view(len(x), len(matrix), *x.shape[2:])
+    """A 1x1 convolution: (m, n), (N, n, ...) -> (N, m, ...).
+
+    It is not torch.matmul, whose order of sums depends on which of its arguments require gradients.
+    """
+    return torch.bmm(matrix.expand(len(x), -1, -1), x.flatten(2)).view(len(x), len(matrix), *x.shape[2:])
 
 
 def _delta(h: Tensor, mix: Tensor, up: Tensor | None, geometry: Geometry) -> Tensor:

@@ -11,13 +11,13 @@ All are, in stacks of equal shape, but for
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .support import features_of, reason_against
+from .support import features_of, is_convolution, reason_against
 
 # A volume of several contrasts, or a picture with transparency.
 _CHANNELS_OF_AN_IMAGE = 4
@@ -28,17 +28,26 @@ _HEAD = re.compile(
 
 
 def convolutions_left_out(model: nn.Module, rank: int) -> dict[str, str]:
-    """Why the default leaves a convolution out, by the names of all; "" for those that it adapts.
+    """:func:`left_out_among` all convolutions of a model.
 
     Args:
         model: The model.
         rank: The larger of c and r.
     """
-    layers = {name: module for name, module in model.named_modules() if name and isinstance(module, _ConvNd)}
+    return left_out_among({name: module for name, module in model.named_modules() if is_convolution(module)}, rank)
+
+
+def left_out_among(layers: Mapping[str, nn.Module], rank: int) -> dict[str, str]:
+    """Why the default leaves a convolution out, by the names of all; "" for those that it adapts.
+
+    Args:
+        layers: The convolutions of a model by name, in the order in which it registers them.
+        rank: The larger of c and r.
+    """
     first = next(iter(layers.values()), None)
 
-    def reason(name: str, conv: _ConvNd) -> str:
-        assert first is not None
+    def reason(name: str, conv: nn.Module) -> str:
+        assert isinstance(conv, _ConvNd) and isinstance(first, _ConvNd)
         if conv is first or conv.in_channels == first.in_channels <= _CHANNELS_OF_AN_IMAGE:
             return "a stem"
         if any(map(_HEAD.fullmatch, name.split("."))):
