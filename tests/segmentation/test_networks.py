@@ -18,7 +18,7 @@ from tcurlora_ext.segmentation.networks import (
     randomise,
     read_weights,
     save_weights,
-    target_linears,
+    target_layers,
 )
 
 CONFIGS = {
@@ -42,7 +42,7 @@ def test_network_runs_and_its_prefixes_are_real(name: str) -> None:
         assert any(name.startswith(prefix) for name in names), prefix
     assert set(spec.head) <= set(spec.decoder)
     assert not any(has_prefix(name, spec.decoder) for name in names if name.startswith(spec.blocks))
-    targets = target_linears(model)
+    targets = target_layers(model)
     assert len(targets) == LINEARS[name]
     assert all(target.startswith(spec.blocks) for target in targets)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.segmentation.networks import NetworkSpec
+from tcurlora_ext.segmentation.networks import NetworkSpec, target_layers
 
 from .base import Method, MethodOptions, Prepare, Task, beside
 from .norms import affine_of_norms
@@ -18,10 +19,21 @@ SUBSPACE = "subspace.safetensors"  # the file of learned factors, beside the ada
 
 
 def inject(model: nn.Module, config: tcur.TCURConfig, spec: NetworkSpec, options: MethodOptions, **given: Any) -> None:
-    """Adapt the attention and MLP projections, with q, k and v as separate slices; the head or decoder trains too."""
+    """Adapt the default's layers, with q, k and v as separate slices; the head or decoder trains too."""
     prefixes = prefixes_beside(spec, options)
-    tcur.inject(model, config, **given)
+    tcur.inject(model, but_for_trained(model, config, spec, options), **given)
     tcur.unfreeze(model, prefixes)
+
+
+def but_for_trained(
+    model: nn.Module, config: tcur.TCURConfig, spec: NetworkSpec, options: MethodOptions
+) -> tcur.TCURConfig:
+    """The configuration without the layers that train whole beside the adapter: convolutions of a decoder."""
+    prefixes = beside(spec, options)
+    layers = target_layers(model)
+    if layers == target_layers(model, prefixes):
+        return config
+    return replace(config, exclude_modules=rf"({'|'.join(map(re.escape, prefixes))}).*")
 
 
 def prefixes_beside(spec: NetworkSpec, options: MethodOptions) -> list[str]:
@@ -53,7 +65,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
 
 # Of the learning rates only 1e-2 was tried. Rank and alpha 0 stand for the run's options --rank and --alpha.
 METHOD = Method(
-    "tcur", "tCURLoRA in the transformer", _prepare, 1e-2, save, load, "#d55e00", adapter=True,
+    "tcur", "tCURLoRA", _prepare, 1e-2, save, load, "#d55e00", adapter=True,
     options={"rank": 0, "alpha": 0.0, "orthonormal": False, "selection": "norm", "stack_by": "shape",
              "transform": "dft", "norms": False}, standard=True, merge=tcur.merge,
 )  # fmt: skip
