@@ -94,7 +94,7 @@ def test_a_gate_beside_experts_is_a_router_and_a_narrow_one_is_left_out() -> Non
 def test_layers_that_their_parent_does_not_call_are_left_out() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     with pytest.raises(
-        ValueError, match=r"adapts none of the 4 linear modules .*layers\.0\.linear1 is left out: layers\.0 is an nn"
+        ValueError, match=r"adapts none of the 4 linear layers .*layers\.0\.linear1 is left out: layers\.0 is an nn"
     ):
         tcur.inject(encoder, tcur.TCURConfig(rank=2))
     both = nn.ModuleDict({"encoder": encoder, "b": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in "12")})

@@ -20,17 +20,19 @@ from .checks import ARCHITECTURES, find
 
 PAGE = Path(__file__).parents[2] / "docs" / "networks.md"
 BEGIN, END = "<!-- networks: written by python -m tests.networks.table -->", "<!-- networks end -->"
-HEADER = ("network", "class", "linear layers adapted", "share of their weights", "share of all weights", "left out")
+HEADER = ("network", "class", "layers adapted", "share of their weights", "share of all weights", "left out")
 Row = tuple[str, ...]
 
 
 def row(architecture: Architecture) -> Row:
     """The cells of an architecture."""
     covers = find(architecture).covers
+    convolutions = covers.convolutions
+    of_all = f"{len(convolutions)} convolutions" if convolutions else f"{len(covers.linear)}"
     return (
         architecture.name,
         f"`{architecture.symbol}`",
-        f"{len(covers.adapted)} of {len(covers.linear)}",
+        f"{len(covers.adapted)} of {of_all}",
         f"{covers.share:.0%}",
         f"{covers.share_of_all:.0%}",
         left_out(covers),
@@ -41,7 +43,8 @@ def left_out(covers: Coverage) -> str:
     """What is left out, by reason: linear layers by name, others as a share of all weights; embeddings are not said."""
     by_reason: dict[str, list[str]] = {}
     for group in covers.groups():
-        if group.kind == "linear" and not group.slices:
+        convolution = group.kind == "convolution" and bool(covers.convolutions)
+        if (group.kind == "linear" or convolution) and not group.slices:
             by_reason.setdefault(group.reason, []).append(f"`{group.name}`")
     said = [f"{reason}: {_some(names)}" for reason, names in by_reason.items()]
     every = sum(part.weights for part in covers.parts)
