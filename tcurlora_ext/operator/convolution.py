@@ -262,4 +262,3 @@ def _backward(ctx: Any, g: Tensor) -> Grads:
     if needs_x and dx is None and weight is not None:
         dx = _gradient_of_input(g, ctx.shape, weight, geometry)
     return dx, dseen, dweight, dbias, ddown, dmix, dup
-

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,27 +275,26 @@ def test_a_trained_base_gets_its_gradients_too() -> None:
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
-        (lambda: nn.Conv2d(4, 4, 3, groups=2), "it has 2 groups, .* expected groups=1"),
-        (lambda: type("Own", (nn.Conv2d,), {"forward": lambda self, x: x})(4, 4, 3), r"found a .*Own, expected Conv1d"),
-        (lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "its weight is made anew in each call"),
+        (lambda: nn.Conv2d(8, 8, 3, groups=2), "it has 2 groups, .* expected groups=1"),
+        (lambda: type("Own", (nn.Conv2d,), {"forward": lambda self, x: x})(8, 8, 3), r"found a .*Own, expected Conv1d"),
+        (lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "its weight is made anew in each call"),
     ],
 )
-def test_what_cannot_be_adapted_is_refused_by_name(made: Any, reason: str) -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), made(), nn.Conv2d(4, 4, 3))
+def test_what_cannot_be_adapted_is_refused_by_name(made: Any, reason: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), made(), nn.Conv2d(8, 8, 3))
     with pytest.raises(ValueError, match=f"1 cannot be adapted: {reason}"):
-        tcur.load_adapter(model, _file_for(model))
+        tcur.load_adapter(model, _file_of_three(tmp_path))
     tcur.inject(model, tcur.TCURConfig(rank=2))
     covers = tcur.summary(model).covers
     assert [part.name for part in covers.adapted] == ["2"]
-    assert "cannot" not in covers.left_out[1].reason
+    assert covers.left_out[0].reason == "a stem"
+    assert re.search(reason.replace("found a .*Own, expected Conv1d", "found a .*Own"), covers.left_out[1].reason)
 
 
-def _file_for(model: nn.Module) -> str:
-    import tempfile
-
-    plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+def _file_of_three(folder: Path) -> Path:
+    plain = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in "123"))
     tcur.inject(plain, tcur.TCURConfig(rank=2, target_modules=["1"]))
-    return str(tcur.save_adapter(plain, tempfile.mkdtemp() + "/a.safetensors"))
+    return tcur.save_adapter(plain, folder / "a.safetensors")
 
 
 def test_from_conv_refuses_groups() -> None:

@@ -193,7 +193,10 @@ def mixed() -> nn.ModuleDict:
         ({"target_modules": ["q", "kk"]}, r"target_modules has 'kk', which no module of ModuleDict is called"),
         ({"target_modules": ["q"], "exclude_modules": ["kk"]}, "exclude_modules has 'kk', which no module"),
         ({"target_modules": ["q"], "split_fused": {"qq": 2}}, "split_fused has 'qq', which no module"),
-        ({"target_modules": ["q", "conv"]}, "'conv', but conv cannot be adapted: it has 2 groups, .* expected groups=1"),
+        (
+            {"target_modules": ["q", "conv"]},
+            "'conv', but conv cannot be adapted: it has 2 groups, .* expected groups=1",
+        ),
         (
             {"target_modules": ["q", "out_proj"]},
             r"attn\.out_proj cannot be adapted: nn\.MultiheadAttention reads its w",

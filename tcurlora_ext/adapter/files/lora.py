@@ -170,7 +170,9 @@ def conv_kernels(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
         else:
             found[name] = tuple(layer.weight.shape)
             continue
-        raise ValueError(f"{name} {other}, expected a convolution of dilation 1, padded by zeros; merge(model) keeps it")
+        raise ValueError(
+            f"{name} {other}, expected a convolution of dilation 1, padded by zeros; merge(model) keeps it"
+        )
     return found
 
 

@@ -48,7 +48,8 @@ def left_out_among(layers: Mapping[str, nn.Module], rank: int) -> dict[str, str]
 
     def reason(name: str, conv: nn.Module) -> str:
         assert isinstance(conv, _ConvNd) and isinstance(first, _ConvNd)
-        if conv is first or conv.in_channels == first.in_channels <= _CHANNELS_OF_AN_IMAGE:
+        takes_image = conv.in_channels == first.in_channels <= min(_CHANNELS_OF_AN_IMAGE, first.out_channels - 1)
+        if conv is first or takes_image:
             return "a stem"
         if any(map(_HEAD.fullmatch, name.split("."))):
             return "a head"

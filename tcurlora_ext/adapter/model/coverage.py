@@ -130,7 +130,9 @@ class Coverage:
         kinds = {"linear layers": self.linear, "convolutions": self.convolutions}
         if self.convolutions and not any(part.slices for part in self.linear):
             del kinds["linear layers"]
-        counts = [f"{sum(bool(p.slices) for p in parts)} of {len(parts)} {kind}" for kind, parts in kinds.items() if parts]
+        counts = [
+            f"{sum(bool(p.slices) for p in parts)} of {len(parts)} {kind}" for kind, parts in kinds.items() if parts
+        ]
         line = f"adapted: {' and '.join(counts) or '0 of 0 linear layers'}, {self.share:.0%} of their weights"
         beside: dict[str, int] = {}
         for part in self.parts:

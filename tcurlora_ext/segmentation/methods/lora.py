@@ -26,7 +26,9 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     from peft import LoraConfig
 
     rank = METHOD.option(options, "rank") or options.lora_rank
-    inject(model, spec, options, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers_of(model, spec, options, True)))
+    inject(
+        model, spec, options, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers_of(model, spec, options, True))
+    )
     if task is not None and METHOD.option(options, "init"):
         _begin_with(model, Path(METHOD.option(options, "init")))
 

@@ -54,7 +54,9 @@ def window_multiple(sizes: Sizes, default: int) -> int:
 def sizes_of_dynunet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The sizes of a DynUNet that its tensors tell: all, as a step up undoes the stride of the step down."""
     downs = _numbers(tensors, r"downsamples\.(\d+)\.conv1\.conv\.weight")
-    first = [f"{block}.conv1.conv.weight" for block in ("input_block", *(f"downsamples.{n}" for n in downs), "bottleneck")]
+    first = [
+        f"{block}.conv1.conv.weight" for block in ("input_block", *(f"downsamples.{n}" for n in downs), "bottleneck")
+    ]
     ups = _numbers(tensors, r"upsamples\.(\d+)\.transp_conv\.conv\.weight")
     strides = [_side(tensors[f"upsamples.{n}.transp_conv.conv.weight"]) for n in reversed(ups)]
     return {
