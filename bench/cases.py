@@ -123,7 +123,7 @@ def of_layer(layer: Layer, tokens: int, **rest: object) -> Case:
 
 
 def quick() -> list[Case]:
-    """What two cores measure in five minutes: UNETR's layers, its encoder for a crop of 96^3, a Llama block, convolutions."""
+    """What two cores measure in five minutes: UNETR's layers, its encoder, Llama's block, convolutions."""
     cases = [of_layer(layer, 2048) for layer in UNETR]
     cases += [of_layer(UNETR[1], 2048, mode="inference")]
     cases = [replace(case, compiled=(case.name, case.mode) == ("unetr out_proj", "training")) for case in cases]

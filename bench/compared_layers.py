@@ -1,7 +1,7 @@
 """Adapted layers that the operator is compared with: LoRA in two orders, tCUR and CURLoRA with a dense dW.
 
-Each class wraps a frozen ``nn.Linear``, or a convolution by its matrix. Its ``delta_weight()`` is dW (out, in), differentiable: the check before a
-measurement compares the layer's output with x (W + dW)^T + b.
+Each class wraps a frozen ``nn.Linear``, or a convolution, by its matrix. Its ``delta_weight()`` is dW (out, in),
+differentiable: the check before a measurement compares the layer's output with x (W + dW)^T + b.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class AdapterFirstLoRA(LoRA):
 
 
 def randomise(down: Tensor, up: Tensor) -> None:
-    """Fill LoRA's A (rank, in...) and B (out, rank...) so that the entries of B A are as large as a new ``nn.Linear``'s."""
+    """Fill LoRA's A (rank, in...) and B (out, rank...); entries of B A are as large as a new ``nn.Linear``'s."""
     rank, in_features = down.flatten(1).shape
     with torch.no_grad():
         down.copy_(torch.randn_like(down, dtype=torch.float32) / math.sqrt(in_features))

@@ -3,9 +3,9 @@
     python examples/adapt_plainconvunet.py                        # a small network, nothing downloaded
     python examples/adapt_plainconvunet.py --steps 100 --rank 4
 
-The network is first trained on synthetic volumes with two kinds of bright boxes, then adapted to volumes in which these are dark.
-It prints the loss before and after adaptation of the output layers alone and of tCUR with them, and that of the loaded adapter.
-Needs the package dynamic-network-architectures, which nnU-Net brings: pip install dynamic-network-architectures
+The network is first trained on synthetic volumes with two kinds of bright boxes, then adapted to volumes in which
+these are dark. It prints the loss before and after adaptation of the output layers alone and of tCUR with them, and
+that of the loaded adapter. Needs the package dynamic-network-architectures, which nnU-Net brings.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="unetr, swinunetr, vit, dynunet, segresnet, a transformers config.json or its folder, or module:callable."
+            help="unetr, swinunetr, vit, dynunet, segresnet, a transformers config.json or its folder, or "
+            "module:callable."
         ),
     ],
     kwargs: options.Kwargs = None,

@@ -1,4 +1,4 @@
-"""A convolution with a t-CUR adapter: forward and backward without a tensor of the size of the weight or of its columns.
+"""A convolution with a t-CUR adapter: forward and backward without a tensor of the size of the weight.
 
 The weight is a matrix, whose rows are kernels on the input (docs/convolutions.md). With N samples, x (N, in, ...) and
 y (N, out, ...), ``*`` for the layer's convolution and @ for a 1x1 convolution, a product along the channels:

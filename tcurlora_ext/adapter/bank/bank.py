@@ -79,8 +79,8 @@ class AdapterBank:
                 raise ValueError(f"stack {name} has quantised layers, whose own forward pass knows one adapter alone")
             if any(isinstance(layer, TCURConv) for layer in stack.layers.values()):
                 raise ValueError(
-                    f"stack {name} has convolutions ({stack.names[0]}, ...), expected linear layers: the rows of a batch "
-                    "of adapters are tokens, which convolutions mix"
+                    f"stack {name} has convolutions ({stack.names[0]}, ...), expected linear layers: a batch of many "
+                    "adapters has an adapter for each token, and convolutions mix tokens"
                 )
         self._names = {stack: name for name, stack in self._stacks.items()}
         self._modules = OwnModules(adapted, modules)

@@ -3,7 +3,8 @@
 A folder with two files:
 
 adapter_model.safetensors   ``base_model.model.<module>.lora_A.weight`` (rank, in) and ``...lora_B.weight`` (out, rank)
-    for every adapted module, of a convolution (rank, in, k...) and (out, rank, 1...), and the tensors of PEFT's ``modules_to_save`` under their names in the model
+    for every adapted module, of a convolution (rank, in, k...) and (out, rank, 1...), and the tensors of PEFT's
+    ``modules_to_save`` under their names in the model
 adapter_config.json         as PEFT's ``LoraConfig`` writes it
 
 A module's output gets ``x A^T B^T * lora_alpha / r``. The scale is in B, so ``lora_alpha`` is r.
@@ -110,9 +111,10 @@ def to_lora(
 
     Raises:
         ValueError: The model is not adapted, is a part of an adapted one or is sharded over processes; the rank is
-            above ``max_rank``; a convolution is adapted that PEFT's LoRA computes otherwise; something that trained beside the cores is no whole module (the bias of an adapted
-            layer, a parameter of the model itself); an adapted module is at two places in the model; a value is NaN or
-            infinite; or ``path`` is a file or has an adapter of another kind. Nothing is written.
+            above ``max_rank``; a convolution is adapted that PEFT's LoRA computes otherwise; something that trained
+            beside the cores is no whole module (the bias of an adapted layer, a parameter of the model itself); an
+            adapted module is at two places in the model; a value is NaN or infinite; or ``path`` is a file or has an
+            adapter of another kind. Nothing is written.
         ModuleNotFoundError: PEFT, which writes the configuration, is not installed.
         OSError: The system refuses the folder or a file.
 

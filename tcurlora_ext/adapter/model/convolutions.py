@@ -47,7 +47,8 @@ def left_out_among(layers: Mapping[str, nn.Module], rank: int) -> dict[str, str]
     first = next(iter(layers.values()), None)
 
     def reason(name: str, conv: nn.Module) -> str:
-        assert isinstance(conv, _ConvNd) and isinstance(first, _ConvNd)
+        assert isinstance(conv, _ConvNd)
+        assert isinstance(first, _ConvNd)
         takes_image = conv.in_channels == first.in_channels <= min(_CHANNELS_OF_AN_IMAGE, first.out_channels - 1)
         if conv is first or takes_image:
             return "a stem"

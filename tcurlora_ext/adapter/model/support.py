@@ -64,8 +64,9 @@ def conv_features(conv: _ConvNd) -> tuple[int, int]:
 def adapted_type(module: nn.Module) -> type[TCURLayer] | None:
     """The class of the adapted layer for a module; None where the module cannot be adapted.
 
-    A subclass of ``nn.Linear`` or of a convolution is adapted where it computes the same. One with a forward pass of its own may use its
-    weight in another way, and the adapter would silently have no effect. A quantised layer keeps its own forward pass.
+    A subclass of ``nn.Linear`` or of a convolution is adapted where it computes the same. One with a forward pass of
+    its own may use its weight in another way, and the adapter would silently have no effect. A quantised layer keeps
+    its own forward pass.
     """
     if is_quantised(module):
         return carried_type(type(module)) if can_dequantise(module) else None

@@ -20,8 +20,8 @@ from tcurlora_ext.adapter.options import pair_of
 
 from .blocks import DEFAULT_TARGETS as DEFAULT_TARGETS  # also known by this name
 from .blocks import bypassed, left_out_by_default
-from .fused import parts_of
 from .convolutions import convolutions_left_out
+from .fused import parts_of
 from .support import (
     EXPECTED,
     adapted_type,
@@ -241,7 +241,7 @@ def _what_has(entry: str, model: nn.Module) -> str:
     for name, _ in model.named_parameters():
         if matches(name, [entry]):
             owner = class_of(model.get_submodule(name.rpartition(".")[0]))
-            return f"but {name} is a parameter of a {owner}, neither a linear layer nor a convolution; it cannot be adapted"
+            return f"but {name} is a parameter of a {owner}, no linear layer or convolution; it cannot be adapted"
     return is_no_name(entry, model)
 
 

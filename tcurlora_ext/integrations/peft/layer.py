@@ -11,8 +11,8 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
-from tcurlora_ext.adapter.layer.quantised import dequantised, rounds_its_input
 from tcurlora_ext.adapter.layer.convolution import convolve
+from tcurlora_ext.adapter.layer.quantised import dequantised, rounds_its_input
 from tcurlora_ext.adapter.model.support import adapted_type, is_conv1d, matrix_of
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.slices import LayerSlices

@@ -39,8 +39,8 @@ class NetworkSpec:
         description: In a few words.
         construct: Builds it from input channels, output channels, window and sizes.
         sizes: Default sizes.
-        head, decoder, blocks: Prefixes of the names of these parameters; the decoder includes the head. Blocks are those
-            of a transformer, or the steps down of a network of convolutions.
+        head, decoder, blocks: Prefixes of the names of these parameters; the decoder includes the head. Blocks are
+            those of a transformer, or the steps down of a network of convolutions.
         also_train: What trains beside an adapter by default, "head" or "decoder".
         multiple: Each side of the window is a multiple of it, in voxels.
         inputs: Names of the weights that read the image.
