@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tcurlora_ext.adapter.model.structure import adapted_layers
+from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.methods import METHODS, MethodOptions, get_methods
 from tcurlora_ext.segmentation.networks import build_network, check_network, get_spec, has_prefix, save_weights
 from tcurlora_ext.segmentation.networks.building import NetworkConfig
@@ -19,7 +20,6 @@ from tcurlora_ext.segmentation.runs.pretraining import PretrainSettings, pretrai
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.training import trainable
 
-from .test_finetune import read_csv
 from .test_networks import CONFIGS, CONVOLUTIONAL
 
 ADAPTS = ("tcur", "tcur-light", "curlora", "lora", "dora", "norms", "bitfit", "head", "decoder", "full")
@@ -35,7 +35,7 @@ def test_a_method_adapts_convolutions_or_refuses_them_by_name(name: str) -> None
     model, spec = build_network(CONFIGS["dynunet"]), get_spec("dynunet")
     options = MethodOptions(rank=4, lora_rank=2, own=method.own)
     if name not in ADAPTS:
-        with pytest.raises(ValueError, match="found a Conv3d, expected a linear|found no layer that this method"):
+        with pytest.raises(ValueError, match=r"found a Conv3d, expected a linear|found no layer that this method"):
             method.prepare(model, spec, options, None)
         return
     before = model.eval()(torch.zeros(1, 1, 16, 16, 16) + 0.5)
@@ -88,7 +88,7 @@ def test_windows_and_levels_are_checked() -> None:
     assert window_multiple({"blocks_down": [1, 1, 1, 1]}, 2) == 8
     with pytest.raises(ValueError, match="roi of dynunet: found 6x8x8, expected positive multiples of 4"):
         check_network(NetworkConfig("dynunet", 1, 2, (6, 8, 8), None, dict(CONFIGS["dynunet"].sizes)))
-    with pytest.raises(ValueError, match="sizes of dynunet: found .* levels, expected as many of each"):
+    with pytest.raises(ValueError, match=r"sizes of dynunet: found .* levels, expected as many of each"):
         build_network(NetworkConfig("dynunet", 1, 2, (8, 8, 8), None, {"filters": [8, 8, 8]}))
 
 
