@@ -36,7 +36,7 @@ def test_a_method_adapts_convolutions_or_refuses_them_by_name(name: str) -> None
     options = MethodOptions(rank=4, lora_rank=2, own=method.own)
     if name not in ADAPTS:
         with pytest.raises(ValueError, match=r"found a Conv3d, expected a linear|found no layer that this method"):
-            method.prepare(model, spec, options, None)
+            method.check_options(model, spec, options)
         return
     before = model.eval()(torch.zeros(1, 1, 16, 16, 16) + 0.5)
     method.prepare(model, spec, options, None)
