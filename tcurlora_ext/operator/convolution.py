@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -189,7 +190,8 @@ class _Convolved(torch.autograd.Function):
         # Delta is added to the base in place: with a zero core, y is that of the base bit for bit.
         with stage("y += m col^T"):
             if up is None:
-                y.flatten(2).baddbmm_(mix.expand(len(y), -1, -1), h.flatten(2))
+                # A view, or an error: what a copy got would be lost.
+                y.view(*y.shape[:2], prod(y.shape[2:])).baddbmm_(mix.expand(len(y), -1, -1), h.flatten(2))
             else:
                 y += _delta(h, mix, up, geometry)
         return y, h

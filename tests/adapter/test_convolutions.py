@@ -156,6 +156,15 @@ def test_a_transposed_convolution_takes_an_output_size() -> None:
     assert torch.equal(layer(x, output_size=[10, 10]), plain(x, output_size=[10, 10]))
 
 
+@pytest.mark.parametrize("samples", [(), (2,)])
+def test_what_follows_may_change_the_output_in_place(samples: tuple[int, ...]) -> None:
+    layer = adapted(CASES["2d stride"])[0]
+    x = torch.randn(*samples, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(nn.ReLU(inplace=True)(layer(x)).square().sum(), [x, layer.stack.core])
+    expected = torch.autograd.grad(torch.relu(layer(x)).square().sum(), [x, layer.stack.core])
+    assert_close(found, expected)
+
+
 def test_dropout_is_the_adapters_alone() -> None:
     layer = TCURConv.from_conv(nn.Conv2d(4, 4, 3), 4, dropout=0.5)
     base, x = copy.deepcopy(layer), torch.randn(2, 4, 6, 6, requires_grad=True)
