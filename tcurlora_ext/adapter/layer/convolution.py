@@ -26,23 +26,25 @@ class TCURConv(TCURLayer):
 
     The rows of the matrix are kernels on the input, so that h is a convolution with the r rows of R as kernels:
 
-    ``nn.Conv1d``, ``2d``, ``3d``     weight (out, in, k...)  ->  (out, in*k^d). h moves over x as the layer does, and C
-                                      (out, c) is a 1x1 convolution.
-    ``nn.ConvTranspose1d``, ...       weight (in, out, k...)  ->  (out*k^d, in). h is a 1x1 convolution, and C, c input
-                                      channels of the weight, a transposed convolution as the layer's.
+    - ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: the weight (out, in, k...) is a matrix (out, in k^d). h moves over x as
+      the layer does, and C (out, c) is a 1x1 convolution.
+    - ``nn.ConvTranspose1d``, ...: the weight (in, out, k...) is a matrix (out k^d, in). h is a 1x1 convolution, and C, the
+      kernels of c input channels, a transposed convolution as the layer's.
 
     Stride, padding, dilation and the mode of padding are the layer's own. The classes of layers are made from the
     plain layer's class, of which they are instances too: :func:`tcurlora_ext.inject` and :meth:`from_conv` make them.
 
     Attributes:
-        kind: The class of the layer without an adapter; :func:`conv_type` makes a subclass of both.
+        kind: The class of the layer without an adapter; the layer is of a subclass of both.
     """
 
     kind: ClassVar[type[_ConvNd]]
     may_ride = False  # no changed input x' has the delta in its patches
 
     @classmethod
-    def from_conv(cls, conv: _ConvNd, rank: Rank = 8, *, scale: float | None = None, **options: Any) -> TCURConv:
+    def from_conv(
+        cls, conv: nn.modules.conv._ConvNd, rank: Rank = 8, *, scale: float | None = None, **options: Any
+    ) -> TCURConv:
         """An adapted layer that shares a plain layer's parameters and freezes them. It owns a stack of one slice.
 
         Args:
