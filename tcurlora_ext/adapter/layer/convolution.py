@@ -26,10 +26,10 @@ class TCURConv(TCURLayer):
 
     The rows of the matrix are kernels on the input, so that h is a convolution with the r rows of R as kernels:
 
-    - ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: the weight (out, in, k...) is a matrix (out, in k^d). h moves over x as
-      the layer does, and C (out, c) is a 1x1 convolution.
-    - ``nn.ConvTranspose1d``, ...: the weight (in, out, k...) is a matrix (out k^d, in). h is a 1x1 convolution, and C, the
-      kernels of c input channels, a transposed convolution as the layer's.
+    - ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``: the weight (out, in, k...) is a matrix (out, in k^d). h moves over x
+      as the layer does, and C (out, c) is a 1x1 convolution.
+    - ``nn.ConvTranspose1d``, ...: the weight (in, out, k...) is a matrix (out k^d, in). h is a 1x1 convolution, and C,
+      the kernels of c input channels, a transposed convolution as the layer's.
 
     Stride, padding, dilation and the mode of padding are the layer's own. The classes of layers are made from the
     plain layer's class, of which they are instances too: :func:`tcurlora_ext.inject` and :meth:`from_conv` make them.
