@@ -34,11 +34,11 @@ class LoRA(nn.Module):
         return linear(x, self.base.weight, self.base.bias) + linear(linear(x, self.down), self.up)
 
 
-class ConvolutionLoRA(LoRA):
+class ConvolutionLoRA(nn.Module):
     """LoRA of a convolution: A as kernels that move over the input as the layer does, then B as a 1x1 convolution."""
 
     def __init__(self, base: nn.Conv3d, rank: int) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.base = base
         self.down = nn.Parameter(torch.empty_like(base.weight[:1]).repeat(rank, 1, 1, 1, 1))
         self.up = nn.Parameter(torch.empty_like(base.weight[:, :1, :1, :1, :1]).repeat(1, rank, 1, 1, 1))

@@ -68,7 +68,7 @@ class TCURConv(TCURLayer):
     def as_matrix(self, stored: Tensor) -> Tensor:
         return conv_matrix(self, stored)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The layer's convolution with the weight W + dW.
 
         Args:
@@ -122,10 +122,10 @@ def _placed(conv: _ConvNd, x: Tensor, output_size: list[int] | None) -> tuple[Te
     """The input (N, in, ...), padded where the layer does that by itself, and how the layer moves over it."""
     stride, dilation = list(conv.stride), list(conv.dilation)
     if isinstance(conv, _ConvTransposeNd):
-        added = conv._output_padding(
-            x, output_size, stride, list(conv.padding), list(conv.kernel_size), len(stride), dilation
-        )  # type: ignore[arg-type]
-        return x, Geometry(stride, [int(n) for n in conv.padding], dilation, True, list(added))
+        assert isinstance(conv.padding, tuple)
+        padding, space = list(conv.padding), len(stride)
+        added = conv._output_padding(x, output_size, stride, padding, list(conv.kernel_size), space, dilation)
+        return x, Geometry(stride, padding, dilation, True, list(added))
     none = [0] * len(stride)
     around = conv._reversed_padding_repeated_twice
     if conv.padding_mode != "zeros":
