@@ -106,7 +106,7 @@ def convolved(
         return composed(x, seen, weight, bias, kernels, geometry)
     given = _cast(x.device.type, x, seen, weight, bias, *kernels)
     with torch.amp.autocast(x.device.type, enabled=False):
-        result: Tensor = _Convolved.apply(*given, geometry)[0]  # type: ignore[no-untyped-call]
+        result: Tensor = _Convolved.apply(*given, geometry)[0]
     return result
 
 
@@ -217,7 +217,7 @@ class _Convolved(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None, _h: Tensor | None) -> Grads:
         if g is None:
             return (None,) * 8
