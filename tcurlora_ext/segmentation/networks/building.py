@@ -44,6 +44,7 @@ class NetworkSpec:
         also_train: What trains beside an adapter by default, "head" or "decoder".
         multiple: Each side of the window is a multiple of it, in voxels.
         inputs: Names of the weights that read the image.
+        blocks_are: What the blocks are, in words.
     """
 
     name: str
@@ -56,6 +57,7 @@ class NetworkSpec:
     also_train: str
     multiple: int
     inputs: tuple[str, ...]
+    blocks_are: str = "transformer blocks"
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,13 @@ NETWORKS: dict[str, NetworkSpec] = {
             # The same layers have a second name in the state: the tree of skip connections.
             inputs=tuple(f"{tree}.{name}.conv.weight" for tree in ("input_block", "skip_layers.downsample")
                          for name in ("conv1", "conv3")),
+            blocks_are="steps down",
         ),
         NetworkSpec(
             "segresnet", "MONAI's SegResNet", segresnet,
             {"init_filters": 16, "blocks_down": [1, 2, 2, 4], "blocks_up": [1, 1, 1], "dropout_prob": 0.0},
             head=("conv_final.2.",), decoder=("up_layers.", "up_samples.", "conv_final."), blocks="down_layers.",
-            also_train="head", multiple=8, inputs=(FIRST["segresnet"],),
+            also_train="head", multiple=8, inputs=(FIRST["segresnet"],), blocks_are="steps down",
         ),
     )
 }  # fmt: skip
