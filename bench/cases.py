@@ -45,9 +45,10 @@ class Case:
 
     Attributes:
         name: What the results call it.
-        network: "layer", "stack" (all layers of a stack, each on an input of its own), "encoder", "llama block" or
-            "unetr step".
-        tokens: T, the number of rows of a layer's input; for a network, of the input of each of its layers.
+        network: "layer", "stack" (all layers of a stack, each on an input of its own), "encoder", "llama block",
+            "unetr step", "convolution" or "convolution encoder".
+        tokens: T, the number of rows of a layer's input; for a network, of the input of each of its layers; for
+            convolutions the voxels of the input, a cube.
         layer: The layer, where ``network`` is "layer" or "stack".
         rank: The tubal rank r.
         mode: "training" or "inference".
@@ -122,12 +123,21 @@ def of_layer(layer: Layer, tokens: int, **rest: object) -> Case:
 
 
 def quick() -> list[Case]:
-    """What two cores measure in five minutes: UNETR's layers, its encoder for a crop of 96^3, a Llama block."""
+    """What two cores measure in five minutes: UNETR's layers, its encoder, Llama's block, convolutions."""
     cases = [of_layer(layer, 2048) for layer in UNETR]
     cases += [of_layer(UNETR[1], 2048, mode="inference")]
     cases = [replace(case, compiled=(case.name, case.mode) == ("unetr out_proj", "training")) for case in cases]
     encoder, block = Case("unetr encoder", "encoder", 216), Case("llama-7b block", "llama block", 128)
-    return [*cases, *(replace(case, compiled=False, variants=memory_variants()) for case in (encoder, block))]
+    cases += [replace(case, compiled=False, variants=memory_variants()) for case in (encoder, block)]
+    return [*cases, *convolutions()]
+
+
+def convolutions() -> list[Case]:
+    """A 3-D convolution and the encoder of a small DynUNet, adapted by the operator and by PEFT's LoRA."""
+    cases = Case("conv3d 64 to 64", "convolution", 16**3), Case("dynunet encoder", "convolution encoder", 32**3)
+    # No backend has kernels of its own for convolutions: one variant of the operator is all of them.
+    names = (SMALL_LORA, PAPER_LORA, next(iter(operator_variants())))
+    return [replace(case, compiled=False, variants=names) for case in cases]
 
 
 def full() -> list[Case]:

@@ -1,7 +1,7 @@
-"""Adapted linear layers that the operator is compared with: LoRA in two orders, tCUR and CURLoRA with a dense dW.
+"""Adapted layers that the operator is compared with: LoRA in two orders, tCUR and CURLoRA with a dense dW.
 
-Each class wraps a frozen ``nn.Linear``. Its ``delta_weight()`` is dW (out, in), differentiable: the check before a
-measurement compares the layer's output with x (W + dW)^T + b.
+Each class wraps a frozen ``nn.Linear``, or a convolution, by its matrix. Its ``delta_weight()`` is dW (out, in),
+differentiable: the check before a measurement compares the layer's output with x (W + dW)^T + b.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import conv3d, linear
 
 from tcurlora_ext.adapter.layer.linear import TCURLinear
 from tcurlora_ext.maths.contract import Factors
@@ -34,6 +34,23 @@ class LoRA(nn.Module):
         return linear(x, self.base.weight, self.base.bias) + linear(linear(x, self.down), self.up)
 
 
+class ConvolutionLoRA(nn.Module):
+    """LoRA of a convolution: A as kernels that move over the input as the layer does, then B as a 1x1 convolution."""
+
+    def __init__(self, base: nn.Conv3d, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.empty_like(base.weight[:1]).repeat(rank, 1, 1, 1, 1))
+        self.up = nn.Parameter(torch.empty_like(base.weight[:, :1, :1, :1, :1]).repeat(1, rank, 1, 1, 1))
+        randomise(self.down, self.up)
+
+    def delta_weight(self) -> Tensor:
+        return self.up.flatten(1) @ self.down.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + conv3d(self.base._conv_forward(x, self.down, None), self.up)
+
+
 class AdapterFirstLoRA(LoRA):
     """The cheapest order in PyTorch operations: the adapter with the bias first, then x W^T accumulated onto it."""
 
@@ -44,8 +61,8 @@ class AdapterFirstLoRA(LoRA):
 
 
 def randomise(down: Tensor, up: Tensor) -> None:
-    """Fill LoRA's A (rank, in) and B (out, rank) so that the entries of B A are as large as a new ``nn.Linear``'s."""
-    rank, in_features = down.shape
+    """Fill LoRA's A (rank, in...) and B (out, rank...); entries of B A are as large as a new ``nn.Linear``'s."""
+    rank, in_features = down.flatten(1).shape
     with torch.no_grad():
         down.copy_(torch.randn_like(down, dtype=torch.float32) / math.sqrt(in_features))
         up.copy_(torch.randn_like(up, dtype=torch.float32) / math.sqrt(3 * rank))

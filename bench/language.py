@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import tcurlora_ext as tcur
 from tcurlora_ext.io.records import read_csv, write_csv
 from tcurlora_ext.io.tensors import read_weights
-from tcurlora_ext.segmentation.networks import target_linears
+from tcurlora_ext.segmentation.networks import target_layers
 from tcurlora_ext.segmentation.training import rise_and_cosine
 
 from .devices import provenance
@@ -168,7 +168,7 @@ def of_lora(rank: int, model: nn.Module, step: Step, seed: int) -> None:
 
     del step
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=target_linears(model)), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=target_layers(model)), model)
 
 
 def of_config(config: tcur.TCURConfig, model: nn.Module, step: Step, seed: int) -> None:

@@ -161,10 +161,33 @@ def _unetr_step(case: Case) -> Network:
     return Network(module, [run], targets, {"qkv": 3}, 1, ("unetr.decoder", "unetr.out"))
 
 
+def _convolution(case: Case) -> Network:
+    return _volumes(case, nn.Sequential(nn.Conv3d(64, 64, 3, padding=1)), 64, 64, 1)
+
+
+def _convolution_encoder(case: Case) -> Network:
+    """The steps down of MONAI's DynUNet with 16 to 128 channels, after its first convolution."""
+    from monai.networks.nets import DynUNet
+
+    net = DynUNet(3, 16, 3, [3] * 4, [1, 2, 2, 2], [2] * 3, [16, 32, 64, 128])
+    return _volumes(case, nn.Sequential(net.input_block, *net.downsamples, net.bottleneck), 16, 128, 8)
+
+
+def _volumes(case: Case, module: nn.Module, channels: int, features: int, reduction: int) -> Network:
+    """A network of convolutions on a cube, whose sides it divides by ``reduction``."""
+    training, side = case.mode == "training", round(case.tokens ** (1 / 3))
+    x = _normal(case, 1, channels, *[side] * 3, requires_grad=training)
+    g = _normal(case, 1, features, *[side // reduction] * 3)
+    names = [name for name, layer in module.named_modules() if type(layer) is nn.Conv3d]
+    return Network(module, [Run((x,), (g,) if training else None)], names, {})
+
+
 _BUILDERS = {
     "layer": _bank,
     "stack": _bank,
     "encoder": _encoder,
     "llama block": _llama_block,
     "unetr step": _unetr_step,
+    "convolution": _convolution,
+    "convolution encoder": _convolution_encoder,
 }

@@ -113,7 +113,9 @@ def delta_of(layer: Any) -> Callable[[], Tensor] | None:
     """A function that returns an adapted layer's dW (out, in), differentiable; None for modules without one."""
     if "default" in getattr(layer, "lora_A", {}):
         # By definition: autograd does not record PEFT's own get_delta_weight.
-        return lambda: layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        # The matrix of a convolution, as its rows are kernels.
+        left, right = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+        return lambda: layer.scaling["default"] * left.flatten(1) @ right.flatten(1)
     return getattr(layer, "delta_weight", None)
 
 
@@ -121,4 +123,6 @@ def _dense_forward(layer: Any, delta: Callable[[], Tensor]) -> Callable[[Tensor]
     """x (W + dW)^T + b, where W and b are the adapted layer's own or those of the layer that it wraps."""
     wrapped = (getattr(layer, name, None) for name in ("base", "layer", "base_layer"))
     frozen: Any = next((module for module in wrapped if isinstance(module, nn.Module)), layer)
+    if isinstance(frozen, nn.Conv3d):
+        return lambda x: frozen._conv_forward(x, frozen.weight + delta().view_as(frozen.weight), frozen.bias)
     return lambda x: linear(x, frozen.weight + delta(), frozen.bias)

@@ -23,7 +23,17 @@ from tcurlora_ext.maths.selection import Selection
 from tcurlora_ext.operator.backends import missing
 
 from .cases import Case
-from .compared_layers import AdapterFirstLoRA, CURLoRA, DenseTCUR, LoRA, StackDelta, StackTCUR, TransientTCUR, randomise
+from .compared_layers import (
+    AdapterFirstLoRA,
+    ConvolutionLoRA,
+    CURLoRA,
+    DenseTCUR,
+    LoRA,
+    StackDelta,
+    StackTCUR,
+    TransientTCUR,
+    randomise,
+)
 from .names import (
     CURLORA,
     DENSE,
@@ -262,6 +272,10 @@ def _wrap(
     """The network's target layers wrapped by adapted layers of rank q."""
     for name, width in _widths(module, network, case).items():
         layer = module.get_submodule(name)
+        if isinstance(layer, nn.Conv3d):
+            assert layer_type is LoRA
+            module.set_submodule(name, ConvolutionLoRA(layer, width))
+            continue
         assert isinstance(layer, nn.Linear)
         module.set_submodule(name, layer_type(layer, width))
     return module

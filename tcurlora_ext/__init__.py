@@ -6,6 +6,7 @@ from .adapter.distributed.sharding import shard
 from .adapter.files.loading import load_adapter
 from .adapter.files.lora import to_lora
 from .adapter.files.saving import save_adapter
+from .adapter.layer.convolution import TCURConv
 from .adapter.layer.linear import TCURLinear
 from .adapter.learning.change import factors_of_change
 from .adapter.learning.warmup import learn_factors
@@ -27,6 +28,7 @@ __all__ = [
     "AdapterBank",
     "Subspace",
     "TCURConfig",
+    "TCURConv",
     "TCURLinear",
     "TCURStack",
     "backends",

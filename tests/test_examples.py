@@ -44,6 +44,9 @@ def printed(name: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+NNUNET = "adapt_plainconvunet.py"  # apart from the others: nnU-Net's package is seldom there
+
+
 def table(output: str) -> dict[str, list[str]]:
     """Rows of the printed table by their first cell."""
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
@@ -167,7 +170,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, decathlon: Path) -> Callable[
 
 
 def test_every_script_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(RUNS)
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*RUNS, NNUNET}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -178,6 +181,21 @@ def test_the_docs_and_the_script_give_the_same_command(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_plainconvunet_learns_and_loads_what_it_saved(again: Script, tmp_path: Path) -> None:
+    pytest.importorskip("dynamic_network_architectures")
+    output = again(NNUNET, "--pretrain-steps", "30", "--steps", "20", "--output", tmp_path / "a.safetensors")
+    losses = dict(re.findall(r"^(.+): loss (\d\.\d+)", output, re.M))
+    assert losses["the same, loaded"] == losses["tCUR with output layers"]
+    assert float(losses["tCUR with output layers"]) < float(losses["before"])
+    assert "16 of 20 convolutions" in output
+
+
+def test_plainconvunet_says_which_package_is_missing(again: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dynamic_network_architectures", None)
+    with pytest.raises(SystemExit, match="pip install dynamic-network-architectures"):
+        again(NNUNET)
+
+
 def test_unetr_saves_an_adapter_that_scores_the_same_when_loaded(runs: Callable[[str], Run]) -> None:
     folder, output = runs("unetr_hippocampus.py")
     rows = table(output)

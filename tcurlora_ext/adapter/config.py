@@ -34,8 +34,9 @@ class TCURConfig(StackOptions):
     Args:
         rank: r, or (c, r): c columns and r rows of every stack.
         target_modules: ``None``: the linear layers in blocks that the model repeats, without heads, embeddings and
-            routers; a list: names of modules, or ends of names in whole components; a string: a regex that has to match
-            the whole name. The parameters of ``nn.MultiheadAttention`` and of experts count as modules.
+            routers, or where there are none the convolutions, without stems and heads; a list: names of modules, or
+            ends of names in whole components; a string: a regex that has to match the whole name. The parameters of
+            ``nn.MultiheadAttention`` and of experts count as modules.
         exclude_modules: Modules to leave out, in the same forms.
         stack_by: Which layers form a stack. ``"shape"`` (the paper): layers of one shape in one tower, the tower being
             the path before the first number in a name; ``"role"``: layers of one shape in one tower with the same name

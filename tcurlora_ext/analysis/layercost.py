@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tcurlora_ext.adapter.config import TCURConfig
-from tcurlora_ext.maths.flops import CallFlops, RidingFlops
+from tcurlora_ext.maths.flops import CallFlops, ConvolutionFlops, RidingFlops
 from tcurlora_ext.maths.transforms import CallShape, with_middle_product
 
 
@@ -28,9 +28,56 @@ class LayerSizes:
 
 
 def layer_cost(sizes: LayerSizes) -> RidingCost | LayerCost:
-    """The cost of a layer in the form that its stack takes."""
+    """The cost of a linear layer in the form that its stack takes."""
     kind = RidingCost if sizes.config.rides(sizes.S) else LayerCost
     return kind(**vars(sizes))
+
+
+@dataclass(frozen=True)
+class ConvolutionCost(LayerSizes):
+    """The cost of a convolution, whose weight is a matrix: T as for :class:`ConvolutionFlops`.
+
+    Attributes:
+        transposed: Whether it is a transposed one.
+        elements: The number of elements of x.
+    """
+
+    transposed: bool
+    elements: int
+
+    @property
+    def _call(self) -> ConvolutionFlops:
+        blocks = self.config.along.call_shape(self.S, 1, self.config.blocks(self.S)).blocks
+        return ConvolutionFlops(self.T, self.out, self.in_, self.c * blocks, self.r * blocks, self.transposed)
+
+    @property
+    def _keeps_h(self) -> bool:
+        return self.config.trainable == "core" and self.T * self._call.q_r <= self.elements
+
+    def base(self) -> int:
+        """FLOPs of the frozen layer in forward; its dx in backward takes as many."""
+        return self._call.base_product()
+
+    def forward(self) -> int:
+        """FLOPs of the adapter in forward."""
+        return self._call.forward()
+
+    def backward(self) -> int:
+        """FLOPs of the adapter in backward; trained C and R take a product of their own each."""
+        trains_all, call = self.config.trainable == "all", self._call
+        extra = call.row_product() + (call.middle_product() + call.column_product()) * self.transposed
+        return call.backward(self._keeps_h) + extra * trains_all
+
+    def saved(self) -> tuple[int, bool]:
+        """The number of elements that the layer alone saves for backward, and whether it also saves x."""
+        kept = 0
+        if self._drops:
+            kept = self.elements * (1 if self._keeps_h else 2)  # the mask, and what it leaves of x
+        return kept + (self.T * self._call.q_r if self._keeps_h else 0), not self._keeps_h and not self._drops
+
+    def saved_casts(self, size: int) -> int:
+        """0: what autograd saves of matrices without voxels is not counted."""
+        return 0
 
 
 @dataclass(frozen=True)

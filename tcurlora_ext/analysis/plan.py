@@ -18,6 +18,11 @@ Where every slice has a core of its own, the adapter rides on the base product, 
     riding forward   h = x R^T 2T*n*r*in,  h U^T 2T*n*c*r
     riding backward  dcore and p U 2T*n*c*r each,  (p U) R 2T*n*r*in
 
+A convolution is counted as the product of its weight's matrix (out, in*k^d) with T voxels of the output, a transposed
+one as (out*k^d, in) with T voxels of the input (docs/convolutions.md). Its adapter never rides. Given T alone, x has
+stride^d times as many voxels. LoRA of a transposed convolution, which PEFT does not have, is counted in the same way.
+PyTorch's frozen convolution itself saves x, which an adapted one does not; the bytes of LoRA include that x.
+
 With ``frequencies``, S in these formulas is the number of kept blocks, and a layer of n slices takes n calls of one
 slice each.
 
@@ -37,17 +42,19 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
+from tcurlora_ext.adapter.model.convolutions import elements_before, positions
 from tcurlora_ext.adapter.model.coverage import Coverage, coverage
 from tcurlora_ext.adapter.model.parameters import reader_of
 from tcurlora_ext.adapter.model.ranks import stack_ranks
 from tcurlora_ext.adapter.model.structure import refuse_adapted
+from tcurlora_ext.adapter.model.support import is_convolution
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
 from tcurlora_ext.adapter.options import WEIGHTS, positive
 from tcurlora_ext.io.table import text_table
 from tcurlora_ext.maths.coding import BITS, CODED_BITS
 
 from .filesize import file_bytes, stack_file_bytes
-from .layercost import LayerSizes, layer_cost
+from .layercost import ConvolutionCost, LayerCost, LayerSizes, RidingCost, layer_cost
 from .learned import LearnedPlan, plan_learned
 
 # Projections that usually have the same tensor as input: autograd saves it once for all of them.
@@ -61,10 +68,12 @@ class Call:
     Attributes:
         tokens: The number of rows of x over all calls of the layer.
         source: Identifies the input: layers with equal ``source`` have the same tensor as input.
+        elements: The number of elements of a convolution's input; 0 for a linear layer.
     """
 
     tokens: int
     source: object
+    elements: int = 0
 
 
 @dataclass(frozen=True)
@@ -271,11 +280,15 @@ def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: 
     """
     seen: dict[int, tuple[int, Tensor]] = {}  # keeps the tensors alive, so that no id is reused
     calls: dict[str, Call] = {}
+    targets = {target.name: target for target in find_targets(model, config)}
 
     def note(name: str, x: Tensor) -> None:
         number, _ = seen.setdefault(id(x), (len(seen), x))
-        before = calls[name].tokens if name in calls else 0
-        calls[name] = Call(before + x.shape[:-1].numel(), number)
+        module, before = targets[name].module, calls.get(name, Call(0, number))
+        if is_convolution(module):
+            calls[name] = Call(before.tokens + positions(module, x.shape), number, before.elements + x.numel())
+        else:
+            calls[name] = Call(before.tokens + x.shape[:-1].numel(), number)
 
     def note_read(name: str, module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         x, *others = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
@@ -283,15 +296,14 @@ def trace_calls(model: nn.Module, config: TCURConfig, *inputs: Any, **keywords: 
         tokens = experts[0].numel() if experts else x.shape[:-1].numel()  # a token has several experts
         calls[name] = Call((calls[name].tokens if name in calls else 0) + tokens, name)
 
-    targets = find_targets(model, config)
-    readers = {target.name: reader_of(model, target.name) for target in targets}
+    readers = {name: reader_of(model, name) for name in targets}
     handles = [
         reader.register_forward_pre_hook(partial(note_read, name), with_kwargs=True)
         for name, reader in readers.items()
         if reader is not None
     ]
     try:
-        with torch.no_grad(), watching([target for target in targets if readers[target.name] is None], note):
+        with torch.no_grad(), watching([target for target in targets.values() if readers[target.name] is None], note):
             model(*inputs, **keywords)
     finally:
         for handle in handles:
@@ -305,6 +317,8 @@ def _call(target: Target, tokens: int | Mapping[str, Call]) -> Call:
             raise ValueError(f"{target.name} is a target, but the traced forward pass does not call it")
         return tokens[target.name]
     parent, _, last = target.name.rpartition(".")
+    if is_convolution(target.module):
+        return Call(tokens, target.name, elements_before(target.module, tokens))
     match = _SIBLINGS.fullmatch(last)
     return Call(tokens, (parent, match.lastgroup if match else last))
 
@@ -325,7 +339,9 @@ def _stack(
     wide = max(4, size)
     c, r = rank
     blocks = config.blocks(slices)
-    factors = blocks * ((0 if config.rides(slices) else out_features * c) + r * in_features)
+    convolution = is_convolution(members[0].module)
+    rides = config.rides(slices) and not convolution
+    factors = blocks * ((0 if rides else out_features * c) + r * in_features)
     trains_all = config.trainable == "all"
     base, lora = Cost(), Cost()
     tcur = Cost(
@@ -334,20 +350,27 @@ def _stack(
         file=stack_file_bytes(name, members, rank, config),
     )
     for target, call in zip(members, calls, strict=True):
-        layer = layer_cost(LayerSizes(call.tokens, target.slices, slices, out_features, in_features, c, r, config))
+        sizes = LayerSizes(call.tokens, target.slices, slices, out_features, in_features, c, r, config)
+        elements_of_x = call.elements if convolution else call.tokens * in_features
+        layer: LayerCost | RidingCost | ConvolutionCost
+        if convolution:
+            transposed = bool(getattr(target.module, "transposed", False))
+            layer = ConvolutionCost(**vars(sizes), transposed=transposed, elements=call.elements)
+        else:
+            layer = layer_cost(sizes)
         base += Cost(forward=layer.base(), backward=layer.base())
         elements, keeps_x = layer.saved()
         tcur += Cost(
             forward=layer.forward(),
             backward=layer.backward(),
-            saved=elements * size + layer.saved_casts(size) + _once(kept["tcur"], call, keeps_x, in_features) * size,
+            saved=elements * size + layer.saved_casts(size) + _once(kept["tcur"], call, keeps_x, elements_of_x) * size,
         )
         trained = lora_rank * (in_features + target.slices * out_features)
         lora += Cost(
             trained=trained,
             forward=2 * call.tokens * trained,
             backward=4 * call.tokens * trained,
-            saved=(call.tokens * lora_rank + _once(kept["lora"], call, True, in_features)) * size,
+            saved=(call.tokens * lora_rank + _once(kept["lora"], call, True, elements_of_x)) * size,
             file=trained * wide + 2 * 150,  # PEFT saves tensors in float32; each takes about 150 bytes in the header
         )
     q = r * config.along.call_shape(slices, 1, blocks).blocks
@@ -358,9 +381,9 @@ def _stack(
     )
 
 
-def _once(kept: set[object], call: Call, keeps_x: bool, in_features: int) -> int:
+def _once(kept: set[object], call: Call, keeps_x: bool, elements: int) -> int:
     """The elements of x if this layer is the first to save it, else 0."""
     if not keeps_x or call.source in kept:
         return 0
     kept.add(call.source)
-    return call.tokens * in_features
+    return elements

@@ -24,6 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "unetr": {"in_channels": 1, "out_channels": 2, "roi": (96, 96, 96)},
     "swinunetr": {"in_channels": 1, "out_channels": 2, "roi": (96, 96, 96)},
     "vit": {"in_channels": 1, "out_channels": 2, "roi": (32, 32, 32)},
+    "dynunet": {"in_channels": 1, "out_channels": 2, "roi": (96, 96, 96)},
+    "segresnet": {"in_channels": 1, "out_channels": 2, "roi": (96, 96, 96)},
 }
 EXPECTED = f"{', '.join(PRESETS)}, a folder or file with a transformers config.json, or package.module:callable"
 

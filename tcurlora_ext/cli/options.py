@@ -134,7 +134,7 @@ AlsoTrain = Annotated[
 PretrainedNetwork = Annotated[
     str | None,
     typer.Option(
-        help="vit, unetr or swinunetr, where neither network.json beside --pretrained nor the weights say it."
+        help="vit, unetr, swinunetr, dynunet or segresnet, where neither network.json nor the weights say it."
     ),
 ]
 Window = Annotated[

@@ -40,7 +40,10 @@ RANK_NOTES = (
 def plan(
     model: Annotated[
         str,
-        typer.Argument(help="unetr, swinunetr, vit, a transformers config.json or its folder, or module:callable."),
+        typer.Argument(
+            help="unetr, swinunetr, vit, dynunet, segresnet, a transformers config.json or its folder, or "
+            "module:callable."
+        ),
     ],
     kwargs: options.Kwargs = None,
     preset: Annotated[

@@ -22,7 +22,7 @@ def pretrain(
         Path | None,
         typer.Option(help="Data set, as for finetune. Default: the embedded source domain."),
     ] = None,
-    network: Annotated[str, typer.Option(help="vit, unetr or swinunetr.")] = "vit",
+    network: Annotated[str, typer.Option(help="vit, unetr, swinunetr, dynunet or segresnet.")] = "vit",
     sizes: options.NetworkSizes = None,
     roi: Annotated[
         options.WholeTriple | None,

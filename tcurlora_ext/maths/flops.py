@@ -72,6 +72,48 @@ class CallFlops:
 
 
 @dataclass(frozen=True)
+class ConvolutionFlops:
+    """One call of a convolution, whose weight is a matrix (out, in_): that many products of it with a vector, T.
+
+    T counts the voxels of the output; of the input where the convolution is ``transposed``. C and R folded have the
+    widths q_c and q_r. Products of matrices without voxels are not counted.
+    """
+
+    T: int
+    out: int
+    in_: int
+    q_c: int
+    q_r: int
+    transposed: bool
+
+    def base_product(self) -> int:
+        """FLOPs of the layer's convolution; its dx takes as many."""
+        return 2 * self.T * self.out * self.in_
+
+    def row_product(self) -> int:
+        """FLOPs of h; dh to dx take as many."""
+        return 2 * self.T * self.q_r * self.in_
+
+    def middle_product(self) -> int:
+        """FLOPs of m; dh and dmix take as many. A convolution that is not transposed has B in its columns."""
+        return 2 * self.T * self.q_c * self.q_r if self.transposed else 0
+
+    def column_product(self) -> int:
+        """FLOPs of y += m C; its gradients take as many each."""
+        return 2 * self.T * self.out * (self.q_c if self.transposed else self.q_r)
+
+    def forward(self) -> int:
+        """FLOPs of the adapter in forward; those of the base are not counted."""
+        return self.row_product() + self.middle_product() + self.column_product()
+
+    def backward(self, keeps_h: bool) -> int:
+        """FLOPs of the adapter in backward for dx and the core; without ``keeps_h`` they include h computed again."""
+        # dh and dmix from g by the columns, which are one product of their own where B is not in them
+        columns = self.column_product() * (1 if self.transposed else 2) + 2 * self.middle_product()
+        return columns + self.row_product() * (1 if keeps_h else 2)
+
+
+@dataclass(frozen=True)
 class RidingFlops:
     """One call of the riding form with T rows of x, on a base (out, in_), with a core (c, r).
 

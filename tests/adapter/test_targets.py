@@ -108,7 +108,9 @@ def test_a_fused_projection_that_does_not_split_is_named(network: nn.Module) -> 
 
 
 def test_nothing_matched_says_what_is_there(network: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"\['query'\] match none of the 10 linear modules of Network, such as embed"):
+    with pytest.raises(
+        ValueError, match=r"\['query'\] match none of the 10 linear layers and convolutions of Network, such as embed"
+    ):
         stack_names(network, target_modules=["query"])
 
 

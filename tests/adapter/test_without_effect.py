@@ -182,7 +182,7 @@ def test_replicas_of_data_parallel_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def mixed() -> nn.ModuleDict:
     torch.manual_seed(0)
     net = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q", "k", "v")})
-    net["conv"], net["attn"] = nn.Conv1d(3, 3, 1), nn.MultiheadAttention(8, 2)
+    net["conv"], net["attn"] = nn.Conv1d(4, 4, 1, groups=2), nn.MultiheadAttention(8, 2)
     parametrizations.weight_norm(net["v"])
     return net
 
@@ -193,10 +193,13 @@ def mixed() -> nn.ModuleDict:
         ({"target_modules": ["q", "kk"]}, r"target_modules has 'kk', which no module of ModuleDict is called"),
         ({"target_modules": ["q"], "exclude_modules": ["kk"]}, "exclude_modules has 'kk', which no module"),
         ({"target_modules": ["q"], "split_fused": {"qq": 2}}, "split_fused has 'qq', which no module"),
-        ({"target_modules": ["q", "conv"]}, "'conv', but conv cannot be adapted: found a Conv1d, expected nn.Linear"),
+        (
+            {"target_modules": ["q", "conv"]},
+            "'conv', but conv cannot be adapted: it has 2 groups, .* expected groups=1",
+        ),
         ({"target_modules": ["q", "v"]}, "v cannot be adapted: its weight is made anew in each call"),
         ({"target_modules": ["q", "in_proj_bias"]}, r"attn\.in_proj_bias is a parameter of a MultiheadAttention"),
-        ({"target_modules": r"q|conv"}, "match 1 modules that are left out, such as conv: found a Conv1d"),
+        ({"target_modules": r"q|conv"}, "match 1 modules that are left out, such as conv: it has 2 groups"),
     ],
 )
 def test_every_entry_is_used_or_named(options: dict[str, Any], said: str) -> None:

@@ -386,7 +386,7 @@ def test_text_and_rows() -> None:
     ("change", "message"),
     [
         ({"config": tcur.TCURConfig(rank=33)}, r"stack 32x32 \(0.attn.qkv, ...\): rank \(c, r\) = \(33, 33\)"),
-        ({"config": tcur.TCURConfig(target_modules=["nothing"])}, "match none of the 12 linear modules"),
+        ({"config": tcur.TCURConfig(target_modules=["nothing"])}, "match none of the 12 linear layers"),
         ({"tokens": 0}, "tokens is 0, expected a positive"),
         ({"lora_rank": 0}, "lora_rank is 0, expected a positive"),
     ],

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from tcurlora_ext.bench.cases import Case, Layer, of_layer
+from tcurlora_ext.bench.cases import Case, Layer, convolutions, of_layer
+from tcurlora_ext.bench.memory import forward_pass
 from tcurlora_ext.bench.networks import Network, Run, build
 from tcurlora_ext.bench.reference import Reference
 from tcurlora_ext.bench.run import run
@@ -39,6 +40,19 @@ def test_every_variant_of_a_layer_computes_what_it_says(case: Case, mode: str, d
 def test_every_variant_of_a_whole_stack() -> None:
     case = Case("stack", "stack", 16, Layer("single", 16, 40, 1, 5), rank=3, compiled=False)
     assert "tcur dense stack" in checked(case, build(case, CPU))
+
+
+def test_every_variant_of_convolutions() -> None:
+    """The operator and LoRA; what autograd saves for the operator is less than for LoRA, which keeps x."""
+    for case, side in zip(convolutions(), (4, 16), strict=True):
+        case = replace(case, tokens=side**3, rank=2)
+        network = build(case, CPU)
+        assert set(checked(case, network)) == {"frozen", "lora", "peft lora r=8", "peft lora r=32", "tcur eager"}
+        saved = {}
+        for variant in variants(CPU):
+            if variant.name in ("tcur eager", "peft lora r=8"):
+                saved[variant.name] = sum(forward_pass(prepare(variant, case, network)).saved.values())
+        assert saved["tcur eager"] < saved["peft lora r=8"]
 
 
 def test_every_variant_where_x_is_smaller_than_h() -> None:

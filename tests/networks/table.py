@@ -20,7 +20,7 @@ from .checks import ARCHITECTURES, find
 
 PAGE = Path(__file__).parents[2] / "docs" / "networks.md"
 BEGIN, END = "<!-- networks: written by python -m tests.networks.table -->", "<!-- networks end -->"
-HEADER = ("network", "class", "linear layers adapted", "share of their weights", "share of all weights", "left out")
+HEADER = ("network", "class", "layers adapted", "share of their weights", "share of all weights", "left out")
 Row = tuple[str, ...]
 
 
@@ -39,6 +39,8 @@ def row(architecture: Architecture) -> Row:
 
 def _adapted(covers: Coverage) -> str:
     adapted = f"{len(covers.adapted_linear)} of {len(covers.linear)}"
+    if covers.convolutions:
+        return f"{len(covers.adapted)} of {len(covers.convolutions)} convolutions"
     if not covers.experts:
         return adapted
     return f"{adapted}; experts: {sum(part.slices > 0 for part in covers.experts)} of {len(covers.experts)}"
@@ -48,7 +50,8 @@ def left_out(covers: Coverage) -> str:
     """What is left out, by reason: linear layers by name, others as a share of all weights; embeddings are not said."""
     by_reason: dict[str, list[str]] = {}
     for group in covers.groups():
-        if group.kind == "linear" and not group.slices:
+        convolution = group.kind == "convolution" and bool(covers.convolutions)
+        if (group.kind == "linear" or convolution) and not group.slices:
             by_reason.setdefault(group.reason, []).append(f"`{group.name}`")
     said = [f"{reason}: {_some(names)}" for reason, names in by_reason.items()]
     every = sum(part.weights for part in covers.parts)

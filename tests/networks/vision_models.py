@@ -93,6 +93,8 @@ VISION_MODELS = (
     of("PVT v2", "PvtV2ForImageClassification", larger, **PYRAMID, image_size=32, num_attention_heads=[1, 2, 2, 2]),
     of("CvT", "CvtForImageClassification", larger, embed_dim=[8, 8, 16], num_heads=[1, 2, 2], depth=[1, 2, 3]),
     of("ConvNeXt", "ConvNextForImageClassification", larger, **PYRAMID, layer_scale_init_value=1.0),
+    of("ResNet", "ResNetForImageClassification", larger, embedding_size=8, hidden_sizes=[8, 8, 16, 16],
+       depths=[1, 1, 1, 1], layer_type="basic"),
     of("DPT", "DPTForDepthEstimation", larger, **{**VISION, "image_size": 32, "patch_size": 8, "num_hidden_layers": 4},
        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8),
     of("VideoMAE", "VideoMAEForVideoClassification", video, **VISION, num_frames=4),
@@ -128,4 +130,5 @@ VISION_MODELS = (
     torchvision("Swin of torchvision", "SwinTransformer", patch_size=[4, 4], embed_dim=16, depths=[2, 2],
                 num_heads=[2, 4], window_size=[4, 4]),
     torchvision("ConvNeXt of torchvision", "convnext_tiny"),
+    torchvision("ResNet of torchvision", "resnet18"),
 )  # fmt: skip

@@ -23,7 +23,7 @@ from tcurlora_ext.segmentation.methods.lora_pt import PrincipalLinear, Principal
 from tcurlora_ext.segmentation.methods.lora_sb import FACTORS
 from tcurlora_ext.segmentation.methods.lora_xs import CoreLinear
 from tcurlora_ext.segmentation.methods.wrapping import leading_vectors
-from tcurlora_ext.segmentation.networks import get_spec, target_linears
+from tcurlora_ext.segmentation.networks import get_spec, target_layers
 from tcurlora_ext.segmentation.prediction.predictor import load_files
 from tcurlora_ext.segmentation.runs.finetuning import finetune
 from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
@@ -93,7 +93,7 @@ def test_the_factors_of_lora_pt_are_the_principal_part_of_the_tensor_svd() -> No
 def test_lora_pt_stacks_q_k_and_v_as_slices_of_their_own(base: Path) -> None:
     model, _ = prepared("lora-pt:rank=4", base)
     layers = [module for module in model.modules() if isinstance(module, PrincipalLinear)]
-    assert len(layers) == len(target_linears(load_base(base.parent)))
+    assert len(layers) == len(target_layers(load_base(base.parent)))
     shapes = {id(layer.stack): tuple(layer.stack.delta_weights().shape) for layer in layers}
     assert sorted(shapes.values()) == [(2, 16, 32), (2, 32, 16), (8, 16, 16)]
 
@@ -117,7 +117,7 @@ def test_lora_pt_sees_changed_factors_with_and_without_gradients(base: Path) -> 
 def test_lora_sb_begins_at_the_best_approximation_of_a_sign_step(base: Path, task: Task) -> None:
     model, _ = prepared("lora-sb:rank=16:batches=1:step=0.01", base, task)  # the full rank of every weight here
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CoreLinear)}
-    assert set(layers) == set(target_linears(load_base(base.parent)))
+    assert set(layers) == set(target_layers(load_base(base.parent)))
     for name, layer in layers.items():
         step = layer.delta_weight()
         # a sign step changes every entry by the step's size; an entry without gradient, by nothing
@@ -191,7 +191,7 @@ def test_adalora_refuses_a_scaled_loss(base: Path, task: Task) -> None:
 def test_curlora_has_a_core_for_each_layer_over_columns_drawn_by_the_seed(base: Path) -> None:
     model, _ = prepared("curlora:rank=4", base)
     stacks = tcur.stacks(model)
-    assert len(stacks) == len(target_linears(load_base(base.parent)))
+    assert len(stacks) == len(target_layers(load_base(base.parent)))
     assert all(tuple(stack.core.shape) == (1, 4, 4) for stack in stacks.values())
     other = tcur.stacks(prepared("curlora:rank=4", base, seed=1)[0])
     assert any(not torch.equal(stack.columns, other[name].columns) for name, stack in stacks.items())

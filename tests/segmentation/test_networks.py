@@ -18,7 +18,7 @@ from tcurlora_ext.segmentation.networks import (
     randomise,
     read_weights,
     save_weights,
-    target_linears,
+    target_layers,
 )
 
 CONFIGS = {
@@ -27,8 +27,13 @@ CONFIGS = {
     "unetr": NetworkConfig("unetr", 1, 3, (32, 32, 32), None, {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48,
                                                                "num_heads": 2}),
     "swinunetr": NetworkConfig("swinunetr", 1, 3, (64, 64, 64), None, {"feature_size": 12}),
+    "dynunet": NetworkConfig("dynunet", 1, 3, (16, 16, 16), None, {"filters": [8, 16, 16], "strides": [1, 2, 2],
+                                                                   "kernel_size": [3, 3, 3]}),
+    "segresnet": NetworkConfig("segresnet", 1, 3, (8, 8, 8), None, {"init_filters": 8, "blocks_down": [1, 1, 2],
+                                                                    "blocks_up": [1, 1]}),
 }  # fmt: skip
-LINEARS = {"vit": 2 * 4, "unetr": 12 * 4, "swinunetr": 8 * 4}
+TARGETS = {"vit": 2 * 4, "unetr": 12 * 4, "swinunetr": 8 * 4, "dynunet": 11, "segresnet": 16}
+CONVOLUTIONAL = ("dynunet", "segresnet")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -40,11 +45,15 @@ def test_network_runs_and_its_prefixes_are_real(name: str) -> None:
     names = [name for name, _ in model.named_parameters()]
     for prefix in (*spec.head, *spec.decoder, spec.blocks):
         assert any(name.startswith(prefix) for name in names), prefix
-    assert set(spec.head) <= set(spec.decoder)
+    assert all(has_prefix(prefix, spec.decoder) for prefix in spec.head)
     assert not any(has_prefix(name, spec.decoder) for name in names if name.startswith(spec.blocks))
-    targets = target_linears(model)
-    assert len(targets) == LINEARS[name]
-    assert all(target.startswith(spec.blocks) for target in targets)
+    targets = target_layers(model)
+    assert len(targets) == TARGETS[name]
+    if name not in CONVOLUTIONAL:
+        assert all(target.startswith(spec.blocks) for target in targets)
+    encoder = target_layers(model, spec.decoder)
+    assert encoder == [target for target in targets if not has_prefix(target, spec.decoder)]
+    assert encoder
 
 
 def test_building_is_seeded_and_leaves_the_random_state_alone() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.carried import TCURCarried
+from tcurlora_ext.adapter.layer.convolution import TCURConv
 from tcurlora_ext.adapter.layer.parameter import TCURParameter
 from tcurlora_ext.adapter.model.structure import require_adapted, stacks
 from tcurlora_ext.adapter.stack.batches import batch_of, entered
@@ -81,6 +82,11 @@ class AdapterBank:
                 raise ValueError(
                     f"stack {name} has {stack.names[0]}, a parameter that the module around it reads: there the rows "
                     "are no longer those of the batch (experts, nn.MultiheadAttention); adapt the model without it"
+                )
+            if any(isinstance(layer, TCURConv) for layer in stack.layers.values()):
+                raise ValueError(
+                    f"stack {name} has convolutions ({stack.names[0]}, ...), expected linear layers: a batch of many "
+                    "adapters has an adapter for each token, and convolutions mix tokens"
                 )
         self._names = {stack: name for name, stack in self._stacks.items()}
         self._modules = OwnModules(adapted, modules)

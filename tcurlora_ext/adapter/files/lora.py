@@ -3,7 +3,8 @@
 A folder with two files:
 
 adapter_model.safetensors   ``base_model.model.<module>.lora_A.weight`` (rank, in) and ``...lora_B.weight`` (out, rank)
-    for every adapted module, and the tensors of PEFT's ``modules_to_save`` under their names in the model
+    for every adapted module, of a convolution (rank, in, k...) and (out, rank, 1...), and the tensors of PEFT's
+    ``modules_to_save`` under their names in the model
 adapter_config.json         as PEFT's ``LoraConfig`` writes it
 
 A module's output gets ``x A^T B^T * lora_alpha / r``. The scale is in B, so ``lora_alpha`` is r.
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,6 +24,7 @@ from typing import Any, Protocol, cast
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURConv1D, TCURLayer
@@ -58,6 +60,7 @@ class LoraSource:
         transposed: Whether weights are stored as (in, out), as in transformers' Conv1D.
         beside: Tensors beside A and B, by the names they have in the file.
         options: Fields of PEFT's ``LoraConfig`` beside those of A and B.
+        kernels: The shape of the weight of each adapted convolution, by its name.
     """
 
     base: nn.Module
@@ -66,6 +69,7 @@ class LoraSource:
     transposed: bool
     beside: Mapping[str, Tensor] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    kernels: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 class HasLoraSource(Protocol):
@@ -88,6 +92,9 @@ def to_lora(
     (``transform="identity"`` or ``stack_by="none"``). A fused projection of n slices has r*S too, but n*r where every
     slice has its own core. All modules get the largest rank; smaller ones are filled with zeros.
 
+    A convolution is written where PEFT's LoRA computes the same: not a transposed one, with padding by zeros and a
+    dilation of 1, which PEFT leaves out.
+
     Modules that were trained beside the cores, such as a norm or a head, become PEFT's ``modules_to_save``, with
     running statistics that training has changed. PEFT loads them. vLLM refuses an adapter that has any: for it, train
     the cores alone. Dropout has no effect on the file.
@@ -105,9 +112,10 @@ def to_lora(
 
     Raises:
         ValueError: The model is not adapted, is a part of an adapted one or is sharded over processes; the rank is
-            above ``max_rank``; something that trained beside the cores is no whole module (the bias of an adapted
-            layer, a parameter of the model itself); an adapted module is at two places in the model; a value is NaN or
-            infinite; or ``path`` is a file or has an adapter of another kind. Nothing is written.
+            above ``max_rank``; a convolution is adapted that PEFT's LoRA computes otherwise; something that trained
+            beside the cores is no whole module (the bias of an adapted layer, a parameter of the model itself); an
+            adapted module is at two places in the model; a value is NaN or infinite; or ``path`` is a file or has an
+            adapter of another kind. Nothing is written.
         ModuleNotFoundError: PEFT, which writes the configuration, is not installed.
         OSError: The system refuses the folder or a file.
 
@@ -149,7 +157,32 @@ def _source_of(adapted: Adapted) -> LoraSource:
         any(isinstance(layer, TCURConv1D) for _, layer in adapted_layers(adapted.model)),
         {f"{PREFIX}{name}": value for name, value in tensors_of(whole).items()},
         {"modules_to_save": whole.names or None},
+        conv_kernels(dict(adapted_layers(adapted.model))),
     )
+
+
+def conv_kernels(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The weights' shapes of the convolutions among some layers.
+
+    Raises ValueError, naming the first, where PEFT's LoRA of a convolution is not what the adapter computes.
+    """
+    found = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, _ConvNd):
+            continue
+        if layer.transposed:
+            other = f"is a {type(layer).__name__}, and PEFT's LoRA knows no transposed convolutions"
+        elif set(layer.dilation) != {1}:
+            other = f"has dilation {layer.dilation}, which PEFT's LoRA leaves out"
+        elif layer.padding_mode != "zeros":
+            other = f"pads by {layer.padding_mode!r}, and PEFT's LoRA by zeros"
+        else:
+            found[name] = tuple(layer.weight.shape)
+            continue
+        raise ValueError(
+            f"{name} {other}, expected a convolution of dilation 1, padded by zeros; merge(model) keeps it"
+        )
+    return found
 
 
 def _write(source: LoraSource, folder: Path, max_rank: int) -> Path:
@@ -163,6 +196,9 @@ def _write(source: LoraSource, folder: Path, max_rank: int) -> Path:
         # 16-bit bases too: an engine casts A and B to its own dtype, and this way rounds them once, not twice.
         dtype = torch.promote_types(slices.stack.row.dtype, torch.float32)
         A, B = (_padded(factor, rank, dim).to(dtype) for dim, factor in enumerate(slices.lora_factors()))
+        if name in source.kernels:
+            A = A.unflatten(1, source.kernels[name][1:])
+            B = B.reshape(*B.shape, *[1] * (A.dim() - 2))
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A.cpu(), f"{PREFIX}{name}.lora_B.weight": B.cpu()}
     broken = not_finite(tensors)
     if broken:

@@ -47,10 +47,13 @@ def input_sizes(model: nn.Module, targets: Sequence[Target], batches: Iterable[A
     squares: dict[str, Tensor] = {}
     tokens = dict.fromkeys((target.name for target in targets), 0)
 
+    by_name = {target.name: target for target in targets}
+
     def note(name: str, x: Tensor) -> None:
-        energy = x.reshape(-1, x.shape[-1]).double().square().sum(0)
+        rows = by_name[name].rows_of(x)
+        energy = rows.double().square().sum(0)
         squares[name] = squares[name] + energy if name in squares else energy
-        tokens[name] += x.shape[:-1].numel()
+        tokens[name] += len(rows)
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -65,7 +68,10 @@ def input_sizes(model: nn.Module, targets: Sequence[Target], batches: Iterable[A
     for name, count in tokens.items():
         if not count:
             raise ValueError(f"{name} is a target, but none of the calibration batches reached it")
-        found[name] = (squares[name] / count).sqrt().cpu()
+        size = (squares[name] / count).sqrt().cpu()
+        # A convolution's features are channels at the taps of its kernel, neighbours those of one channel. They are
+        # taken to be of one size, which leaves out the zeros around the volume.
+        found[name] = size.repeat_interleave(by_name[name].shape[1] // len(size))
         if not bool(torch.isfinite(found[name]).all()):
             raise ValueError(f"{name}: calibration inputs have NaN or infinite values, expected finite ones")
     return found

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.layer.experts import HeldExperts
@@ -16,7 +16,7 @@ from tcurlora_ext.adapter.layer.linear import TCURLayer
 
 from .parameters import named_layers, reads_itself
 from .structure import CONTAINER
-from .support import class_of, features_of, is_linear, reason_against
+from .support import class_of, features_of, is_convolution, is_linear, reason_against
 from .targets import find_targets, matches, reasons_by_default
 
 CONVOLUTION = "a convolution"
@@ -88,6 +88,12 @@ class Coverage:
         return tuple(part for part in self.parts if part.kind == "experts")
 
     @property
+    def convolutions(self) -> tuple[Part, ...]:
+        """The convolutions where some of them are adapted; none otherwise."""
+        found = tuple(part for part in self.parts if part.kind == "convolution")
+        return found if any(part.slices for part in found) else ()
+
+    @property
     def adapted(self) -> tuple[Part, ...]:
         """All that is adapted, linear layers and parameters of experts."""
         return tuple(part for part in self.parts if part.slices)
@@ -99,8 +105,8 @@ class Coverage:
 
     @property
     def left_out(self) -> tuple[Part, ...]:
-        """The linear layers that are not adapted."""
-        return tuple(part for part in self.linear if not part.slices)
+        """The linear layers, and where some are adapted the convolutions, that are not adapted."""
+        return tuple(part for part in (*self.linear, *self.convolutions) if not part.slices)
 
     @property
     def share_of_all(self) -> float:
@@ -109,9 +115,13 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """The share of the linear layers' weights that are adapted, 0 to 1; 0 without linear layers."""
-        adapted = sum(part.weights for part in self.adapted_linear)
-        return adapted / max(1, sum(part.weights for part in self.linear))
+        """The share of the weights of linear layers, and where some are adapted of convolutions, that is adapted.
+
+        It is from 0 to 1, and 0 where there are no such weights. Parameters of experts do not count.
+        """
+        counted = (*self.linear, *self.convolutions)
+        adapted = sum(part.weights for part in counted if part.slices)
+        return adapted / max(1, sum(part.weights for part in counted))
 
     def groups(self) -> list[Group]:
         """The parts in groups of one name, kind and reason, in the order of their first parts."""
@@ -123,18 +133,22 @@ class Coverage:
     def to_json(self) -> dict[str, Any]:
         """The counts, and :meth:`groups`, as values that JSON can hold."""
         return {
-            "adapted": len(self.adapted_linear), "linear": len(self.linear), "share": self.share,
+            "adapted": sum(part.slices > 0 for part in (*self.linear, *self.convolutions)), "linear": len(self.linear),
+            "convolutions": len(self.convolutions), "share": self.share,
             "share_of_all": self.share_of_all, "groups": [asdict(group) for group in self.groups()],
         }  # fmt: skip
 
     def __str__(self) -> str:
-        linear, experts = self.linear, self.experts
-        line = f"adapted: {_of(linear)} linear layers, {self.share:.0%} of their weights"
-        if experts:
-            line += f", and {_of(experts)} parameters with all experts of a layer"
+        kinds = {"linear layers": self.linear, "convolutions": self.convolutions}
+        if self.convolutions and not self.adapted_linear:
+            del kinds["linear layers"]
+        counts = [f"{_of(parts)} {kind}" for kind, parts in kinds.items() if parts]
+        line = f"adapted: {' and '.join(counts) or '0 of 0 linear layers'}, {self.share:.0%} of their weights"
+        if self.experts:
+            line += f", and {_of(self.experts)} parameters with all experts of a layer"
         beside: dict[str, int] = {}
         for part in self.parts:
-            if part.kind == "convolution" or part.reason == EXPERTS:
+            if part.reason in (CONVOLUTION, EXPERTS):
                 beside[part.reason] = beside.get(part.reason, 0) + part.weights
         names = [f"{part.name} ({part.reason})" for part in self.left_out[:4]]
         more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""
@@ -169,15 +183,20 @@ def coverage(model: nn.Module, config: TCURConfig, adapted: Mapping[str, int] | 
     parts: list[Part] = []
     layers = [("", model), *named_layers(model)]
     tied = {id(module.weight) for _, module in layers if is_linear(module)}
+    convolutions = any(name in adapted for name, module in layers if is_convolution(module))
     for name, module in layers:
         if CONTAINER in name.split("."):
             continue
         if is_linear(module):
             slices = adapted.get(name, 0)
-            kind, shape = "linear", features_of(module)
+            kind = "linear"
+            shape: tuple[int, ...] = features_of(module)
             if isinstance(module, HeldExperts):
                 kind, shape = "experts", tuple(module.weight.shape)
             parts.append(Part(name, kind, shape, slices, "" if slices else reason(name, module)))
+        elif is_convolution(module) and convolutions and isinstance(module.weight, Tensor):
+            slices, shape = adapted.get(name, 0), tuple(module.weight.shape)
+            parts.append(Part(name, "convolution", shape, slices, "" if slices else reason(name, module)))
         else:
             parts += _other_weights(name, module, tied)
     return Coverage(tuple(parts))
@@ -196,7 +215,7 @@ def _other_weights(name: str, module: nn.Module, tied: set[int]) -> Iterator[Par
         if parameter.dim() < 2 or id(parameter) in tied:
             continue
         called = name if own == "weight" else f"{name}.{own}".lstrip(".")
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if is_convolution(module):
             kind, reason = "convolution", CONVOLUTION
         elif isinstance(module, nn.Embedding):
             kind, reason = "embedding", "an embedding"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.transforms import TRANSFORMS
 from tcurlora_ext.maths.transforms.base import phases_on
 from tcurlora_ext.operator import decomposition
+from tcurlora_ext.operator.convolution import Geometry, composed, kernels_of
 
 from .inject import remove
 from .merge import merge
@@ -55,8 +57,24 @@ class ExportedStack(TCURStack):
         return (self.fold @ self.core.flatten(1)).view_as(self.core)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Factors) -> Tensor:
+        return decomposition.linear(x, weight, bias, call, self._phases(call))
+
+    def _convolved(
+        self,
+        x: Tensor,
+        seen: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: Sequence[int],
+        call: Factors,
+        geometry: Geometry,
+    ) -> Tensor:
+        kernels = kernels_of(call, shape, geometry.transposed, self._phases(call))
+        return composed(x, seen, weight, bias, kernels, geometry)
+
+    def _phases(self, call: Factors) -> tuple[Tensor, ...]:
         own = slice(call.first_slice, call.first_slice + call.num_slices)
-        return decomposition.linear(x, weight, bias, call, tuple(self.get_buffer(name)[own] for name in PHASES))
+        return tuple(self.get_buffer(name)[own] for name in PHASES)
 
 
 def plain_copy(model: nn.Module, merged: bool = False) -> nn.Module:

@@ -49,13 +49,13 @@ def inject(
     Until a core is trained, the output equals that of the model without adapter bit for bit. A fused projection with
     ``transform="identity"`` is an exception: its sums may be in another order.
 
-    How many of the linear layers are adapted, and why others are left out, is logged at level INFO under the name
+    How many of the layers are adapted, and why others are left out, is logged at level INFO under the name
     ``tcurlora_ext``; :func:`tcurlora_ext.summary` says it at any time.
 
     Args:
         model: Any module whose weights have a floating dtype and are not on the meta device.
         config: By default that of the subspace; without one ``TCURConfig()``: the paper's selection at rank 8, in the
-            linear layers of the blocks that the model repeats.
+            linear layers of the blocks that the model repeats, or where there are none in the convolutions.
         calibration: The result of :func:`calibrate`; required by ``selection="activation"``, refused by other rules.
         subspace: Learned factors, of :func:`learn_factors` or :meth:`Subspace.load`; required by a configuration whose
             ``factors`` are not ``"weights"``, refused by others. The rank may be lower than that which was learned.
@@ -72,7 +72,7 @@ def inject(
             message names the module, and nothing is changed.
 
     Warns:
-        UserWarning: ``target_modules`` also match modules that are no linear layers, which are left out; or an entry of
+        UserWarning: ``target_modules`` also match modules of other kinds, which are left out; or an entry of
             a list names nothing that can be adapted.
     """
     config = config or (TCURConfig() if subspace is None else subspace.config)

@@ -22,9 +22,21 @@ from tcurlora_ext.adapter.options import pair_of
 
 from .blocks import DEFAULT_TARGETS as DEFAULT_TARGETS  # also known by this name
 from .blocks import left_out_by_default
+from .convolutions import convolutions_left_out
 from .fused import parts_of
 from .parameters import named_layers, quantised_experts, reads_itself
-from .support import EXPECTED, adapted_type, class_of, has_matrix, is_linear, reason_against, refuse
+from .support import (
+    EXPECTED,
+    adapted_type,
+    class_of,
+    features_of,
+    has_matrix,
+    is_convolution,
+    is_linear,
+    matrix_of,
+    reason_against,
+    refuse,
+)
 
 # A layer of one of the experts in a list, as before transformers 5: its role is what stands after the expert's number.
 _EXPERT = re.compile(r"(?P<experts>(.*\.)?experts)\.(\w+_)?\d+\.(?P<role>.+)")
@@ -52,12 +64,18 @@ class Target:
         assert isinstance(weight, nn.Parameter)
         return weight
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The tokens of an input, (T, features): the voxels of a convolution's, whose features are its channels."""
+        if is_convolution(self.module):
+            batched = x.dim() == self.parameter.dim()
+            x = x.movedim(1 if batched else 0, -1)
+        return x.reshape(-1, x.shape[-1])
+
     def as_slices(self, weight: Tensor) -> Tensor:
         """A tensor like the module's weight as slices (slices, out, in), sharing memory."""
         if isinstance(self.module, HeldParameter):
             return self.module.slices_of(weight, self.slices)
-        matrix = weight if isinstance(self.module, nn.Linear) else weight.T
-        return matrix.unflatten(0, (self.slices, -1))
+        return matrix_of(self.module, weight).unflatten(0, (self.slices, -1))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,8 +83,20 @@ class Target:
         if is_quantised(self.module):
             assert isinstance(self.module, nn.Linear)
             return self.module.out_features // self.slices, self.module.in_features
-        _, out_features, in_features = self.weight.shape
-        return out_features, in_features
+        out_features, in_features = features_of(self.module)
+        return out_features // self.slices, in_features
+
+    @property
+    def form(self) -> tuple[int | str, ...]:
+        """What the slices of a stack have in common: (out, in), or the shape of a convolution's weight and its kind.
+
+        The shape is (out, in, k...); that of a transposed convolution begins with "transposed".
+        """
+        if not is_convolution(self.module):
+            return self.shape
+        first, second, *kernel = self.parameter.shape
+        transposed = getattr(self.module, "transposed", False)
+        return ("transposed", second, first, *kernel) if transposed else (first, second, *kernel)
 
     @property
     def tower(self) -> str:
@@ -86,10 +116,13 @@ class Target:
     def split(self, split_fused: Mapping[str, int]) -> Self:
         """This target with the number of slices that :func:`parts_of` gives it, which may raise ValueError.
 
-        Experts, and the projections of nn.MultiheadAttention, have the number that they have.
+        Experts, and the projections of nn.MultiheadAttention, have the number that they have; a convolution is one
+        slice, whatever its name.
         """
         if isinstance(self.module, HeldParameter):
             return replace(self, slices=self.module.slices)
+        if is_convolution(self.module):
+            return self
         out_features, in_features = self.shape
         return replace(self, slices=parts_of(self.name, (out_features * self.slices, in_features), split_fused))
 
@@ -124,7 +157,10 @@ def watching(targets: Iterable[Target], note: Callable[[str, Tensor], None]) -> 
 
 
 def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
-    """The modules that the configuration names, or those in repeated blocks (``blocks.py``), in registration order.
+    """The modules that the configuration names, or the default's, in registration order.
+
+    The default's are the linear layers in repeated blocks (``blocks.py``), and where a model has none the convolutions
+    (``convolutions.py``).
 
     Raises:
         ValueError: No module matches; a fused projection cannot be split as ``split_fused`` says; or a module cannot
@@ -133,7 +169,7 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
 
     Warns:
         UserWarning: An entry of a list, or of ``split_fused``, names nothing that can be adapted; or modules that match
-            are left out, because they are no linear layers.
+            are left out, because they are neither linear layers nor convolutions.
     """
     named = dict(named_layers(model))
     linear = [name for name, module in named.items() if adapted_type(module)]
@@ -177,14 +213,20 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
 
 
 def reasons_by_default(model: nn.Module, config: TCURConfig) -> dict[str, str]:
-    """Of every linear layer, adapted or not, why ``target_modules=None`` leaves it out; "" where it does not."""
+    """Of every linear layer, adapted or not, why ``target_modules=None`` leaves it out; "" where it does not.
+
+    Where it leaves out all of them, also of every convolution.
+    """
     layers = {name: module for name, module in named_layers(model) if is_linear(module)}
-    return left_out_by_default(layers, model, max(pair_of(config.rank)), uncalled=reads_itself(model))
+    rank = max(pair_of(config.rank))
+    reasons = left_out_by_default(layers, model, rank, uncalled=reads_itself(model))
+    return reasons if "" in reasons.values() else reasons | convolutions_left_out(model, rank)
 
 
 def _nothing_matches(model: nn.Module, config: TCURConfig, linear: Sequence[str]) -> str:
     wanted, kind = config.target_modules, type(model).__name__
-    such_as = f"the {len(linear)} linear modules of {kind}, such as {', '.join(linear[:4]) or '(it has none)'}"
+    such_as = f"the {len(linear)} linear layers and convolutions of {kind}, such as "
+    such_as += ", ".join(linear[:4]) or "(it has none)"
     if wanted is not None:
         hint = "; a string is a regex for the whole name, names go into a list" if isinstance(wanted, str) else ""
         return f"target_modules {wanted!r} match none of {such_as}{hint}"
@@ -213,7 +255,7 @@ def _what_has(entry: str, model: nn.Module) -> str:
     for name, _ in model.named_parameters():
         if matches(name, [entry]):
             owner = class_of(model.get_submodule(name.rpartition(".")[0]))
-            return f"but {name} is a parameter of a {owner}, not a linear layer; it cannot be adapted"
+            return f"but {name} is a parameter of a {owner}, no linear layer or convolution; it cannot be adapted"
     return is_no_name(entry, model)
 
 
@@ -278,10 +320,10 @@ def group(targets: list[Target], config: TCURConfig) -> dict[str, list[Target]]:
     if config.stack_blocks is not None:
         groups = dict(_runs(groups, config.stack_blocks))
     for key, members in groups.items():
-        odd = next((t for t in members if t.shape != members[0].shape), None)
+        odd = next((t for t in members if t.form != members[0].form), None)
         if odd is not None:
             raise ValueError(
-                f"stack {key!r} mixes shapes: {members[0].name} is {members[0].shape}, {odd.name} is {odd.shape}; "
+                f"stack {key!r} mixes shapes: {members[0].name} is {members[0].form}, {odd.name} is {odd.form}; "
                 "the slices of a stack have one shape"
             )
     return dict(zip(_names(groups), groups.values(), strict=True))
@@ -298,8 +340,8 @@ def _key(target: Target, config: TCURConfig) -> object:
     if config.stack_by == "none":
         return target.name
     if config.stack_by == "role":
-        return target.tower, target.role, target.shape
-    return target.tower, target.shape
+        return target.tower, target.role, target.form
+    return target.tower, target.form
 
 
 def _runs(groups: Mapping[Any, list[Target]], blocks: int) -> Iterator[tuple[object, list[Target]]]:
@@ -312,7 +354,7 @@ def _runs(groups: Mapping[Any, list[Target]], blocks: int) -> Iterator[tuple[obj
 
 def _names(groups: dict[object, list[Target]]) -> list[str]:
     """Short unique names of the stacks, without dots: shapes, with tower, role or key where shapes are not unique."""
-    short = [f"{members[0].shape[0]}x{members[0].shape[1]}" for members in groups.values()]
+    short = ["x".join(map(str, members[0].form)).replace("transposedx", "transposed_") for members in groups.values()]
     if len(set(short)) == len(short):
         return short
     long = []

@@ -28,6 +28,10 @@ class StackLayers(weakref.WeakValueDictionary[int, Any]):
             return None
         return [layer.base_slices(stack) for layer in layers]
 
+    def may_ride(self) -> bool:
+        """Whether a changed input can have the delta of every layer; no layer of convolutions says so."""
+        return all(getattr(layer, "may_ride", True) for layer in self.values())
+
     def __reduce__(self) -> tuple[type[StackLayers], tuple[()]]:
         return StackLayers, ()
 

@@ -14,6 +14,7 @@ from tcurlora_ext.adapter.options import GIVEN, LEARNED, LEARNED_ROWS, WEIGHTS, 
 from tcurlora_ext.maths import folding
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.selection import Selection, select
+from tcurlora_ext.operator.convolution import Geometry, convolved, kernels_of
 from tcurlora_ext.operator.functional import changed_input, tcur_delta, tcur_linear, tcur_riding
 
 from .batches import adapted_by_batch
@@ -254,6 +255,46 @@ class TCURStack(StackState):
         return deltas[0] if len(deltas) == 1 else torch.cat(deltas, -1)
 
     change = delta  # its name before 0.2
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: Sequence[int],
+        geometry: Geometry,
+        slice_index: int,
+        training: bool = False,
+    ) -> Tensor:
+        """The convolution of x by a layer whose weight, as a matrix, is one slice, plus the delta.
+
+        Args:
+            x: (N, in, ...).
+            weight: The layer's weight as it stores it, in the dtype of x; None: the result is the delta alone.
+            bias: (out,) or None.
+            shape: The shape of the layer's weight.
+            geometry: Stride, padding and dilation.
+            slice_index: The slice.
+            training: Whether dropout applies to the adapter's input; it never applies to the base's.
+
+        Returns:
+            (N, out, ...) in the dtype of x.
+        """
+        seen = nn.functional.dropout(x, self.options.dropout) if training and self.options.dropout > 0 else None
+        call = self._calls(slice_index, 1, x.dtype if weight is None else weight.dtype)[0]
+        return self._convolved(x, seen, weight, bias, shape, call, geometry)
+
+    def _convolved(
+        self,
+        x: Tensor,
+        seen: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: Sequence[int],
+        call: Factors,
+        geometry: Geometry,
+    ) -> Tensor:
+        return convolved(x, seen, weight, bias, kernels_of(call, shape, geometry.transposed), geometry)
 
     def _calls(self, first_slice: int, num_slices: int, dtype: torch.dtype) -> list[Factors]:
         """The operator's arguments for these slices: one call, or one per slice where the transform needs it."""

@@ -154,11 +154,11 @@ class StackState(nn.Module):
     def ride(self) -> None:
         """Ride where C is, bit for bit, columns of the layers' own weights; let go of C unless ``keeps_columns``.
 
-        It does nothing where slices share a core, the layers of a slice are not here, C trains, a feature was chosen
-        twice, or C was stored with other weights.
+        It does nothing where slices share a core, the layers of a slice are not here or are convolutions, C trains, a
+        feature was chosen twice, or C was stored with other weights.
         """
         held = self.held_col
-        if held is None or held.is_meta or not self.options.rides(self.slices):
+        if held is None or held.is_meta or not self.options.rides(self.slices) or not self.layers.may_ride():
             return
         weights = self.layers.weights(self)
         if weights is None or weights[0].is_meta or len(set(self.columns.tolist())) < len(self.columns):

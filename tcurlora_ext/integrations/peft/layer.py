@@ -1,4 +1,4 @@
-"""A linear layer of a model with the adapters that were added to it through PEFT."""
+"""A linear layer or a convolution of a model with the adapters that were added to it through PEFT."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
+from tcurlora_ext.adapter.layer.convolution import convolve
 from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.layer.quantised import dequantised, rounds_its_input
-from tcurlora_ext.adapter.model.support import is_conv1d
+from tcurlora_ext.adapter.model.support import adapted_type, is_conv1d, matrix_of
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.slices import LayerSlices
 
@@ -124,8 +125,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         active = [self.slices[name] for name in self.active_adapters if name in self.slices]
         if active and not args and not kwargs and self._can_fuse(x):
-            base = self.get_base_layer()
-            result = active.pop(0).adapt(x, self._as_matrix(base.weight), base.bias, self.training)
+            result = self._fused(active.pop(0), x)
         elif active and self._can_carry(active[0]):
             slices = active.pop(0)
             seen = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, slices.stack.row.dtype)
@@ -136,12 +136,21 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
             result = result + self._delta(slices, x, result.dtype)
         return result
 
+    def _fused(self, slices: LayerSlices, x: Tensor) -> Tensor:
+        """The base layer's output with the delta of an adapter, in one call of the operator."""
+        base = self.get_base_layer()
+        return slices.adapt(x, self._as_matrix(base.weight), base.bias, self.training)
+
+    def _is_plain(self, base: nn.Module) -> bool:
+        """Whether calling the base layer computes what :meth:`_fused` does, hooks aside."""
+        return type(base) is nn.Linear or is_conv1d(base)
+
     def _can_fuse(self, x: Tensor) -> bool:
         """Whether the operator may compute the base product too: calling the base layer would do nothing else."""
         base = self.base_layer
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return (
-            (type(base) is nn.Linear or is_conv1d(base))
+            self._is_plain(base)
             and not hooked
             and "forward" not in vars(base)
             and type(base.weight) in (nn.Parameter, Tensor)
@@ -187,7 +196,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
         """Convert a weight as stored into a matrix (out, in), or such a matrix into its stored form; shares memory."""
-        return stored.T if is_conv1d(self.get_base_layer()) else stored
+        return matrix_of(self.get_base_layer(), stored)
 
     def get_base_weight(self) -> Tensor:
         """The base layer's present weight, dequantised."""
@@ -299,3 +308,27 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "tcurlora." + super().__repr__()
+
+
+class TcurLoraConv(TcurLoraLinear):
+    """A convolution plus the active adapters; its weight is a matrix as that of a :class:`tcurlora_ext.TCURConv`."""
+
+    may_ride = False
+
+    def _fused(self, slices: LayerSlices, x: Tensor) -> Tensor:
+        return convolve(self.get_base_layer(), slices, x, self.training)
+
+    def _is_plain(self, base: nn.Module) -> bool:
+        return adapted_type(base) is not None
+
+    def _delta(self, slices: LayerSlices, x: Tensor, dtype: torch.dtype) -> Tensor:
+        seen = self._cast_input_dtype(x, slices.stack.row.dtype)
+        return convolve(self.get_base_layer(), slices, seen, self.training, base=False).to(dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: PEFT converts linear layers alone; :func:`tcurlora_ext.to_lora` writes a LoRA of convolutions.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        return False

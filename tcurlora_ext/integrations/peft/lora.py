@@ -7,7 +7,7 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
-from tcurlora_ext.adapter.files.lora import SHARDED, LoraSource
+from tcurlora_ext.adapter.files.lora import SHARDED, LoraSource, conv_kernels
 from tcurlora_ext.adapter.model.support import is_conv1d
 from tcurlora_ext.adapter.stack import TCURStack
 
@@ -53,6 +53,7 @@ def lora_source(tuner: BaseTuner, adapter_name: str | None) -> LoraSource:
         any(is_conv1d(base_of(module)) for module in adapted.values()),
         {f"base_model.{key}": value for key, value in state.items() if not _is_of_stacks(key)},
         options,
+        conv_kernels({n: base_of(module) for n, module in adapted.items()}),
     )
 
 

@@ -20,7 +20,7 @@ from tcurlora_ext.adapter.files.lora import LoraSource
 from tcurlora_ext.adapter.layer.parameter import HeldParameter, put_parameter
 from tcurlora_ext.adapter.model.inject import build_stack
 from tcurlora_ext.adapter.model.structure import refuse_adapted
-from tcurlora_ext.adapter.model.support import is_conv1d
+from tcurlora_ext.adapter.model.support import is_conv1d, is_convolution
 from tcurlora_ext.adapter.model.targets import Target, placed, slice_names
 from tcurlora_ext.adapter.options import LEARNED, WEIGHTS, pair_of
 from tcurlora_ext.adapter.stack import TCURStack
@@ -34,7 +34,7 @@ from .directions import new_subspace, require_factors, with_learned, with_subspa
 from .effect import note_call, warn_without_effect
 from .experts import adapt_parameters
 from .indices import with_factors, without_factors
-from .layer import TcurLoraLinear
+from .layer import TcurLoraConv, TcurLoraLinear
 from .lora import lora_source
 from .mixed import rows_for_adapters
 from .quantised import backend_of
@@ -191,7 +191,8 @@ class TcurLoraModel(BaseTuner):
             return
         _note_layout(peft_config, target)
         backend = backend_of(base_of(target), self.model)
-        layer = TcurLoraLinear(target, adapter_name, slices, peft_config.inference_mode, backend)
+        kind = TcurLoraConv if is_convolution(base_of(target)) else TcurLoraLinear
+        layer = kind(target, adapter_name, slices, peft_config.inference_mode, backend)
         self._replace_module(parent, target_name, layer, target)
 
     def _inject_parameters(

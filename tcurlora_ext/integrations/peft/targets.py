@@ -18,9 +18,17 @@ from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.layer.experts import HeldExperts
 from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.model.blocks import bypassed, left_out_by_default
+from tcurlora_ext.adapter.model.convolutions import left_out_among
 from tcurlora_ext.adapter.model.parameters import named_layers
 from tcurlora_ext.adapter.model.ranks import stack_ranks
-from tcurlora_ext.adapter.model.support import is_conv1d, is_made_anew, is_read_by_attention, reason_against
+from tcurlora_ext.adapter.model.support import (
+    adapted_type,
+    is_conv1d,
+    is_convolution,
+    is_made_anew,
+    is_read_by_attention,
+    reason_against,
+)
 from tcurlora_ext.adapter.model.targets import Target, group, is_no_name, matches, warn_unused
 from tcurlora_ext.adapter.options import Rank, pair_of
 
@@ -56,6 +64,8 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def is_supported(module: nn.Module, model: nn.Module) -> bool:
     """Whether a base layer of the model can be adapted."""
+    if is_convolution(module):
+        return adapted_type(module) is not None
     return is_linear(module) or getattr(backend_of(module, model), "layer_type", None) == "linear"
 
 
@@ -67,13 +77,16 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
     Raises ValueError where the default matches no module, or where an option needs names that hold for every block.
     """
     layers = {name: base_of(module) for name, module in outer_modules(model)}
-    linear = {name: layer for name, layer in layers.items() if is_supported(layer, model)}
-    reasons = left_out_by_default(linear, model, max(pair_of(config.r)), _made_anew, bypassed(model))
-    found = {name: Target(name, linear[name]).role for name, reason in reasons.items() if not reason}
+    linear = {n: layer for n, layer in layers.items() if not is_convolution(layer) and is_supported(layer, model)}
+    rank = max(pair_of(config.r))
+    reasons = left_out_by_default(linear, model, rank, _made_anew, bypassed(model))
+    if "" not in reasons.values():
+        reasons = left_out_among({n: layer for n, layer in layers.items() if is_convolution(layer)}, rank)
+    found = {name: Target(name, layers[name]).role for name, reason in reasons.items() if not reason}
     if not found:
         raise ValueError(
             f"Please specify `target_modules`: none of the modules of {type(model).__name__} is a linear layer in a "
-            "repeated block, or has a name that the default knows"
+            "repeated block, or has a name that the default knows, and none is a convolution that it adapts"
         )
     others = [name for name in layers if name not in found]
     unclear = {role for role in set(found.values()) if not role or any(matches(name, [role]) for name in others)}
@@ -208,9 +221,11 @@ def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraCo
     if is_made_anew(base):
         raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
     if not is_supported(base, model):
+        if is_convolution(base):
+            raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
         raise TypeError(
             f"{name} is a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' Conv1D or a "
-            "quantised one) that its parent calls"
+            "quantised one) that its parent calls, or a convolution"
         )
     backend = backend_of(base, model)
     if backend is not None and not backend.supports_merge:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.networks import NetworkSpec, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.training import add_to_steps
 
 from .base import Method, MethodOptions, Task, load_trained, saves_as
-from .by_peft import inject, merge
+from .by_peft import inject, layers_of, merge
 
 # Of PEFT's rank allocator: what it has measured of each parameter, as tensors by name.
 _MEASURED = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -76,7 +76,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     start = max(rank + 1, round(1.5 * rank))
     config = AdaLoraConfig(
         target_r=rank, init_r=start, lora_alpha=start, tinit=steps // 10, tfinal=steps // 3, total_step=steps,
-        target_modules=target_linears(model),
+        target_modules=layers_of(model, spec, options),
     )  # fmt: skip
     tuner = inject(model, spec, options, config)
     if task is not None:
@@ -85,6 +85,6 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
 
 # Not chosen by measurement: that of LoRA here. The penalty's weight is PEFT's default.
 METHOD = Method(
-    "adalora", "AdaLoRA (PEFT) in the transformer", _prepare, 1e-2, saves_as("adalora"), load_trained, "#ffd92f",
+    "adalora", "AdaLoRA (PEFT)", _prepare, 1e-2, saves_as("adalora"), load_trained, "#ffd92f",
     adapter=True, options={"rank": 8, "orthogonal": 0.5}, merge=merge,
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.networks import NetworkSpec, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec, target_layers
 
 from .base import Method, MethodOptions, Task, load_trained, saves_as
 from .wrapping import Bottleneck, Wrapped, linear, wrap
@@ -35,7 +35,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     width = METHOD.option(options, "width")
     if width < 1:
         raise ValueError(f"adapter: width is {width}, expected 1 or more")
-    names = [name for name in target_linears(model) if name.rpartition(".")[2] in LAST]
+    names = [name for name in target_layers(model) if name.rpartition(".")[2] in LAST]
     wrap(model, names, lambda name, layer: Adapted(linear(name, layer), width), spec, options)
 
 

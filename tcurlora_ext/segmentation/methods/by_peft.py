@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_layers
 from tcurlora_ext.segmentation.packages import require_package
 
 from .base import Method, MethodOptions, Prepare, Task, beside, load_trained, saves_as
-from .wrapping import place
+from .wrapping import linear, place
 
 # From a method's options and the names of the layers to PEFT's configuration; PEFT is imported inside.
 Configure = Callable[[Method, MethodOptions, list[str]], Any]
@@ -38,6 +38,28 @@ def inject(model: nn.Module, spec: NetworkSpec, options: MethodOptions, config: 
     return tuner
 
 
+def layers_of(
+    model: nn.Module, spec: NetworkSpec, options: MethodOptions, convolutions: bool = False
+) -> list[str]:  # fmt: skip
+    """Names of the layers that tCUR adapts by default and that do not train whole beside it.
+
+    Args:
+        model: The network.
+        spec: Which parameters are the head and the decoder.
+        options: What trains beside the adapter.
+        convolutions: Whether the method adapts convolutions; transposed ones, which PEFT never adapts, are left out.
+
+    Raises:
+        ValueError: A layer is a convolution, and the method adapts none; the message names the first.
+    """
+    names = target_layers(model, beside(spec, options))
+    if convolutions:
+        return [name for name in names if not getattr(model.get_submodule(name), "transposed", False)]
+    for name in names:
+        linear(name, model.get_submodule(name))
+    return names
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Fold PEFT's adapters into the weights and put the plain layers back in their places."""
@@ -49,18 +71,20 @@ def merge(model: nn.Module) -> None:
 
 
 def method_of(
-    name: str, description: str, lr: float, colour: str, configure: Configure, options: dict[str, Any]
+    name: str, description: str, lr: float, colour: str, configure: Configure, options: dict[str, Any],
+    convolutions: bool = False,
 ) -> Method:  # fmt: skip
     """A method that is a configuration of PEFT, in the layers that tCUR adapts by default.
 
     Args:
         name, description, lr, colour, options: Of the method.
         configure: Gives the configuration.
+        convolutions: Whether PEFT has it for convolutions too.
     """
 
     def prepare(model: nn.Module, spec: NetworkSpec, given: MethodOptions, task: Task | None = None) -> None:
         require_package("peft")
-        inject(model, spec, given, configure(method, given, target_linears(model)))
+        inject(model, spec, given, configure(method, given, layers_of(model, spec, given, convolutions)))
 
     chosen: Prepare = prepare
     method = Method(

@@ -16,4 +16,4 @@ def _config(method: Method, options: MethodOptions, targets: list[str]) -> Any:
 
 
 # Not chosen by measurement: that of LoRA here.
-METHOD = method_of("dora", "DoRA (PEFT) in the transformer", 1e-2, "#00441b", _config, {"rank": 8})
+METHOD = method_of("dora", "DoRA (PEFT)", 1e-2, "#00441b", _config, {"rank": 8}, True)

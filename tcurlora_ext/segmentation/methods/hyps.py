@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.networks import NetworkSpec, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec, target_layers
 
 from .base import Method, MethodOptions, Task, load_trained, saves_as
 from .wrapping import Bottleneck, Wrapped, leading_vectors, linear, wrap
@@ -63,7 +63,7 @@ def prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, method:
     if width < 1:
         raise ValueError(f"{method.name}: width is {width}, expected 1 or more")
     wrap(
-        model, target_linears(model),
+        model, target_layers(model),
         lambda name, layer: ParallelSerial(linear(name, layer, rank), rank, width, split), spec, options,
     )  # fmt: skip
 

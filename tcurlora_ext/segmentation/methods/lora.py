@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) by PEFT, in the layers that tCUR adapts."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) by PEFT, in the layers that tCUR adapts but for transposed convolutions."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.maths import coding
-from tcurlora_ext.segmentation.networks import NetworkSpec, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.training import trainable
 
 from .base import Method, MethodOptions, Prepare, Task, copy_trained, read_parameters, write_parameters
-from .by_peft import inject, merge
+from .by_peft import inject, layers_of, merge
 
 A, B = "lora_A", "lora_B"
 STEP = ".step"  # after a coded matrix's name: what its vectors' levels are multiplied by
 
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
-    """PEFT's LoRA in the attention and MLP projections, from random A or from the adapter of an earlier run."""
+    """PEFT's LoRA in the layers that tCUR adapts, from random A or from the adapter of an earlier run."""
     require_package("peft")
     from peft import LoraConfig
 
     rank = METHOD.option(options, "rank") or options.lora_rank
-    inject(model, spec, options, LoraConfig(r=rank, lora_alpha=rank, target_modules=target_linears(model)))
+    inject(
+        model, spec, options, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers_of(model, spec, options, True))
+    )
     if task is not None and METHOD.option(options, "init"):
         _begin_with(model, Path(METHOD.option(options, "init")))
 
@@ -89,6 +91,6 @@ def decoded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # The best of 1e-3, 3e-3, 1e-2 and 3e-2 (which does not learn) in 100 to 120 steps on embedded subjects. Rank 0 stands
 # for that of the run's option --lora-rank.
 METHOD = Method(
-    "lora", "LoRA (PEFT) in the transformer", _prepare, 1e-2, _save, _load, "#e69f00", adapter=True,
+    "lora", "LoRA (PEFT)", _prepare, 1e-2, _save, _load, "#e69f00", adapter=True,
     options={"rank": 0, "bits": 32, "init": ""}, standard=True, check=_check, merge=merge,
 )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.tensors import read_tensors
-from tcurlora_ext.segmentation.networks import NetworkSpec, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec, target_layers
 from tcurlora_ext.segmentation.training import loss_step, trainable
 
 from .base import Method, MethodOptions, Prepare, Task, beside, copy_trained, read_parameters, write_parameters
@@ -45,7 +45,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
 def _check(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
     _batches(options)
     beside(spec, options)
-    for name in target_linears(model):
+    for name in target_layers(model):
         linear(name, model.get_submodule(name), METHOD.option(options, "rank"))
 
 
@@ -61,13 +61,13 @@ def _put_in(model: nn.Module, spec: NetworkSpec, options: MethodOptions, factors
         left, right, values = (factors[name + part].to(linear(name, layer).weight) for part in (LEFT, RIGHT, VALUES))
         return CoreLinear(linear(name, layer), left, right, -METHOD.option(options, "step") * torch.diag(values))
 
-    wrap(model, target_linears(model), make, spec, options)
+    wrap(model, target_layers(model), make, spec, options)
 
 
 def _learned(model: nn.Module, options: MethodOptions, task: Task) -> dict[str, Tensor]:
     """The leading singular vectors and values of the signs of the summed gradients, by the layers' names."""
     rank, step = METHOD.option(options, "rank"), loss_step(task.volumes, task.plan)
-    layers = {name: linear(name, model.get_submodule(name), rank) for name in target_linears(model)}
+    layers = {name: linear(name, model.get_submodule(name), rank) for name in target_layers(model)}
     model.requires_grad_(False)
     for layer in layers.values():
         layer.weight.requires_grad_(True)
@@ -103,7 +103,7 @@ def _save(model: nn.Module, path: Path, options: MethodOptions) -> None:
 def _load(model: nn.Module, path: Path, spec: NetworkSpec, prepare: Prepare) -> None:
     options, tensors = read_parameters(path)
     factors = {name: tensor for name, tensor in tensors.items() if name.endswith((LEFT, RIGHT))}
-    missing = [n + part for n in target_linears(model) for part in (LEFT, RIGHT) if n + part not in factors]
+    missing = [n + part for n in target_layers(model) for part in (LEFT, RIGHT) if n + part not in factors]
     if missing:
         raise ValueError(f"{path}: does not fit the network: {', '.join(missing[:4])} missing")
     ranks = {name.removesuffix(LEFT): t.shape[1] for name, t in factors.items() if name.endswith(LEFT)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.networks import NetworkSpec, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec, target_layers
 
 from .base import Method, MethodOptions, Task, load_trained, saves_as
 from .wrapping import WrappedLinear, leading_vectors, linear, merge, wrap
@@ -56,7 +56,7 @@ def _make(name: str, layer: nn.Module, rank: int) -> CoreLinear:
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
     rank = METHOD.option(options, "rank")
-    wrap(model, target_linears(model), lambda name, layer: _make(name, layer, rank), spec, options)
+    wrap(model, target_layers(model), lambda name, layer: _make(name, layer, rank), spec, options)
 
 
 # That of LoRA here. No other was tried; in 40 steps on embedded subjects it learned, 2.2 points of Dice below LoRA.

@@ -20,4 +20,4 @@ def _config(method: Method, options: MethodOptions, targets: list[str]) -> Any:
 
 
 # Not chosen by measurement: that of LoRA here. The rank is PEFT's default.
-METHOD = method_of("psoft", "PSOFT (PEFT) in the transformer", 1e-2, "#c2a5cf", _config, {"rank": 32})
+METHOD = method_of("psoft", "PSOFT (PEFT)", 1e-2, "#c2a5cf", _config, {"rank": 32})

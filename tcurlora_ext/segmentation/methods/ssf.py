@@ -10,11 +10,11 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_linears
+from tcurlora_ext.segmentation.networks import NetworkSpec, has_prefix, target_layers
 
 from .base import Method, MethodOptions, Task, load_trained, saves_as
 from .norms import UNUSED
-from .wrapping import Wrapped, merge, wrap
+from .wrapping import Wrapped, linear, merge, wrap
 
 
 class ScaleShift(Wrapped):
@@ -47,8 +47,7 @@ class ScaleShift(Wrapped):
 
 
 def _make(name: str, layer: nn.Module) -> ScaleShift:
-    assert isinstance(layer, nn.Linear | nn.LayerNorm)
-    return ScaleShift(layer)
+    return ScaleShift(layer if isinstance(layer, nn.LayerNorm) else linear(name, layer))
 
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
@@ -58,7 +57,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
         if isinstance(module, nn.LayerNorm) and module.weight is not None and len(module.normalized_shape) == 1
         if not name.endswith(UNUSED) and not has_prefix(name, spec.decoder)
     ]
-    wrap(model, [*target_linears(model), *norms], _make, spec, options)
+    wrap(model, [*target_layers(model), *norms], _make, spec, options)
 
 
 # Not chosen by measurement: that of the norms here, which are alike.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import tcurlora_ext as tcur
-from tcurlora_ext.segmentation.networks import NetworkSpec
+from tcurlora_ext.segmentation.networks import NetworkSpec, target_layers
 
 from .base import Method, MethodOptions, Prepare, Task, beside
 from .configuring import calibrated, config_options, inject_in_order, with_options
@@ -22,10 +23,21 @@ def inject(
     model: nn.Module, config: tcur.TCURConfig, spec: NetworkSpec, options: MethodOptions, order: str = "network",
     **given: Any,
 ) -> None:  # fmt: skip
-    """Adapt the attention and MLP projections, with q, k and v as separate slices; the head or decoder trains too."""
+    """Adapt the default's layers, with q, k and v as separate slices; the head or decoder trains too."""
     prefixes = prefixes_beside(spec, options)
-    inject_in_order(model, config, order, **given)
+    inject_in_order(model, but_for_trained(model, config, spec, options), order, **given)
     tcur.unfreeze(model, prefixes)
+
+
+def but_for_trained(
+    model: nn.Module, config: tcur.TCURConfig, spec: NetworkSpec, options: MethodOptions
+) -> tcur.TCURConfig:
+    """The configuration without the layers that train whole beside the adapter: convolutions of a decoder."""
+    prefixes = beside(spec, options)
+    layers = target_layers(model)
+    if layers == target_layers(model, prefixes):
+        return config
+    return replace(config, exclude_modules=rf"({'|'.join(map(re.escape, prefixes))}).*")
 
 
 def prefixes_beside(spec: NetworkSpec, options: MethodOptions) -> list[str]:
@@ -83,6 +95,6 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
 
 # Of the learning rates only 1e-2 was tried. Rank and alpha 0 stand for the run's options --rank and --alpha.
 METHOD = Method(
-    "tcur", "tCURLoRA in the transformer", _prepare, 1e-2, save, load, "#d55e00", adapter=True,
+    "tcur", "tCURLoRA", _prepare, 1e-2, save, load, "#d55e00", adapter=True,
     options=options_over(CONFIG, rank=0, alpha=0.0), standard=True, merge=tcur.merge,
 )  # fmt: skip

@@ -24,5 +24,5 @@ def _config(method: Method, options: MethodOptions, targets: list[str]) -> Any:
 # Not chosen by measurement: that of LoRA here. The rank is PEFT's default; the length is the number of parameters that
 # tCUR of rank 8 trains in the network `vit`.
 METHOD = method_of(
-    "unilora", "Uni-LoRA (PEFT) in the transformer", 1e-2, "#4d4d4d", _config, {"rank": 4, "length": 2304}
+    "unilora", "Uni-LoRA (PEFT)", 1e-2, "#4d4d4d", _config, {"rank": 4, "length": 2304}
 )  # fmt: skip

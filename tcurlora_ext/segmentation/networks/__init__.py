@@ -13,7 +13,7 @@ from .building import (
     randomise,
     read_weights,
     save_weights,
-    target_linears,
+    target_layers,
 )
 
 __all__ = [
@@ -29,5 +29,5 @@ __all__ = [
     "randomise",
     "read_weights",
     "save_weights",
-    "target_linears",
+    "target_layers",
 ]

@@ -4,6 +4,8 @@
 tokens only, so every prediction goes through the transformer. In the other two, skip connections can carry most of the
 information past it: with its trained blocks replaced by random ones a small UNETR lost 1.5 points of Dice, `vit` nearly
 all of it. Adapters *inside* the transformer can only be compared in a network that uses it.
+
+`dynunet` and `segresnet` are MONAI's networks of convolutions, which are what is adapted there.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.records import read_json, write_json
 from tcurlora_ext.io.tensors import match_names, not_finite
 from tcurlora_ext.io.tensors import read_weights as read_weights  # also known by this name
+from tcurlora_ext.segmentation.networks.convolutional import FIRST, dynunet, segresnet, window_multiple
 from tcurlora_ext.segmentation.packages import require_package
 
 Sizes = Mapping[str, Any]
@@ -36,10 +39,12 @@ class NetworkSpec:
         description: In a few words.
         construct: Builds it from input channels, output channels, window and sizes.
         sizes: Default sizes.
-        head, decoder, blocks: Prefixes of the names of these parameters; the decoder includes the head.
+        head, decoder, blocks: Prefixes of the names of these parameters; the decoder includes the head. Blocks are
+            those of a transformer, or the steps down of a network of convolutions.
         also_train: What trains beside an adapter by default, "head" or "decoder".
         multiple: Each side of the window is a multiple of it, in voxels.
         inputs: Names of the weights that read the image.
+        blocks_are: What the blocks are, in words.
     """
 
     name: str
@@ -52,6 +57,7 @@ class NetworkSpec:
     also_train: str
     multiple: int
     inputs: tuple[str, ...]
+    blocks_are: str = "transformer blocks"
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,22 @@ NETWORKS: dict[str, NetworkSpec] = {
             blocks="swinViT.layers", also_train="decoder", multiple=32,
             inputs=("swinViT.patch_embed.proj.weight", *_SKIP_INPUTS),
         ),
+        NetworkSpec(
+            "dynunet", "MONAI's DynUNet", dynunet,
+            {"filters": [16, 32, 64, 128], "strides": [1, 2, 2, 2], "kernel_size": [3, 3, 3, 3], "res_block": False},
+            head=("output_block.",), decoder=("upsamples.", "output_block."), blocks="downsamples.",
+            also_train="head", multiple=8,
+            # The same layers have a second name in the state: the tree of skip connections.
+            inputs=tuple(f"{tree}.{name}.conv.weight" for tree in ("input_block", "skip_layers.downsample")
+                         for name in ("conv1", "conv3")),
+            blocks_are="steps down",
+        ),
+        NetworkSpec(
+            "segresnet", "MONAI's SegResNet", segresnet,
+            {"init_filters": 16, "blocks_down": [1, 2, 2, 4], "blocks_up": [1, 1, 1], "dropout_prob": 0.0},
+            head=("conv_final.2.",), decoder=("up_layers.", "up_samples.", "conv_final."), blocks="down_layers.",
+            also_train="head", multiple=8, inputs=(FIRST["segresnet"],), blocks_are="steps down",
+        ),
     )
 }  # fmt: skip
 
@@ -196,8 +218,8 @@ def check_network(config: NetworkConfig) -> dict[str, Any]:
     """
     spec = get_spec(config.network)
     sizes = complete_sizes(spec, config.sizes)
-    multiple = int(sizes.get("patch_size", spec.multiple))
-    if multiple & (multiple - 1):
+    multiple = window_multiple(sizes, spec.multiple)
+    if "patch_size" in sizes and multiple & (multiple - 1):
         raise ValueError(f"sizes of {spec.name}: found patch_size {multiple}, expected a power of two")
     if any(length <= 0 or length % multiple for length in config.roi):
         raise ValueError(
@@ -220,9 +242,14 @@ def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
         return get_spec(config.network).construct(config.in_channels, config.out_channels, config.roi, sizes)
 
 
-def target_linears(model: nn.Module) -> list[str]:
-    """Names of the layers that tCUR adapts by default, for other methods that adapt the same layers."""
-    return [target.name for target in find_targets(model, TCURConfig())]
+def target_layers(model: nn.Module, but_for: Sequence[str] = ()) -> list[str]:
+    """Names of the layers that tCUR adapts by default, for other methods that adapt the same layers.
+
+    Args:
+        model: The network.
+        but_for: Prefixes of names that are left out: what trains whole needs no adapter.
+    """
+    return [target.name for target in find_targets(model, TCURConfig()) if not has_prefix(target.name, but_for)]
 
 
 def has_prefix(name: str, prefixes: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from tcurlora_ext.segmentation.packages import require_package
 
 CONFIGS = tuple(f"{name}.{suffix}" for name in ("inference", "train") for suffix in ("json", "yaml", "yml"))
 KEYS = ("network_def", "network")
-TARGETS = {"UNETR": "unetr", "SwinUNETR": "swinunetr"}
+TARGETS = {"UNETR": "unetr", "SwinUNETR": "swinunetr", "SegResNet": "segresnet"}
 _MODULE = "monai.networks.nets"
 # Arguments that change neither the network's function nor its weights, and those of which one value alone is built.
 _FREE = {

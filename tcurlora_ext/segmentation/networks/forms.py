@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tcurlora_ext.segmentation.networks.building import NETWORKS, NetworkSpec
+from tcurlora_ext.segmentation.networks.convolutional import FIRST, sizes_of_dynunet, sizes_of_segresnet
 
 Tensors = dict[str, Tensor]
 
@@ -33,7 +34,7 @@ class Form:
     """How the tensors of a file are named.
 
     Attributes:
-        encoder: The prefix of the transformer in the networks here: "vit." or "swinViT.".
+        encoder: The prefix of the transformer in the networks here: "vit." or "swinViT."; "" where there is none.
         prefix: What stands in its place in the file.
         network: The architecture; None where an encoder fits several.
         whole: Whether the file holds a whole network.
@@ -47,6 +48,9 @@ class Form:
 
 def find_form(names: Collection[str]) -> Form | None:
     """The form of a file with tensors of these names; None where it has no first layer that is known."""
+    for network, first in FIRST.items():
+        if first in names:
+            return Form("", "", network, True)
     match = next((found for name in sorted(names) if (found := _FIRST.fullmatch(name))), None)
     if match is None:
         return None
@@ -125,6 +129,10 @@ def as_convolution(linear: Tensor, patch: int | None = None) -> Tensor:
 
 def infer_sizes(spec: NetworkSpec, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The sizes of a network that can be told from its tensors; those of an encoder's file are those of the encoder."""
+    if spec.name == "dynunet":
+        return sizes_of_dynunet(tensors)
+    if spec.name == "segresnet":
+        return sizes_of_segresnet(tensors)
     if spec.name == "swinunetr":
         stages = range(1, 5)
         depths = [_count(tensors, rf"swinViT\.layers{stage}\.0\.blocks\.(\d+)\.") for stage in stages]

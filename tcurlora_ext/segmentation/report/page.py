@@ -17,6 +17,7 @@ from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.segmentation.dataset import Volume
 from tcurlora_ext.segmentation.methods import METHODS, base_name
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
+from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.report.cells import folded, number, results_table, with_sd
 from tcurlora_ext.segmentation.report.figures import draw_curves
@@ -123,10 +124,12 @@ def _transformer_text(out: Path) -> str:
         return "Whether this network uses its transformer was not measured: no transformer.json beside its weights."
     check = read_json(path)
     trained, random = 100 * check["dice"], 100 * check["dice_with_random_blocks"]
+    blocks = get_spec(NetworkConfig.read(out / "network.json").network).blocks_are
     return (
-        f"Does the network use its transformer? On its source data it reaches {trained:.1f} % Dice, and {random:.1f} % "
-        f"after its transformer blocks are initialised at random again: the blocks are worth {trained - random:.1f} "
-        "points. Where that difference is small, a comparison of adapters inside the blocks says little."
+        f"Does the network use its {blocks.removesuffix(' blocks')}? On its source data it reaches {trained:.1f} % "
+        f"Dice, and {random:.1f} % after its {blocks} are initialised at random again: they are worth "
+        f"{trained - random:.1f} points. Where that difference is small, a comparison of adapters inside them says "
+        "little."
     )
 
 

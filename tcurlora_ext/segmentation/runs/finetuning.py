@@ -143,7 +143,8 @@ def _finish(job: Job, methods: Sequence[Method], results: Sequence[dict[str, Any
         display.say(line)
     display.say(report.before_text(out))
     if (out / "transformer.json").is_file():
-        display.say(describe_check(read_json(out / "transformer.json")))
+        network = NetworkConfig.read(out / "network.json").network
+        display.say(describe_check(read_json(out / "transformer.json"), network))
     display.say(f"report: {out / 'report.html'}")
     return summary
 

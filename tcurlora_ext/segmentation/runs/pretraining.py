@@ -161,7 +161,7 @@ def pretrain(
     check = evaluation.transformer_check(model, val, config, settings.seed)
     write_json(out / "transformer.json", check)
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    display.say(describe_check(check))
+    display.say(describe_check(check, settings.network))
     return check
 
 
@@ -190,9 +190,9 @@ def _train(
         )  # fmt: skip
 
 
-def describe_check(check: dict[str, float]) -> str:
-    """One sentence on how much Dice the trained transformer blocks are worth."""
+def describe_check(check: dict[str, float], network: str) -> str:
+    """One sentence on how much Dice the trained blocks of a network of this name are worth."""
     return (
         f"pretrained network, validation of the source domain: Dice {100 * check['dice']:.1f}, and "
-        f"{100 * check['dice_with_random_blocks']:.1f} with randomly initialised transformer blocks"
+        f"{100 * check['dice_with_random_blocks']:.1f} with randomly initialised {get_spec(network).blocks_are}"
     )
