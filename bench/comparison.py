@@ -22,13 +22,15 @@ from rich.console import Console
 from tcurlora_ext.bench.entry import run_command
 from tcurlora_ext.bench.hippocampus import copy_results
 from tcurlora_ext.bench.learned import STEPS, hippocampus_setting, subject_of
-from tcurlora_ext.io.records import write_json
+from tcurlora_ext.io.records import read_csv, write_csv, write_json
 from tcurlora_ext.segmentation.comparing.comparing import compare
 from tcurlora_ext.segmentation.comparing.page import figure_files
 from tcurlora_ext.segmentation.comparing.settings import CompareSettings
+from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
 from tcurlora_ext.segmentation.terminal import Display
 
 TABLES = ("table.csv", "cases.csv", "tests.csv")
+DIFFERENCE = ("subjects", "difference", "low", "high", "p_holm")  # of tests.csv, in summary.csv
 
 
 def subject_file(images: Path, path: Path) -> Path:
@@ -70,6 +72,23 @@ def comparison(
     measured = ("steps.csv",) if (out / "steps.csv").is_file() else ()
     names = (*TABLES, *measured, *(path.name for path in figure_files(out)))
     copy_results(out, results / f"comparison-{name}", names)
+    write_csv(results / f"comparison-{name}" / "summary.csv", summary(out))
+
+
+def summary(out: Path) -> list[dict[str, str]]:
+    """The rows of table.csv that are means over labels, each with its difference in Dice to the reference.
+
+    Args:
+        out: The folder of a comparison.
+    """
+    tests = {
+        (row["training_set"], row["method"]): row for row in read_csv(out / "tests.csv") if row["measure"] == "dice"
+    }
+    return [
+        row | {name: tests.get((row["training_set"], row["method"]), {}).get(name, "") for name in DIFFERENCE}
+        for row in read_csv(out / "table.csv")
+        if row["label"] == MEAN
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,6 +30,8 @@ from ..names import DENSE, FROZEN, LORA, PAPER_LORA, STACK, TRANSIENT, operator_
 from ..rows import PROVENANCE, Row, by_case, labels, number, read_failures, read_results, read_rows, tcur_backend, value
 from .ablations import COLUMNS as ABLATIONS
 from .ablations import ablations_table
+from .comparison import COLUMNS as COMPARISON
+from .comparison import comparison_table
 from .crossover import crossovers, merge
 from .language import COLUMNS as LANGUAGE_COLUMNS
 from .language import language_table
@@ -45,6 +47,7 @@ TRAINED = {
     "methods": "python -m tcurlora_ext.bench.learned",
     "language": "python -m tcurlora_ext.bench.language",
     "ablations": "python -m tcurlora_ext.bench.ablations",
+    "comparison": "python -m tcurlora_ext.bench.comparison",
 }
 COUNTED = ("scaling", "scaling-step")
 MARKED = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
@@ -321,6 +324,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], Table], tuple[str, ...] | None]] =
     "methods": (methods_table, METHODS),
     "language": (language_table, LANGUAGE_COLUMNS),
     "ablations": (ablations_table, ABLATIONS),
+    "comparison": (comparison_table, COMPARISON),
 }
 
 

@@ -11,8 +11,30 @@ pytest.importorskip("peft")
 
 from tcurlora_ext.bench import comparison
 from tcurlora_ext.bench.learned import Cases, Setting
-from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.bench.reading.tables import fill
+from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation.comparing.settings import CompareSettings
+
+
+def row(method: str, label: str, dice: float, hd95: float, trained: int, **more: object) -> dict[str, object]:
+    empty = {"dice_sd": "", "step_ms": "", "step_mib": "", "seeds": 1, "adapter_bytes": 4000, "warm_up_steps": 0}
+    return {
+        "training_set": "five", "method": method, "label": label, "dice_mean": dice, "hd95_mm_mean": hd95,
+        "trained_numbers": trained, **empty, **more,
+    }  # fmt: skip
+
+
+TABLE = [
+    row("head", "mean", 0.6, 5.0, 4),
+    row("tcur", "mean", 0.71, 3.4, 20),
+    row("tcur", "front", 0.71, 3.4, 20),
+    row("lora", "mean", 0.72, 3.2, 100, dice_sd=0.01, step_ms=12.3, step_mib=3.5, seeds=2),
+]
+TESTS = [
+    {"training_set": "five", "measure": measure, "method": "tcur", "subjects": 9, "difference": value,
+     "low": low, "high": high, "p_holm": 0.04}
+    for measure, value, low, high in (("dice", -0.01, -0.02, 0.005), ("hd95_mm", 1.0, 0.5, 1.5))
+]  # fmt: skip
 
 
 def test_the_two_sides_are_of_one_subject_and_small_files_are_published(
@@ -33,8 +55,10 @@ def test_the_two_sides_are_of_one_subject_and_small_files_are_published(
         out.mkdir()
         values = {"data": str(settings.data), "pretrained": None, "methods": ["lora:init=/a/b.safetensors"]}
         write_json(out / "run.json", {"settings": values})
-        for name in (*comparison.TABLES, "parameters.png", "other.png"):
+        for name in ("cases.csv", "parameters.png", "other.png"):
             (out / name).touch()
+        write_csv(out / "table.csv", TABLE)
+        write_csv(out / "tests.csv", TESTS)
 
     monkeypatch.setattr(comparison, "compare", compare)
     words = ["--maps", "m", "--data", "d", "--name", "a", "--methods", "lora,tcur", "--shots", "five,3", "--lr"]
@@ -45,6 +69,11 @@ def test_the_two_sides_are_of_one_subject_and_small_files_are_published(
     found = read_json(settings.subject_file)
     assert found == {"hippocampus_001": "1", "hippocampus_003": "2", "hippocampus_004": "2"}
     published = tmp_path / "results" / "comparison-a"
-    assert {path.name for path in published.iterdir()} == {*comparison.TABLES, "parameters.png", "run.json"}
+    names = {*comparison.TABLES, "parameters.png", "run.json", "summary.csv"}
+    assert {path.name for path in published.iterdir()} == names
+    text = fill("<!-- table: comparison summary.csv -->\n<!-- end -->\n", published)
+    assert "| LoRA r=8 | 96 | 4.0 |  | 12 | 3.5 | 2 | 72.0 ± 1.0 | 3.20 |  |  |\n| paper's stacks r=8 | 16 |" in text
+    assert "| - | - | 1 | 71.0 | 3.40 | -1.0 (-2.0 to +0.5) | 0.040 |\n| output head alone | 0 |" in text
+    assert "`summary.csv`, measured by `python -m tcurlora_ext.bench.comparison`." in text
     run = read_json(published / "run.json")
     assert run["settings"] == {"data": "target", "pretrained": None, "methods": ["lora:init=b.safetensors"]}
