@@ -104,6 +104,11 @@ class Coverage:
         return tuple(part for part in self.linear if part.slices)
 
     @property
+    def adapted_layers(self) -> tuple[Part, ...]:
+        """The linear layers and the convolutions that are adapted, without the parameters of experts."""
+        return tuple(part for part in (*self.linear, *self.convolutions) if part.slices)
+
+    @property
     def left_out(self) -> tuple[Part, ...]:
         """The linear layers, and where some are adapted the convolutions, that are not adapted."""
         return tuple(part for part in (*self.linear, *self.convolutions) if not part.slices)
@@ -119,9 +124,8 @@ class Coverage:
 
         It is from 0 to 1, and 0 where there are no such weights. Parameters of experts do not count.
         """
-        counted = (*self.linear, *self.convolutions)
-        adapted = sum(part.weights for part in counted if part.slices)
-        return adapted / max(1, sum(part.weights for part in counted))
+        every = sum(part.weights for part in (*self.linear, *self.convolutions))
+        return sum(part.weights for part in self.adapted_layers) / max(1, every)
 
     def groups(self) -> list[Group]:
         """The parts in groups of one name, kind and reason, in the order of their first parts."""
@@ -133,7 +137,7 @@ class Coverage:
     def to_json(self) -> dict[str, Any]:
         """The counts, and :meth:`groups`, as values that JSON can hold."""
         return {
-            "adapted": sum(part.slices > 0 for part in (*self.linear, *self.convolutions)), "linear": len(self.linear),
+            "adapted": len(self.adapted_layers), "linear": len(self.linear),
             "convolutions": len(self.convolutions), "share": self.share,
             "share_of_all": self.share_of_all, "groups": [asdict(group) for group in self.groups()],
         }  # fmt: skip

@@ -45,9 +45,9 @@ class Summary:
         stacks: One :class:`StackSummary` per stack.
         trained_beside: The number of trained parameters outside the stacks (a head, a decoder).
         frozen: The number of frozen parameters of the model; C and R are not counted.
-        adapted: How many linear layers are adapted.
-        coverage: The share of the linear layers' weights that they have, 0 to 1.
-        left_out: The names of the linear layers that are not adapted.
+        adapted: How many linear layers and convolutions are adapted.
+        coverage: The share of the weights of these kinds that they have, 0 to 1; of convolutions where some are adapted.
+        left_out: The names of those that are not adapted.
         covers: All weights, each with why it is left out.
         factors: What learned factors are, for people; "" where they are columns and rows of the weights.
     """
@@ -118,7 +118,7 @@ def summary(model: nn.Module) -> Summary:
         tuple(described),
         trained_beside=sum(p.numel() for p in beside if p.requires_grad),
         frozen=sum(p.numel() for p in beside if not p.requires_grad),
-        adapted=len(covers.adapted_linear),
+        adapted=len(covers.adapted_layers),
         coverage=covers.share,
         left_out=tuple(part.name for part in covers.left_out),
         covers=covers,
