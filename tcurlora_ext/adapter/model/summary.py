@@ -46,7 +46,7 @@ class Summary:
         trained_beside: The number of trained parameters outside the stacks (a head, a decoder).
         frozen: The number of frozen parameters of the model; C and R are not counted.
         adapted: How many linear layers and convolutions are adapted.
-        coverage: The share of the weights of these kinds that they have, 0 to 1; of convolutions where some are adapted.
+        coverage: The share of the weights of these kinds that they have, 0 to 1 (convolutions where some are adapted).
         left_out: The names of those that are not adapted.
         covers: All weights, each with why it is left out.
         factors: What learned factors are, for people; "" where they are columns and rows of the weights.
