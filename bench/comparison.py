@@ -24,12 +24,12 @@ from tcurlora_ext.bench.hippocampus import copy_results
 from tcurlora_ext.bench.learned import STEPS, hippocampus_setting, subject_of
 from tcurlora_ext.io.records import read_csv, write_csv, write_json
 from tcurlora_ext.segmentation.comparing.comparing import compare
-from tcurlora_ext.segmentation.comparing.page import figure_files
 from tcurlora_ext.segmentation.comparing.settings import CompareSettings
 from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
 from tcurlora_ext.segmentation.terminal import Display
 
 TABLES = ("table.csv", "cases.csv", "tests.csv")
+FIGURE = "parameters.png"
 DIFFERENCE = ("subjects", "difference", "low", "high", "p_holm")  # of tests.csv, in summary.csv
 
 
@@ -70,8 +70,7 @@ def comparison(
     )  # fmt: skip
     compare(settings, out, display=display)
     measured = ("steps.csv",) if (out / "steps.csv").is_file() else ()
-    names = (*TABLES, *measured, *(path.name for path in figure_files(out)))
-    copy_results(out, results / f"comparison-{name}", names)
+    copy_results(out, results / f"comparison-{name}", (*TABLES, *measured, FIGURE))
     write_csv(results / f"comparison-{name}" / "summary.csv", summary(out))
 
 

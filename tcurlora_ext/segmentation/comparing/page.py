@@ -206,8 +206,3 @@ CAPTIONS = {
     "curves": "Validation Dice over the steps of training, mean and standard deviation over seeds",
     "overlays": "Axial slices with the contours of truth and predictions of seed 0, and the Dice of each case",
 }
-
-
-def figure_files(out: Path) -> list[Path]:
-    """The figures of a comparison that are there."""
-    return [path for name in CAPTIONS if (path := out / f"{name}.png").is_file()]
