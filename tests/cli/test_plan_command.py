@@ -161,7 +161,10 @@ def test_ranks_say_what_each_process_holds(own_model: str, tmp_path: Path) -> No
 
 
 WRONG = {
-    "unknown preset": (["nonet"], "model: found 'nonet', expected unetr, swinunetr, vit, dynunet, segresnet, a folder or file with a"),
+    "unknown preset": (
+        ["nonet"],
+        "model: found 'nonet', expected unetr, swinunetr, vit, dynunet, segresnet, a folder or",
+    ),
     "no such folder": (["no/such/folder"], "no/such/folder: no such file or folder; expected unetr"),
     "bad json": (["unetr", "--kwargs", "{"], "kwargs: found '{', expected a JSON object"),
     "json list": (["unetr", "--kwargs", "[1]"], "kwargs: found '[1]', expected a JSON object"),
