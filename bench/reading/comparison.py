@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tcurlora_ext.segmentation.report.cells import corrected_p, number, with_interval, with_sd
+
 from ..rows import Row
 from .methods import title
 
@@ -32,24 +34,10 @@ def comparison_table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _line(row: Row, head: int) -> list[str]:
-    spread = f" ± {100 * float(row['dice_sd']):.1f}" if row["dice_sd"] else ""
-    difference = ""
-    if row["difference"]:
-        low, high = (100 * float(row[name]) for name in ("low", "high"))
-        difference = f"{100 * float(row['difference']):+.1f} ({low:+.1f} to {high:+.1f})"
+    test = row if row["difference"] else None
     return [
-        title(row["method"]), f"{int(row['trained_numbers']) - head:,}", f"{float(row['adapter_bytes']) / 1e3:,.1f}",
-        row["warm_up_steps"] if int(row["warm_up_steps"]) else "", _number(row["step_ms"], 0),
-        _number(row["step_mib"], 1), row["seeds"], f"{100 * float(row['dice_mean']):.1f}{spread}",
-        _number(row["hd95_mm_mean"], 2), difference, _p(row["p_holm"]),
+        title(row["method"]), f"{int(row['trained_numbers']) - head:,}", number(row["adapter_bytes"], 1e-3, 1),
+        row["warm_up_steps"] if int(row["warm_up_steps"]) else "", number(row["step_ms"], 1, 0),
+        number(row["step_mib"], 1, 1), row["seeds"], with_sd(row["dice_mean"], row["dice_sd"], 100),
+        number(row["hd95_mm_mean"]), with_interval(test), corrected_p(test),
     ]  # fmt: skip
-
-
-def _number(text: str, digits: int) -> str:
-    return f"{float(text):.{digits}f}" if text else "-"
-
-
-def _p(text: str) -> str:
-    if not text:
-        return ""
-    return "< 0.001" if float(text) < 0.001 else f"{float(text):.3f}"

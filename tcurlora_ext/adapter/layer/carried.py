@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from .linear import TCURLayer
@@ -32,8 +31,7 @@ class TCURCarried(TCURLayer):
         Returns:
             (..., out) in the dtype of the layer's own output.
         """
-        if self.uncalled and not torch.compiler.is_compiling():
-            self.uncalled = False
+        self._note_call()
         own = self.layer_slices
         if own.rides and not rounds_its_input(self):
             result: Tensor = self.kind.forward(self, own.changed_input(x, self.training))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -81,8 +80,7 @@ class TCURConv(TCURLayer):
         Raises:
             RuntimeError: The shape, dtype or device of x does not fit, as for the plain layer.
         """
-        if self.uncalled and not torch.compiler.is_compiling():
-            self.uncalled = False
+        self._note_call()
         if self.base is not None:
             result: Tensor = self.kind.forward(self, x, *([] if output_size is None else [output_size]))
             return result

@@ -177,8 +177,7 @@ class TCURExperts(AsWeights, HeldExperts, TCURParameter):
         return self
 
     def active_slices(self) -> list[LayerSlices]:
-        if self.uncalled and not torch.compiler.is_compiling():
-            self.uncalled = False
+        self._note_call()
         if self.stack.rides and self.weight.requires_grad:
             self.stack.hold_columns()
         return [] if self.merged else [self.layer_slices]

@@ -15,6 +15,7 @@ from tcurlora_ext.adapter.options import Rank
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.slices import LayerSlices
 
+from .calls import NotesCalls
 from .quantised import refuse_quantised
 
 
@@ -24,7 +25,7 @@ def _own_members(module: nn.Module) -> dict[str, Any]:
     return {name: copy.copy(value) if name in own else value for name, value in vars(module).items()}
 
 
-class TCURLayer(nn.Module):
+class TCURLayer(NotesCalls, nn.Module):
     """The base class of adapted layers. Subclasses define how the weight is stored.
 
     Attributes:
@@ -36,7 +37,6 @@ class TCURLayer(nn.Module):
         first_slice: Index in the stack of the first slice of this layer's weight.
         num_slices: How many slices the weight has, stacked by rows.
         base: W as it was before :meth:`merge`; None where the layer is not merged.
-        uncalled: Whether the layer has never been called, calls within torch.compile not counted.
     """
 
     weight: Any  # nn.Parameter
@@ -45,7 +45,6 @@ class TCURLayer(nn.Module):
     first_slice: int
     num_slices: int
     base: Tensor | None
-    uncalled = True
 
     def as_matrix(self, stored: Tensor) -> Tensor:
         """Convert a weight as stored into a matrix (num_slices*out, in), or such a matrix into its stored form.
@@ -159,8 +158,7 @@ class TCURLayer(nn.Module):
                 ``nn.Linear`` does.
             RuntimeError: The backend that was asked for does not work on this device.
         """
-        if self.uncalled and not torch.compiler.is_compiling():
-            self.uncalled = False
+        self._note_call()
         weight = self.as_matrix(self.weight)
         if self.base is not None:
             return nn.functional.linear(x, weight, self.bias)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import whole
@@ -80,8 +79,7 @@ class TCURParameter(HeldParameter, TCURLayer):
         Returns:
             (..., number*out).
         """
-        if self.uncalled and not torch.compiler.is_compiling():
-            self.uncalled = False
+        self._note_call()
         number = self.num_slices - first if number is None else number
         size = self.weight.shape[0] // self.num_slices
         weight = self.weight[first * size : (first + number) * size]

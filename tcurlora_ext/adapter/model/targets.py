@@ -29,7 +29,6 @@ from .support import (
     EXPECTED,
     adapted_type,
     class_of,
-    features_of,
     has_matrix,
     is_convolution,
     is_linear,
@@ -83,11 +82,8 @@ class Target:
         if is_quantised(self.module):
             assert isinstance(self.module, nn.Linear)
             return self.module.out_features // self.slices, self.module.in_features
-        if isinstance(self.module, HeldParameter):
-            _, out_features, in_features = self.weight.shape
-            return out_features, in_features
-        out_features, in_features = features_of(self.module)
-        return out_features // self.slices, in_features
+        _, out_features, in_features = self.weight.shape
+        return out_features, in_features
 
     @property
     def form(self) -> tuple[int | str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.layer.experts import AsWeights, HeldExperts
@@ -30,8 +29,7 @@ class TcurLoraExperts(AsWeights, TcurLoraLinear):
         return base
 
     def active_slices(self) -> list[LayerSlices]:
-        if self.uncalled and not torch.compiler.is_compiling():
-            self.uncalled = False
+        self._note_call()
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:

@@ -11,6 +11,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
+from tcurlora_ext.adapter.layer.calls import NotesCalls
 from tcurlora_ext.adapter.layer.convolution import convolve
 from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.layer.quantised import dequantised, rounds_its_input
@@ -21,7 +22,7 @@ from tcurlora_ext.adapter.stack.slices import LayerSlices
 BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
 
 
-class TcurLoraLinear(nn.Module, BaseTunerLayer):
+class TcurLoraLinear(NotesCalls, nn.Module, BaseTunerLayer):
     """A base layer plus the active adapters. :class:`TcurLoraModel` creates it.
 
     Args:
@@ -35,10 +36,8 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
     Attributes:
         tcurlora_core: Adapter -> its stack. It is not registered as a child: the tuner has registered every stack once.
         slices: Adapter -> the layer's slices in its stack.
-        uncalled: Whether the layer has never been called, calls within torch.compile not counted.
     """
 
-    uncalled = True
     adapter_layer_names = ("tcurlora_core",)
     other_param_names = ("slices",)
 
@@ -111,8 +110,7 @@ class TcurLoraLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The number of names is not the number of rows, or adapters are merged.
         """
-        if self.uncalled and not torch.compiler.is_compiling():
-            self.uncalled = False
+        self._note_call()
         if adapter_names is not None:
             self._check_rows(x, adapter_names)
         if self.disable_adapters:

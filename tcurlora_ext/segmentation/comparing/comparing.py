@@ -31,18 +31,16 @@ from tcurlora_ext.segmentation.dataset.layouts import read_layout
 from tcurlora_ext.segmentation.dataset.reading import read_cases
 from tcurlora_ext.segmentation.dataset.subjects import few_subjects
 from tcurlora_ext.segmentation.methods import base_name
-from tcurlora_ext.segmentation.metrics import evaluation
 from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.report.overlays import draw_overlays
-from tcurlora_ext.segmentation.runs.finetuning import finetune, open_job, pretrain_embedded
+from tcurlora_ext.segmentation.runs.finetuning import finetune, first_predictions, open_job, pretrain_embedded
 from tcurlora_ext.segmentation.runs.folder import check_folder, describe, open_folder
-from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
 from tcurlora_ext.segmentation.runs.pretraining import embedded, with_fraction
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, read_settings
 from tcurlora_ext.segmentation.terminal import Display
 
-SHOWN = 3  # methods in overlays, and validation cases
+SHOWN = 3  # methods in overlays
 
 Row = dict[str, Any]
 
@@ -181,10 +179,4 @@ def _chosen(plan: Plan, part: Part, rows: Sequence[Row]) -> Row:
 def _draw_overlays(plan: Plan, part: Part, chosen: Sequence[str], display: Display) -> None:
     """Draw the predictions of some methods for the first validation cases, after those before adaptation."""
     job = open_job(part.settings, part.out, display)
-    models = {} if job.head_is_new else {"before": load_base(part.out)}
-    models |= {name: load_adapted(part.out, name) for name in chosen}
-    predictions = {
-        name: [evaluation.predict(model.to(job.device), volume, job.config.roi) for volume in job.val[:SHOWN]]
-        for name, model in models.items()
-    }
-    draw_overlays(plan.out, job.val, predictions, job.classes)
+    draw_overlays(plan.out, job.val, first_predictions(job, chosen), job.classes)

@@ -37,21 +37,19 @@ def read_steps(plan: Plan) -> dict[str, Row]:
 
 
 def measure_steps(plan: Plan, job: Job) -> dict[str, Row]:
-    """Measure all methods unless steps.csv has them; returns the values of :func:`read_steps`.
+    """Measure all methods and write steps.csv; returns the values of :func:`read_steps`.
 
     Args:
         plan: Of the comparison.
         job: A finished run of all methods; its adapters of seed 0 are read.
     """
-    if found := read_steps(plan):
-        return found
     methods = list(plan.methods)
     seconds: dict[str, list[float]] = {method.name: [] for method in methods}
     memory: dict[str, Row] = {}
     for turn in range(ROUNDS):
         job.display.say(f"measuring steps of {len(methods)} methods, round {turn + 1} of {ROUNDS}")
         for method in methods:
-            model, own = _trainable_again(job, method), _plan(job, method)
+            model, own = load_adapted(job.out, method.name).to(job.device), _plan(job, method)
             if method.name not in memory:
                 found_memory = training.step_memory(model, job.train, own)
                 memory[method.name] = {
@@ -67,11 +65,6 @@ def measure_steps(plan: Plan, job: Job) -> dict[str, Row]:
         for name, times in seconds.items()
     ])  # fmt: skip
     return read_steps(plan)
-
-
-def _trainable_again(job: Job, method: Method) -> torch.nn.Module:
-    """The network with the adapter of seed 0, with what trains requiring gradients."""
-    return load_adapted(job.out, method.name, 0).to(job.device)
 
 
 def _plan(job: Job, method: Method) -> training.Plan:

@@ -10,7 +10,7 @@ from tcurlora_ext.io.records import read_json
 from tcurlora_ext.segmentation.comparing.findings import comparison_sentence
 from tcurlora_ext.segmentation.comparing.settings import ALL, Part, Plan
 from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
-from tcurlora_ext.segmentation.report.cells import DASH, folded, number, results_table, with_sd
+from tcurlora_ext.segmentation.report.cells import corrected_p, folded, number, results_table, with_interval, with_sd
 from tcurlora_ext.segmentation.report.page import data_url, render, settings_rows
 
 if TYPE_CHECKING:
@@ -41,20 +41,6 @@ def _dice_tests(tests: Sequence[Row], part: Part) -> dict[str, Row]:
     return {row["method"]: row for row in tests if row["training_set"] == part.name and row["measure"] == "dice"}
 
 
-def _with_interval(test: Row | None, factor: float = 100, digits: int = 1) -> str:
-    if test is None:
-        return ""
-    low, high = (number(test[end], factor, digits, "+") for end in ("low", "high"))
-    return number(test["difference"], factor, digits, "+") + ("" if low == DASH else f" ({low} to {high})")
-
-
-def _p(test: Row | None) -> str:
-    if test is None:
-        return ""
-    p = float(test["p_holm"])
-    return DASH if p != p else f"{p:.3f}" if p >= 0.001 else "< 0.001"
-
-
 def _memory(row: Row) -> str:
     return number(row["gpu_peak_mib"] if row["gpu_peak_mib"] != "" else row["step_mib"], 1, 1)
 
@@ -72,7 +58,7 @@ def terminal_tables(plan: Plan, parts: Sequence[Part], rows: Sequence[Row], test
             [
                 folded(row["method"], 18), f"{row['trained_numbers']:,}",
                 with_sd(row["dice_mean"], row["dice_sd"], 100), number(row["hd95_mm_mean"]),
-                _with_interval(found.get(row["method"])), _p(found.get(row["method"])),
+                with_interval(found.get(row["method"])), corrected_p(found.get(row["method"])),
             ]
             for row in _means(rows, part)
         ]  # fmt: skip
@@ -84,7 +70,7 @@ def _page_rows(plan: Plan, rows: Sequence[Row], tests: Mapping[str, Row]) -> lis
     return [
         [
             row["method"], f"{row['trained_numbers']:,}", with_sd(row["dice_mean"], row["dice_sd"], 100),
-            _with_interval(tests.get(row["method"])), _p(tests.get(row["method"])),
+            with_interval(tests.get(row["method"])), corrected_p(tests.get(row["method"])),
             with_sd(row["hd95_mm_mean"], row["hd95_mm_sd"], 1, 2), number(row["step_ms"], 1, 0), _memory(row),
             number(row["adapter_bytes"], 1e-3, 1), str(row["warm_up_steps"] or ""),
         ]
@@ -97,7 +83,7 @@ def _test_rows(tests: Sequence[Row]) -> list[list[str]]:
     for test in tests:
         measure, factor, digits = ("Dice", 100, 2) if test["measure"] == "dice" else ("HD95 mm", 1, 3)
         rows.append([
-            test["training_set"], measure, test["method"], str(test["subjects"]), _with_interval(test, factor, digits),
+            test["training_set"], measure, test["method"], str(test["subjects"]), with_interval(test, factor, digits),
             number(test["rank_biserial"], 1, 2, "+"), number(test["p"], 1, 4), number(test["p_holm"], 1, 4),
         ])  # fmt: skip
     return rows

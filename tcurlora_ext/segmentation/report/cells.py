@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tcurlora_ext.io.table import rich_table
@@ -26,6 +26,22 @@ def with_sd(mean: Any, sd: Any, factor: float = 1, digits: int = 1) -> str:
     """A mean with its standard deviation, where there is one."""
     shown = number(sd, factor, digits)
     return number(mean, factor, digits) + ("" if shown == DASH else f" ± {shown}")
+
+
+def with_interval(row: Mapping[str, Any] | None, factor: float = 100, digits: int = 1) -> str:
+    """A "difference" with its interval from "low" to "high", where there is one; nothing without a row."""
+    if row is None:
+        return ""
+    low, high = (number(row[end], factor, digits, "+") for end in ("low", "high"))
+    return number(row["difference"], factor, digits, "+") + ("" if low == DASH else f" ({low} to {high})")
+
+
+def corrected_p(row: Mapping[str, Any] | None) -> str:
+    """The "p_holm" of a test; nothing without a row."""
+    if row is None:
+        return ""
+    shown = number(row["p_holm"], 1, 3)
+    return "< 0.001" if shown != DASH and float(row["p_holm"]) < 0.001 else shown
 
 
 def folded(name: str, width: int) -> str:

@@ -56,6 +56,7 @@ from tcurlora_ext.segmentation.training import check_options, describe_augmentat
 from tcurlora_ext.segmentation.training.options import check_class_count
 
 EMBEDDED_CLASSES = 3
+PICTURED = 3  # validation cases in overlays
 
 
 def finetune(
@@ -100,12 +101,9 @@ def finetune(
     take_base(base, out)
     for line in base.said:
         display.say(f"weights: {line}")
-    config, head_is_new = base.config, base.head_is_new
-    if base.random:
-        settings = replace(settings, also_train="decoder")
-    train, val = (open_volumes(cases, config.spacing, settings.cache) for cases in (data.train, data.val))
-    job = Job(out, settings, config, head_is_new, data.classes, train, val, pick_device(settings.device), display)
-    if not head_is_new and not (out / "before.json").is_file():
+    config = base.config
+    job = _make_job(settings, out, data, config, base.head_is_new, bool(base.random), display)
+    if not base.head_is_new and not (out / "before.json").is_file():
         scores = evaluation.evaluate(load_base(out).to(job.device), job.val, config)
         write_json(out / "before.json", evaluation.summarise(scores, job.classes))
     for line in base_warnings(out):
@@ -123,13 +121,21 @@ def finetune(
 def open_job(settings: FinetuneSettings, out: Path, display: Display) -> Job:
     """What the methods of a run share, from its folder, where it has begun."""
     run, settings = read_json(out / "run.json"), with_rates(settings, check_settings(settings))
-    if run.get("weights", {}).get("random"):
-        settings = replace(settings, also_train="decoder")
     data = settings.read_data(settings.data or out / "data" / "target")
     config = NetworkConfig.read(out / "network.json")
+    random = bool(run.get("weights", {}).get("random"))
+    return _make_job(settings, out, data, config, run["base"]["head_is_new"], random, display)
+
+
+def _make_job(
+    settings: FinetuneSettings, out: Path, data: SegmentationDataset, config: NetworkConfig, head_is_new: bool,
+    random_decoder: bool, display: Display,
+) -> Job:  # fmt: skip
+    """What the methods of a run share; a decoder that starts at random trains beside each adapter."""
+    if random_decoder:
+        settings = replace(settings, also_train="decoder")
     train, val = (open_volumes(cases, config.spacing, settings.cache) for cases in (data.train, data.val))
-    device = pick_device(settings.device)
-    return Job(out, settings, config, run["base"]["head_is_new"], data.classes, train, val, device, display)
+    return Job(out, settings, config, head_is_new, data.classes, train, val, pick_device(settings.device), display)
 
 
 def _finish(job: Job, methods: Sequence[Method], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,7 +143,7 @@ def _finish(job: Job, methods: Sequence[Method], results: Sequence[dict[str, Any
     out, display = job.out, job.display
     summary = report.summarise_runs(results)
     write_csv(out / "summary.csv", summary)
-    report.write_report(out, job.val, _predictions(job, methods))
+    report.write_report(out, job.val, first_predictions(job, [method.name for method in methods]))
     display.console.print(report.table(summary))
     for line in report.comparisons(summary):
         display.say(line)
@@ -241,11 +247,16 @@ def pretrain_embedded(settings: FinetuneSettings, folder: Path, display: Display
     return folder / "base.safetensors"
 
 
-def _predictions(job: Job, methods: Sequence[Method], cases: int = 3) -> dict[str, list[torch.Tensor]]:
-    """Label values predicted for the first validation cases, by the base (unless its head is new) and every method."""
+def first_predictions(job: Job, methods: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+    """Label values predicted for the first validation cases, by the base (unless its head is new) and by methods.
+
+    Args:
+        job: A run that has finished the methods.
+        methods: Their names.
+    """
     models = {} if job.head_is_new else {"before": load_base(job.out)}
-    models |= {method.name: load_adapted(job.out, method.name) for method in methods}
+    models |= {name: load_adapted(job.out, name) for name in methods}
     return {
-        name: [evaluation.predict(model.to(job.device), volume, job.config.roi) for volume in job.val[:cases]]
+        name: [evaluation.predict(model.to(job.device), volume, job.config.roi) for volume in job.val[:PICTURED]]
         for name, model in models.items()
     }
