@@ -224,8 +224,8 @@ def reasons_by_default(model: nn.Module, config: TCURConfig) -> dict[str, str]:
 
 def _nothing_matches(model: nn.Module, config: TCURConfig, linear: Sequence[str]) -> str:
     wanted, kind = config.target_modules, type(model).__name__
-    such_as = f"the {len(linear)} linear layers and convolutions of {kind}, such as "
-    such_as += ", ".join(linear[:4]) or "(it has none)"
+    such_as = f"the {len(linear)} linear layers and convolutions of {kind}"
+    such_as += f", such as {', '.join(linear[:4])}" if linear else " that can be adapted"
     if wanted is not None:
         hint = "; a string is a regex for the whole name, names go into a list" if isinstance(wanted, str) else ""
         return f"target_modules {wanted!r} match none of {such_as}{hint}"
