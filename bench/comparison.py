@@ -29,7 +29,6 @@ from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
 from tcurlora_ext.segmentation.terminal import Display
 
 TABLES = ("table.csv", "cases.csv", "tests.csv")
-FIGURE = "parameters.png"
 DIFFERENCE = ("subjects", "difference", "low", "high", "p_holm")  # of tests.csv, in summary.csv
 
 
@@ -57,7 +56,7 @@ def comparison(
     lr: Annotated[str, typer.Option(help='JSON, e.g. {"tcur": 3e-3}, beside 1e-3 of the head.')] = "{}",
     measure: Annotated[bool, typer.Option("--measure", help="Measure steps side by side after the training.")] = False,
 ) -> None:
-    """Compare methods on the hippocampus setting and copy the tables and figures."""
+    """Compare methods on the hippocampus setting and copy the tables."""
     display = Display(Console(width=120))
     setting = hippocampus_setting(work, maps, data, display)
     out = work / f"comparison-{name}"
@@ -70,7 +69,7 @@ def comparison(
     )  # fmt: skip
     compare(settings, out, display=display)
     measured = ("steps.csv",) if (out / "steps.csv").is_file() else ()
-    copy_results(out, results / f"comparison-{name}", (*TABLES, *measured, FIGURE))
+    copy_results(out, results / f"comparison-{name}", (*TABLES, *measured))
     write_csv(results / f"comparison-{name}" / "summary.csv", summary(out))
 
 

@@ -3,7 +3,8 @@
     python -m tcurlora_ext.bench.reading.plot [RESULTS] [--output FOLDER]
 
 For every device's folder in RESULTS it draws quick-time.png and quick-memory.png from quick.csv, the same from gpu.csv,
-and growth.png from growth.csv, where these files exist. A picture's metadata holds its file's name and hash
+and growth.png from growth.csv, and for every comparison in RESULTS/segmentation it draws parameters.png from
+summary.csv, where these files exist. A picture's metadata holds its file's name and hash
 (:func:`source`) and no date: the same results give the same bytes, and a picture of older results can be recognised.
 """
 
@@ -21,6 +22,8 @@ from typing import Annotated, Any
 import typer
 
 from tcurlora_ext.io.atomic import write_with
+from tcurlora_ext.io.records import read_csv
+from tcurlora_ext.segmentation.comparing.figures import cost_figure
 from tcurlora_ext.segmentation.report.figures import pyplot
 
 from ..entry import run_command
@@ -51,7 +54,7 @@ def draw(results: Path, output: Path, log: Callable[[str], None] = print) -> lis
 
     Args:
         results: Holds one folder per device.
-        output: Gets one folder per device.
+        output: Gets one folder per device and comparison.
         log: Called with a line of text for every row of a file that failed and is not drawn.
 
     Returns:
@@ -64,6 +67,12 @@ def draw(results: Path, output: Path, log: Callable[[str], None] = print) -> lis
     if not results.is_dir():
         raise FileNotFoundError(f"{results}: no such folder, expected a folder for each device in it")
     written = []
+    for path in sorted(results.glob("segmentation/comparison-*/summary.csv")):
+        plt = pyplot()
+        with plt.rc_context({**plt.rcParamsDefault, "backend": "agg"}):
+            figure = cost_figure(read_csv(path), "trained_numbers", "trained parameters")
+            if figure is not None:
+                written.append(_write(figure, path, output, "parameters.png"))
     failed: dict[str, None] = {}  # several figures have the same file
     for file, name, make in _drawings():
         for path in sorted(results.glob(f"*/{file}")):
@@ -75,19 +84,26 @@ def draw(results: Path, output: Path, log: Callable[[str], None] = print) -> lis
                     figure = make(plt, rows)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
-                target = output / path.parent.name / name
-                write_with(target, partial(figure.savefig, metadata={"Software": None, "Source": source(path)}))
-                plt.close(figure)
-            written.append(target)
+                written.append(_write(figure, path, output, name))
     if not written:
-        raise FileNotFoundError(f"{results}: found no */quick.csv, */gpu.csv or */growth.csv, expected one at least")
+        raise FileNotFoundError(
+            f"{results}: found no */quick.csv, */gpu.csv, */growth.csv or comparison, expected one at least"
+        )
     for line in failed:
         log(line)
     return written
 
 
+def _write(figure: Any, path: Path, output: Path, name: str) -> Path:
+    """Write the figure of a result file; returns where."""
+    target = output / path.parent.name / name
+    write_with(target, partial(figure.savefig, metadata={"Software": None, "Source": source(path)}))
+    pyplot().close(figure)
+    return target
+
+
 def source(path: Path) -> str:
-    """The result file of a picture as its metadata names it: the device's folder, name and hash."""
+    """The result file of a picture as its metadata names it: its folder, its name and its hash."""
     return f"{path.parent.name}/{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 

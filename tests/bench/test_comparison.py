@@ -55,7 +55,7 @@ def test_the_two_sides_are_of_one_subject_and_small_files_are_published(
         out.mkdir()
         values = {"data": str(settings.data), "pretrained": None, "methods": ["lora:init=/a/b.safetensors"]}
         write_json(out / "run.json", {"settings": values})
-        for name in ("cases.csv", "parameters.png", "other.png"):
+        for name in ("cases.csv", "parameters.png"):
             (out / name).touch()
         write_csv(out / "table.csv", TABLE)
         write_csv(out / "tests.csv", TESTS)
@@ -69,7 +69,7 @@ def test_the_two_sides_are_of_one_subject_and_small_files_are_published(
     found = read_json(settings.subject_file)
     assert found == {"hippocampus_001": "1", "hippocampus_003": "2", "hippocampus_004": "2"}
     published = tmp_path / "results" / "comparison-a"
-    names = {*comparison.TABLES, "parameters.png", "run.json", "summary.csv"}
+    names = {*comparison.TABLES, "run.json", "summary.csv"}
     assert {path.name for path in published.iterdir()} == names
     text = fill("<!-- table: comparison summary.csv -->\n<!-- end -->\n", published)
     assert "| LoRA r=8 | 96 | 4.0 |  | 12 | 3.5 | 2 | 72.0 ± 1.0 | 3.20 |  |  |\n| paper's stacks r=8 | 16 |" in text

@@ -11,6 +11,7 @@ from tcurlora_ext.bench.cases import SETS
 from tcurlora_ext.bench.reading.plot import draw, main, source
 from tcurlora_ext.bench.reading.styles import style, styles
 from tcurlora_ext.bench.variants import variants
+from tcurlora_ext.io.records import write_csv
 
 from .made_up import row, sweep, write
 
@@ -31,6 +32,11 @@ def results(folder: Path) -> Path:
     write(folder / "results" / "cpu" / "quick.csv", quick)
     write(folder / "results" / "cpu" / "growth.csv", grown)
     write(folder / "results" / "gpu" / "growth.csv", sweep())
+    compared = [
+        {"method": name, "trained_numbers": "9" * size, "dice_mean": f"0.7{size}", "dice_sd": "0.01"}
+        for size, name in enumerate(("lora", "tcur"), 2)
+    ]
+    write_csv(folder / "results" / "segmentation" / "comparison-small" / "summary.csv", compared)
     return folder / "results"
 
 
@@ -48,10 +54,13 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 def test_a_figure_for_every_device_and_file(drawn: Path) -> None:
     found = pictures(drawn / "pictures")
-    assert sorted(found) == ["cpu/growth.png", "cpu/quick-memory.png", "cpu/quick-time.png", "gpu/growth.png"]
+    assert sorted(found) == [
+        "comparison-small/parameters.png", "cpu/growth.png", "cpu/quick-memory.png", "cpu/quick-time.png",
+        "gpu/growth.png",
+    ]  # fmt: skip
     for name in found:
         with Image.open(drawn / "pictures" / name) as picture:
-            assert picture.width == 1080  # 9 inches
+            assert picture.width == (1280 if name.startswith("comparison") else 1080)
 
 
 def test_the_same_numbers_give_the_same_bytes(drawn: Path, tmp_path: Path) -> None:
@@ -89,7 +98,7 @@ def test_a_picture_says_what_it_was_drawn_from(drawn: Path) -> None:
 def test_the_committed_figures_are_of_the_committed_results(figure: Path) -> None:
     with Image.open(figure) as picture:
         said = picture.info["Source"]
-    path = ROOT / "bench" / "results" / said.split(" ")[0]
+    (path,) = (ROOT / "bench" / "results").rglob(said.split(" ")[0])
     assert said == source(path), f"python -m tcurlora_ext.bench.reading.plot draws {figure} anew"
 
 

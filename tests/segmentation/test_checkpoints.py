@@ -272,7 +272,7 @@ def test_a_bundles_network_is_built_with_its_weights(name: str, target: str, tmp
 @pytest.mark.parametrize(
     ("definition", "message"),
     [
-        ({**DEFINITION, "_target_": "SegResNet"}, "found the network 'SegResNet', expected one of UNETR, SwinUN"),
+        ({**DEFINITION, "_target_": "UNet"}, "found the network 'UNet', expected one of UNETR, SwinUN"),
         ({**DEFINITION, "_target_": "mine.UNETR"}, "found the network 'mine.UNETR', expected one of UNETR, SwinUNETR"),
         (
             {**DEFINITION, "num_heads": "$__import__('pathlib').Path('SPRUNG').touch()"},

@@ -78,9 +78,18 @@ def draw_cost(path: Path, rows: Sequence[Row], column: str, label: str) -> bool:
     Returns:
         Whether there was something to draw: two methods whose cost is known.
     """
+    figure = cost_figure(rows, column, label)
+    if figure is None:
+        return False
+    _save(pyplot(), figure, path)
+    return True
+
+
+def cost_figure(rows: Sequence[Row], column: str, label: str) -> Any:
+    """The matplotlib figure of :func:`draw_cost`, which has the arguments; None where there is nothing to draw."""
     known = [row for row in rows if row[column] != "" and not math.isnan(float(row["dice_mean"]))]
     if len(known) < 2:
-        return False
+        return None
     plt = pyplot()
     from matplotlib.ticker import FuncFormatter, LogLocator
 
@@ -115,8 +124,7 @@ def draw_cost(path: Path, rows: Sequence[Row], column: str, label: str) -> bool:
         spreads = [0.0 if row["dice_sd"] == "" else 100 * float(row["dice_sd"]) for row in known]
         names = short_names([row["method"] for row in known])
         place_labels(axes, points, spreads, list(names.values()), 9.5 if len(known) <= 12 else 8.5)
-        _save(plt, figure, path)
-    return True
+    return figure
 
 
 def draw_shots(path: Path, rows: Sequence[Row]) -> None:
