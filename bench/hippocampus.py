@@ -37,6 +37,10 @@ LEFT_HIPPOCAMPUS = 17  # FreeSurfer's value; right-sided crops are mirrored to t
 DRAWS = 2  # images of each crop
 VALIDATION_SUBJECTS = 3
 PLACES = ("data", "pretrained", "subject_file", "factors", "cache")  # settings that are paths
+# Windows of 2 mm voxels, and sizes that differ from the network's own: UNETR's transformer is as wide as the ViT's.
+ROI = {"vit": (24, 32, 24), "dynunet": (24, 32, 24), "segresnet": (24, 32, 24)}
+WIDE_ROI = (32, 32, 32)
+SIZES = {"unetr": {"hidden_size": 128, "mlp_dim": 512, "num_heads": 4}}
 WINDOW = (42, 58, 44)  # voxels of 1 mm around the hippocampus; the real data are crops of at most 43x59x47
 
 
@@ -118,13 +122,19 @@ def hippocampus(
     publish(work / run, results)
 
 
-def prepare(maps: Path, data: Path, work: Path, pretrain_steps: int, display: Display) -> tuple[Path, Path]:
+def prepare(
+    maps: Path, data: Path, work: Path, pretrain_steps: int, display: Display, network: str = "vit"
+) -> tuple[Path, Path]:
     """Weights pretrained on synthetic crops, and the folder of the real data: made in WORK unless they are there."""
-    source, base, target = work / "source", work / "pretrain", work / "target"
+    source, target = work / "source", work / "target"
+    base = work / ("pretrain" if network == "vit" else f"pretrain-{network}")
     if not (source / "splits.json").is_file():
         make_source(maps, source)
     if not (base / "transformer.json").is_file():
-        settings = PretrainSettings(source, roi=(24, 32, 24), spacing=(2.0, 2.0, 2.0), steps=pretrain_steps)
+        settings = PretrainSettings(
+            source, network=network, sizes=SIZES.get(network, {}), roi=ROI.get(network, WIDE_ROI),
+            spacing=(2.0, 2.0, 2.0), steps=pretrain_steps,
+        )  # fmt: skip
         pretrain(settings, base, resume=True, display=display)
     if not (target / "splits.json").is_file():
         make_target(data, target)

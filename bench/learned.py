@@ -65,9 +65,9 @@ class Setting:
     lr: dict[str, float]
 
 
-def hippocampus_setting(work: Path, maps: Path, data: Path, display: Display) -> Setting:
+def hippocampus_setting(work: Path, maps: Path, data: Path, display: Display, network: str = "vit") -> Setting:
     """Five subjects, 48 validation volumes; 19 other subjects; and five more with 24 volumes to choose on."""
-    base, target = prepare(maps, data, work, 600, display)
+    base, target = prepare(maps, data, work, 600, display, network)
     path = target / "splits.json"
     splits = read_json(path)
     if "others" not in splits:
