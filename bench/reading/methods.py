@@ -22,6 +22,8 @@ TITLES = {
     "bitfit": "biases of the encoder",
     "ssf": "scales and shifts of features",
     "adapter": "bottleneck adapters",
+    "decoder": "decoder and head",
+    "adalora": "AdaLoRA r=8",
     "pissa": "PiSSA r=8",
     "dora": "DoRA r=8",
     "vera": "VeRA r=256",

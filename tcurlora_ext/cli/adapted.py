@@ -54,7 +54,7 @@ class Adapted:
 
 def open_adapted(
     source: Path,
-    method: str,
+    method: str | None,
     seed: int,
     model: str | None,
     kwargs: Mapping[str, Any],
@@ -65,7 +65,7 @@ def open_adapted(
 
     Args:
         source: The folder or file.
-        method, seed: Which adapter of a run folder.
+        method, seed: Which adapter of a run folder; without a method that of :func:`method_of_run`.
         model, kwargs, weights: The base of a file: what :func:`load_model` takes.
         subspace: The file of the subspace that an adapter file names by its digest alone.
 
@@ -102,11 +102,45 @@ def open_adapted(
     return Adapted(f"{file.path}{on}", file.path.parent, loaded, file, source, file.subspace)
 
 
-def _of_run(folder: Path, method: str, seed: int) -> Adapted:
+def _of_run(folder: Path, method: str | None, seed: int) -> Adapted:
+    from tcurlora_ext.segmentation.methods import folder_name
     from tcurlora_ext.segmentation.runs.network import load_adapted
 
+    method = method_of_run(folder, method)
     network = load_adapted(folder, method, seed)
     if not stacks(network):
-        raise ValueError(f"{folder}: method '{method}' has no stacks, expected a run of tCUR such as 'tcur'")
+        raise ValueError(f"{folder}: method '{method}' has no stacks of tCUR, expected a method such as 'tcur'")
     subspace = require_adapted(network).container.subspace
-    return Adapted(f"{folder}, {method}, seed {seed}", folder, network, None, folder, subspace)
+    own = folder / folder_name(method) / f"seed{seed}"
+    return Adapted(f"{folder}, {method}, seed {seed}", own, network, None, folder, subspace)
+
+
+def is_tcur(method: str) -> bool:
+    """Whether a method of `finetune`, with or without options, adapts by stacks of tCUR."""
+    from tcurlora_ext.adapter.model.merge import merge
+    from tcurlora_ext.segmentation.methods import METHODS, base_name
+
+    known = METHODS.get(base_name(method))
+    return known is not None and known.merge is merge
+
+
+def method_of_run(folder: Path, method: str | None) -> str:
+    """The method to take of a run: the one given, else "tcur", else the only one of tCUR.
+
+    Args:
+        folder: The run folder.
+        method: As given, or None.
+
+    Raises:
+        ValueError: There are several, and none is just "tcur"; the message lists them.
+    """
+    from tcurlora_ext.segmentation.prediction.predictor import PREFERRED, open_run
+
+    if method is not None or not (folder / "run.json").is_file():
+        return method or PREFERRED
+    own = [name for name in open_run(folder).seeds if is_tcur(name)]
+    if PREFERRED in own or not own:
+        return PREFERRED
+    if len(own) > 1:
+        raise ValueError(f"{folder}: found the methods {', '.join(own)} of tCUR, expected --method with one of them")
+    return own[0]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def features(
     run: Annotated[Path, typer.Argument(help="Run folder of finetune.")],
-    method: options.Method = "tcur",
+    method: options.Method = None,
     seed: options.Seed = 0,
     other: Annotated[
         list[Path] | None,
@@ -27,7 +27,7 @@ def features(
     cases: Annotated[int, typer.Option(min=1, help="How many of the run's validation cases are predicted.")] = 4,
     stack: Annotated[list[str] | None, typer.Option(help="Only the stack of this name; may be repeated.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for tables and pictures. Default: `features` in the run's folder.")
+        Path | None, typer.Option(help="Folder for tables and pictures. Default: features/ beside the adapter.")
     ] = None,
     device: options.Device = "auto",
 ) -> None:
@@ -37,8 +37,10 @@ def features(
     direction of the same core. A picture shows where chosen rows are active, beside random rows of the same weight.
     """
     from tcurlora_ext.adapter.model.structure import stacks
+    from tcurlora_ext.cli.adapted import method_of_run
     from tcurlora_ext.io.records import write_csv
     from tcurlora_ext.segmentation.dataset import load_volumes
+    from tcurlora_ext.segmentation.methods import folder_name
     from tcurlora_ext.segmentation.packages import require_package
     from tcurlora_ext.segmentation.prediction.predictor import choose_method, choose_seeds, load_predictor, open_run
     from tcurlora_ext.segmentation.runs.pretraining import pick_device
@@ -58,7 +60,7 @@ def features(
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"{output}: found a file, expected a folder or nothing")
     opened = open_run(run)
-    name, _ = choose_method(opened, method)
+    name, _ = choose_method(opened, method_of_run(run, method))
     choose_seeds(opened, name, [seed])
     predictor = load_predictor(run, name, [seed], pick_device(device))
     model, config = predictor.models[0], predictor.config
@@ -70,7 +72,7 @@ def features(
     chosen = find_cases(None, opened).cases[:cases]
     volumes = load_volumes(chosen, config.spacing)
     labels = [label for value, label in predictor.labels.items() if value]
-    display, folder = Display(terminal()), output or run / "features"
+    display, folder = Display(terminal()), output or run / folder_name(name) / f"seed{seed}" / "features"
     _say_overlaps(compared, display)
     with display.bar(f"{len(found)} slots, each beside a control", 2 * len(found)) as on_step:
         rows = contributions(model, volumes, config, labels, found, seed=seed, on_step=on_step)

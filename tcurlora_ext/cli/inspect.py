@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def inspect(
     source: options.Source,
-    method: options.Method = "tcur",
+    method: options.Method = None,
     seed: options.Seed = 0,
     model: options.BaseModel = None,
     kwargs: options.Kwargs = None,

@@ -11,6 +11,8 @@ from tcurlora_ext.cli import options
 from tcurlora_ext.io.table import rich_table, terminal
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
     from torch import dtype as Dtype
 
@@ -21,7 +23,7 @@ def merge(
     dtype: Annotated[
         Any, typer.Option(parser=options.dtype, metavar="DTYPE", help="float32, bfloat16 or float16.")
     ] = "float32",
-    method: options.Method = "tcur",
+    method: options.Method = None,
     seed: options.Seed = 0,
     model: options.BaseModel = None,
     kwargs: options.Kwargs = None,
@@ -29,24 +31,68 @@ def merge(
     subspace: options.SubspaceFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")] = False,
 ) -> None:
-    """Write the base model with W + dW in place of W, and what was trained beside; report the rounding loss."""
+    """Write the base model with W + dW in place of W, and what was trained beside; report the rounding loss.
+
+    Of a run, other methods than tCUR are folded in too, where the plain network can express them.
+    """
     import safetensors.torch
 
-    from tcurlora_ext.cli.adapted import open_adapted
+    from tcurlora_ext.cli.adapted import is_tcur, open_adapted
     from tcurlora_ext.io.atomic import write_bytes
 
     if output.is_dir():
         raise ValueError(f"{output}: found a folder, expected the name of a file to write")
     if output.exists() and not overwrite:
         raise ValueError(f"{output}: the file exists; expected a new one, or --overwrite")
-    adapted = open_adapted(source, method, seed, model, kwargs or {}, weights, subspace)
-    network = adapted.require_adapter()
-    state, losses = merged_state(network, dtype)
-    write_bytes(output, safetensors.torch.save(state, {"format": "pt"}))
     name = str(dtype).removeprefix("torch.")
-    _show(losses, name)
+    if method is not None and (source / "network.json").is_file() and not is_tcur(method):
+        title, state = f"{source}, {method}, seed {seed}", folded_state(source, method, seed, dtype)
+    else:
+        adapted = open_adapted(source, method, seed, model, kwargs or {}, weights, subspace)
+        title, (state, losses) = adapted.title, merged_state(adapted.require_adapter(), dtype)
+        _show(losses, name)
+    write_bytes(output, safetensors.torch.save(state, {"format": "pt"}))
     size = output.stat().st_size / 2**20
-    typer.echo(f"{adapted.title}: merged in {name}, {len(state)} tensors, {size:,.1f} MiB written to {output}")
+    typer.echo(f"{title}: merged in {name}, {len(state)} tensors, {size:,.1f} MiB written to {output}")
+
+
+def folded_state(run: Path, method: str, seed: int, dtype: Dtype) -> dict[str, Tensor]:
+    """The state of the plain network with what another method than tCUR has learned, by the names of the base.
+
+    Args:
+        run: The run folder.
+        method, seed: Which adapter of it.
+        dtype: Of all floating-point tensors in the state.
+
+    Raises:
+        ValueError: The method computes something that no weights of the plain network do; or as for `merged_state`.
+    """
+    from tcurlora_ext.segmentation.methods import METHODS, base_name
+    from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
+
+    network = load_adapted(run, method, seed)
+    fold = METHODS[base_name(method)].merge
+    if fold is not None:
+        fold(network)
+    state, expected = network.state_dict(), load_base(run).state_dict()
+    if set(state) != set(expected):
+        raise ValueError(f"method: {method} adds layers that no weights of the plain network replace, expected another")
+    return finite_state(state, dtype)
+
+
+def finite_state(state: Mapping[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
+    """Copies on the CPU, in ``dtype`` where they are floating-point; a ValueError names one that is not finite then."""
+    import torch
+
+    # Tied tensors are written under each of their names: safetensors refuses shared memory.
+    result = {
+        name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous().clone()
+        for name, value in state.items()
+    }
+    for name, value in result.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: the merged value is not finite in {dtype}; expected a dtype that holds it")
+    return result
 
 
 def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
@@ -78,15 +124,7 @@ def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dic
             total = layer.summed_weight(dtype)
             losses[names[id(layer.stack)]][name] = rounding_loss(layer, total)
             state[layer.key_of(name)] = layer.as_matrix(total)
-        # Tied tensors are written under each of their names: safetensors refuses shared memory.
-        state = {
-            name: (value.to(dtype) if value.is_floating_point() else value).cpu().contiguous().clone()
-            for name, value in state.items()
-        }
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name}: the merged value is not finite in {dtype}; expected a dtype that holds it")
-    return state, losses
+    return finite_state(state, dtype), losses
 
 
 def _show(losses: dict[str, dict[str, float]], dtype: str) -> None:

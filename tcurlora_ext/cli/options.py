@@ -194,7 +194,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 # -- of inspect, merge and to-lora ------------------------------------------------------------------------------------
 
 Source = Annotated[Path, typer.Argument(help="Run folder of finetune, or an adapter file.")]
-Method = Annotated[str, typer.Option(help="The run's method to take.")]
+Method = Annotated[
+    str | None, typer.Option(help="The run's method to take. Default: tcur, or else its only method of tCUR.")
+]
 Seed = Annotated[int, typer.Option(help="The run's seed to take.")]
 BaseModel = Annotated[
     str | None, typer.Option(help="The model an adapter file belongs to, named as for `tcurlora plan`.")

@@ -15,7 +15,14 @@ def to_lora(
     source: options.Source,
     output: Annotated[Path, typer.Option(help="Folder to write: adapter_config.json and adapter_model.safetensors.")],
     max_rank: Annotated[int, typer.Option(help="The largest LoRA rank that is written.")] = 512,
-    method: options.Method = "tcur",
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file (.safetensors) for what was trained beside the cores, in place of modules_to_save, which PEFT "
+            "cannot load by every name."
+        ),
+    ] = None,
+    method: options.Method = None,
     seed: options.Seed = 0,
     model: options.BaseModel = None,
     kwargs: options.Kwargs = None,
@@ -29,11 +36,15 @@ def to_lora(
 
     if (output / CONFIG).exists() and not overwrite:
         raise ValueError(f"{output}: the folder has an {CONFIG}; expected a new folder, or --overwrite")
+    if beside is not None and (beside.is_dir() or (beside.exists() and not overwrite)):
+        raise ValueError(f"{beside}: it exists; expected the name of a new file, or of a file with --overwrite")
     adapted = open_adapted(source, method, seed, model, kwargs or {}, weights, subspace)
     network = adapted.require_adapter()
-    to_lora(network, output, max_rank)
+    to_lora(network, output, max_rank, beside=beside)
     config = json.loads((output / CONFIG).read_text())
     size = (output / WEIGHTS).stat().st_size / 2**20
     typer.echo(f"{adapted.title}: LoRA adapter of rank {config['r']}, {size:,.1f} MiB written to {output}")
+    if beside is not None:
+        typer.echo(f"what was trained beside the cores, for the base to load first: {beside}")
     if config["modules_to_save"]:
         typer.echo(f"with the whole modules (modules_to_save) {', '.join(config['modules_to_save'])}")

@@ -230,6 +230,17 @@ def test_whole_modules_are_modules_to_save(base: Network, inputs: Tensor, tmp_pa
     assert_equal(in_peft(base, tmp_path)(inputs), model(inputs))
 
 
+def test_what_trains_beside_goes_into_a_file_of_its_own(base: Network, inputs: Tensor, tmp_path: Path) -> None:
+    plain, beside = copy.deepcopy(base), tmp_path / "beside.safetensors"
+    with pytest.raises(ValueError, match="nothing was trained beside the cores"):
+        tcur.to_lora(inject(copy.deepcopy(base)), tmp_path / "lora", beside=beside)
+    model = train_beside(inject(base), ["norm", "head"])
+    tcur.to_lora(model, tmp_path / "lora", beside=beside)
+    assert config_of(tmp_path / "lora")["modules_to_save"] is None
+    plain.load_state_dict(safetensors.torch.load_file(beside), strict=False)
+    assert_equal(in_peft(plain, tmp_path / "lora")(inputs), model(inputs))
+
+
 def test_a_module_that_trains_in_part_is_saved_whole(base: Network, inputs: Tensor, tmp_path: Path) -> None:
     model = train_beside(inject(base), ["head.bias"])
     tcur.to_lora(model, tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import tcurlora_ext as tcur
@@ -16,6 +17,7 @@ from tcurlora_ext.cli.app import app
 
 pytest.importorskip("monai")
 networks = pytest.importorskip("tcurlora_ext.segmentation.networks")
+methods = pytest.importorskip("tcurlora_ext.segmentation.methods")
 run_module = pytest.importorskip("tcurlora_ext.segmentation.runs.network")
 
 SIZES = {"patch_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_layers": 3, "num_heads": 2, "features": 4}
@@ -87,10 +89,10 @@ def test_inspect_a_run(run: Run) -> None:
         assert f"stack {name}: {stack.slices} slices" in done.output
         assert all(slice_name in done.output for slice_name in stack.names)
     assert "vit.blocks.2.attn.qkv[1]" in done.output
-    found = sorted(path.name for path in (run.folder / "inspect").iterdir())
+    found = sorted(path.name for path in (run.adapter.parent / "inspect").iterdir())
     assert found == sorted([*PICTURES, "inspection.json"])
     for name in PICTURES:
-        assert (run.folder / "inspect" / name).read_bytes().startswith(b"\x89PNG")
+        assert (run.adapter.parent / "inspect" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_inspect_writes_the_numbers(run: Run, tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_inspect_an_adapter_file_with_its_base_says_the_same(run: Run, tmp_path:
     call("inspect", run.folder, "--no-pictures")
     done = call("inspect", run.adapter, *run.on_base, "--no-pictures", "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    of_run = json.loads((run.folder / "inspect" / "inspection.json").read_text())
+    of_run = json.loads((run.adapter.parent / "inspect" / "inspection.json").read_text())
     of_file = json.loads((tmp_path / "out" / "inspection.json").read_text())
     assert of_file["stacks"] == of_run["stacks"]
 
@@ -240,7 +242,60 @@ def test_a_method_without_stacks_is_named(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run_module, "load_adapted", lambda *_: run_module.load_base(run.folder))
     done = call("inspect", run.folder, "--method", "head")
     assert done.exit_code == 2
-    assert "method 'head' has no stacks, expected a run of tCUR such as 'tcur'" in done.stderr
+    assert "method 'head' has no stacks of tCUR, expected a method such as 'tcur'" in done.stderr
+
+
+def test_the_only_method_of_tcur_is_taken_and_several_are_listed(run: Run) -> None:
+    names = ["head", "tcur:rank=2"]
+    settings = {"methods": names, "factors": None}
+    description = {"command": "finetune", "settings": settings, "data": {"labels": {"0": "background", "1": "x"}}}
+    (run.folder / "run.json").write_text(json.dumps(description))
+    (run.folder / "tcur").rename(run.folder / "tcur_rank=2")
+    (run.folder / "tcur_rank=2" / "seed0" / "result.json").write_text("{}")
+    (run.folder / "head" / "seed0").mkdir(parents=True)
+    (run.folder / "head" / "seed0" / "result.json").write_text("{}")
+    done = call("inspect", run.folder, "--no-pictures")
+    assert done.exit_code == 0, done.output
+    assert (run.folder / "tcur_rank=2" / "seed0" / "inspect" / "inspection.json").is_file()
+    shutil.copytree(run.folder / "tcur_rank=2", run.folder / "tcur_rank=3")
+    settings["methods"] = [*names, "tcur:rank=3"]
+    (run.folder / "run.json").write_text(json.dumps(description))
+    done = call("inspect", run.folder, "--no-pictures")
+    assert done.exit_code == 2
+    assert "found the methods tcur:rank=2, tcur:rank=3 of tCUR, expected --method with one of them" in done.stderr
+
+
+def saved(run: Run, method: str, options: dict[str, float]) -> torch.nn.Module:
+    """A network adapted by another method, whose file is in the run."""
+    chosen, spec = methods.METHODS[method], networks.get_spec("vit")
+    given = methods.MethodOptions(also_train="head", own=options)
+    model = run_module.load_base(run.folder)
+    chosen.prepare(model, spec, given, None)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    (run.folder / method / "seed0").mkdir(parents=True)
+    chosen.save(model, run.folder / method / "seed0" / "adapter.safetensors", given)
+    return run_module.load_adapted(run.folder, method, 0)
+
+
+@pytest.mark.parametrize(("method", "options"), [("lora", {"rank": 2}), ("lora-pt", {"rank": 2}), ("norms", {})])
+def test_merge_folds_other_methods(method: str, options: dict[str, float], run: Run, tmp_path: Path) -> None:
+    expected, plain = saved(run, method, options), run_module.load_base(run.folder)
+    done = call("merge", run.folder, "--method", method, "--output", tmp_path / "m.safetensors")
+    assert done.exit_code == 0, done.output
+    plain.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(image), expected.eval()(image), rtol=1e-4, atol=1e-4)
+
+
+def test_merge_names_a_method_that_does_not_fold(run: Run, tmp_path: Path) -> None:
+    saved(run, "adapter", {"width": 2})
+    done = call("merge", run.folder, "--method", "adapter", "--output", tmp_path / "m.safetensors")
+    assert done.exit_code == 2
+    assert "adapter adds layers that no weights of the plain network replace" in done.stderr
+    assert not (tmp_path / "m.safetensors").exists()
 
 
 def test_merge_needs_a_base(run: Run, tmp_path: Path) -> None:
@@ -262,7 +317,7 @@ def test_inspect_refuses_an_unknown_stack_and_a_file_as_folder(run: Run, tmp_pat
     assert (done.exit_code, "stack: found 7x7, expected among 48x24" in done.stderr) == (2, True)
     done = call("inspect", run.folder, "--output", run.base)
     assert (done.exit_code, "found a file, expected a folder" in done.stderr) == (2, True)
-    assert not (run.folder / "inspect").exists()
+    assert not (run.adapter.parent / "inspect").exists()
 
 
 def test_inspect_without_matplotlib_names_the_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +331,7 @@ def test_inspect_without_matplotlib_names_the_extra(run: Run, monkeypatch: pytes
     assert done.exit_code == 2
     assert "'matplotlib' is not installed" in done.stderr
     assert "pip install 'tcurlora_ext[segmentation]'" in done.stderr
-    assert not (run.folder / "inspect").exists()
+    assert not (run.adapter.parent / "inspect").exists()
 
 
 def test_a_transformers_model_with_tied_weights(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("pandas")
 
 import numpy as np
+from rich.console import Console
 from scipy.stats import wilcoxon
 from typer.testing import CliRunner, Result
 
@@ -26,7 +27,7 @@ from tcurlora_ext.segmentation.comparing.comparing import compare
 from tcurlora_ext.segmentation.comparing.figures import short_names
 from tcurlora_ext.segmentation.comparing.findings import comparison_sentence
 from tcurlora_ext.segmentation.comparing.labels import spread
-from tcurlora_ext.segmentation.comparing.settings import CompareSettings
+from tcurlora_ext.segmentation.comparing.settings import CompareSettings, with_earlier
 from tcurlora_ext.segmentation.comparing.testing import against_reference, subject_scores
 from tcurlora_ext.segmentation.dataset import synthetic
 from tcurlora_ext.segmentation.metrics.comparison import holm, paired, rank_biserial
@@ -34,6 +35,7 @@ from tcurlora_ext.segmentation.report.cells import folded, number, with_sd
 from tcurlora_ext.segmentation.runs import adapting
 from tcurlora_ext.segmentation.runs.finetuning import finetune
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
+from tcurlora_ext.segmentation.terminal import Display
 from tcurlora_ext.segmentation.training import loop
 
 SIZES = {"hidden_size": 16, "mlp_dim": 32, "num_layers": 1, "num_heads": 2, "features": 4}
@@ -174,6 +176,29 @@ def test_only_what_is_missing_is_run(
     assert started == []
 
 
+def test_the_first_command_again_keeps_what_was_added(
+    whole: Path, tmp_path: Path, chosen: CompareSettings, trained: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copied(whole, tmp_path)
+    compare(replace(chosen, methods=("head", "norms"), seeds=3, training_sets=("one",)), out)
+    trained.clear()
+    capsys.readouterr()
+    settings, more = with_earlier(replace(chosen, lr={"tcur": 0.5}), out)
+    assert (settings.methods, settings.training_sets, settings.seeds) == (
+        ("head", "tcur", "norms"),
+        ("1", "2", "one"),
+        3,
+    )
+    assert more == "method norms, training set one, 3 seeds"
+    with pytest.raises(ValueError, match=r"lr\.tcur = 0\.01, found 0\.5 now"):
+        compare(replace(chosen, lr={"tcur": 0.5}), out)
+    rows = compare(replace(chosen, seeds=1), out, display=Display(Console(width=200)))
+    assert trained == []
+    assert "method norms, training set one, 3 seeds" in capsys.readouterr().out
+    means = [(row["training_set"], row["method"], row["seeds"]) for row in rows if row["label"] == "mean"]
+    assert means == [(name, method, 3) for name in ("one", "1", "2") for method in ("head", "tcur", "norms")]
+
+
 class Stopped(Exception):
     pass
 
@@ -274,6 +299,9 @@ def test_a_file_of_subjects_says_which_cases_belong_together(whole: Path, tmp_pa
     done = command("compare", "--resume", out, "--subject-file", path)
     assert done.exit_code == 2
     assert "found no subject of the case case_004" in done.stderr
+    assert read_json(out / "run.json")["settings"]["subject_file"] is None
+    assert command("compare", "--resume", out, "--subject-file", path, "--methods", "norms").exit_code == 2
+    assert not list(out.glob("*/norms"))  # found before anything is trained
     path.write_text(json.dumps({"case_003": "a", "case_004": "a"}))
     assert command("compare", "--resume", out, "--subject-file", path).exit_code == 0
     assert {row["subjects"] for row in read_csv(out / "tests.csv")} == {"1"}

@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -34,7 +34,7 @@ from tcurlora_ext.adapter.model.structure import CONTAINER, Adapted, adapted_lay
 from tcurlora_ext.adapter.model.whole_modules import modules_to_save, tensors_of
 from tcurlora_ext.adapter.options import positive
 from tcurlora_ext.adapter.stack.slices import LayerSlices
-from tcurlora_ext.io.atomic import write_together
+from tcurlora_ext.io.atomic import write_bytes, write_together
 from tcurlora_ext.io.tensors import not_finite
 
 from .saving import warn_of_others
@@ -80,7 +80,11 @@ class HasLoraSource(Protocol):
 
 
 def to_lora(
-    model: nn.Module, path: str | os.PathLike[str], max_rank: int = 512, adapter_name: str | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    max_rank: int = 512,
+    adapter_name: str | None = None,
+    beside: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a model's adapter as a LoRA adapter in PEFT's file format: exact, since each dW is a product B A.
 
@@ -96,8 +100,10 @@ def to_lora(
     dilation of 1, which PEFT leaves out.
 
     Modules that were trained beside the cores, such as a norm or a head, become PEFT's ``modules_to_save``, with
-    running statistics that training has changed. PEFT loads them. vLLM refuses an adapter that has any: for it, train
-    the cores alone. Dropout has no effect on the file.
+    running statistics that training has changed. PEFT loads them, unless such a module has a name that ends like one
+    of PEFT's own. vLLM refuses an adapter that has any. With ``beside`` they go into a file of weights instead, which
+    the base loads before the adapter: ``base.load_state_dict(load_file(beside), strict=False)``. Dropout has no effect
+    on the file.
 
     Args:
         model: A model adapted by :func:`inject`, merged or not; a ``PeftModel`` with a ``TcurLoraConfig``; or a module
@@ -106,6 +112,7 @@ def to_lora(
             other files in it stay.
         max_rank: The largest rank that is written; 512 is the largest that vLLM serves.
         adapter_name: The adapter of a ``PeftModel``; None: the active one.
+        beside: The safetensors file for what was trained beside the cores, by its names in the base; it is replaced.
 
     Returns:
         The folder.
@@ -114,8 +121,8 @@ def to_lora(
         ValueError: The model is not adapted, is a part of an adapted one or is sharded over processes; the rank is
             above ``max_rank``; a convolution is adapted that PEFT's LoRA computes otherwise; something that trained
             beside the cores is no whole module (the bias of an adapted layer, a parameter of the model itself); an
-            adapted module is at two places in the model; a value is NaN or infinite; or ``path`` is a file or has an
-            adapter of another kind. Nothing is written.
+            adapted module is at two places in the model; a value is NaN or infinite; ``path`` is a file or has an
+            adapter of another kind; or ``beside`` is given and nothing was trained there. Nothing is written.
         ModuleNotFoundError: PEFT, which writes the configuration, is not installed.
         OSError: The system refuses the folder or a file.
 
@@ -125,7 +132,7 @@ def to_lora(
     """
     found = next((module for module in model.modules() if hasattr(module, "lora_source")), None)
     if found is not None:
-        return _write(cast("HasLoraSource", found).lora_source(adapter_name), Path(path), max_rank)
+        return _write(cast("HasLoraSource", found).lora_source(adapter_name), Path(path), max_rank, beside)
     if adapter_name is not None:
         raise ValueError(
             f"adapter_name is {adapter_name!r}, expected None: {type(model).__name__} has no adapters of PEFT"
@@ -134,7 +141,7 @@ def to_lora(
     source = _source_of(adapted)
     warn_without_effect(adapted)
     warn_of_others(model, adapted)
-    return _write(source, Path(path), max_rank)
+    return _write(source, Path(path), max_rank, beside)
 
 
 def _source_of(adapted: Adapted) -> LoraSource:
@@ -185,13 +192,19 @@ def conv_kernels(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _write(source: LoraSource, folder: Path, max_rank: int) -> Path:
+def _write(source: LoraSource, folder: Path, max_rank: int, beside: str | os.PathLike[str] | None) -> Path:
     _require_free(folder)
-    _require_loadable(source.options.get("modules_to_save") or ())
+    # Copies, since safetensors refuses shared memory (tied weights). A and B are made here, for every layer anew.
+    whole = {name: value.detach().cpu().clone().contiguous() for name, value in source.beside.items()}
+    if beside is None:
+        tensors = dict(whole)
+        _require_loadable(source.options.get("modules_to_save") or ())
+    elif whole:
+        tensors, source = {}, replace(source, options={**source.options, "modules_to_save": None})
+    else:
+        raise ValueError(f"beside: found {beside}, expected None: nothing was trained beside the cores")
     rank = _common_rank(source.layers, max_rank)
     config = _config(source, rank)
-    # Copies, since safetensors refuses shared memory (tied weights). A and B are made here, for every layer anew.
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in source.beside.items()}
     for name, slices in source.layers.items():
         # 16-bit bases too: an engine casts A and B to its own dtype, and this way rounds them once, not twice.
         dtype = torch.promote_types(slices.stack.row.dtype, torch.float32)
@@ -200,9 +213,12 @@ def _write(source: LoraSource, folder: Path, max_rank: int) -> Path:
             A = A.unflatten(1, source.kernels[name][1:])
             B = B.reshape(*B.shape, *[1] * (A.dim() - 2))
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A.cpu(), f"{PREFIX}{name}.lora_B.weight": B.cpu()}
-    broken = not_finite(tensors)
+    broken = not_finite({**whole, **tensors})
     if broken:
         raise ValueError(f"{broken[0]} has NaN or infinite values, expected finite ones; {folder} is as it was")
+    if beside is not None:
+        state = {name.removeprefix(PREFIX): value for name, value in whole.items()}
+        write_bytes(Path(beside), safetensors.torch.save(state, {"format": "pt"}))
     write_together(folder, {WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: config})
     return folder
 
@@ -231,8 +247,8 @@ def _require_loadable(whole: Iterable[str]) -> None:
         if part is not None:
             raise ValueError(
                 f"{name} (trained beside the cores) cannot be loaded as one of modules_to_save: PEFT goes by the ends "
-                f"of names and would also take {part} of its own layers. Give the module a longer name, or use "
-                "merge(model)"
+                f"of names and would also take {part} of its own layers. Write what trained beside the "
+                "cores to a file of its own (beside=FILE, --beside FILE), or use merge(model)"
             )
 
 

@@ -71,7 +71,8 @@ def table(results: Sequence[Row], parts: Sequence[Part], measured: Mapping[str, 
 
     Returns:
         training_set, subjects (how many were trained on), method, label, seeds; mean and standard deviation over
-        seeds (of n - 1; empty for one) of Dice, 0 to 1, and HD95 in mm; what the method trains and costs.
+        seeds (of n - 1; empty for one) of Dice, 0 to 1, and HD95 in mm; how many of all labels of all cases and seeds
+        have no HD95 and are left out of its mean, because nothing was predicted; what the method trains and costs.
     """
     import pandas as pd
 
@@ -84,6 +85,7 @@ def table(results: Sequence[Row], parts: Sequence[Part], measured: Mapping[str, 
             rows.append({
                 "training_set": name, "training_cases": len(trained_on[name]), "method": method, "label": label,
                 "seeds": len(frame), **_spread(frame[dice], "dice"), **_spread(frame[hd95], "hd95_mm"),
+                "hd95_undefined": int(frame["hd95_undefined"].sum()) if label == MEAN else "",
                 "trained_numbers": int(frame["trained_numbers"].iloc[0]),
                 "adapter_bytes": round(frame["adapter_bytes"].mean()),
                 **_costs(frame, measured.get(str(method), {})),

@@ -13,11 +13,12 @@ from typing import Any
 from tcurlora_ext.io.atomic import write_with
 from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.comparing.labels import place_labels, spread
-from tcurlora_ext.segmentation.comparing.settings import Part
+from tcurlora_ext.segmentation.comparing.settings import ALL, Part
 from tcurlora_ext.segmentation.methods import METHODS, base_name, folder_name
 from tcurlora_ext.segmentation.report.figures import pyplot
 
 Row = Mapping[str, Any]
+Point = tuple[int, float, float]  # x, Dice in % and its standard deviation
 WIDTH = 6.4  # inches: with letters of 10 points, legible on 400 pixels
 DPI = 200
 LETTERS = {"font.size": 10.5, "axes.labelsize": 10.5, "axes.titlesize": 11, "figure.dpi": DPI}
@@ -130,20 +131,21 @@ def cost_figure(rows: Sequence[Row], column: str, label: str) -> Any:
 def draw_shots(path: Path, rows: Sequence[Row]) -> None:
     """Draw Dice against the number of training cases, a line for each method.
 
+    The line is over training sets of which each has the cases of the one before it: those of a number of subjects, and
+    all cases. Other lists are points of their own, as open markers.
+
     Args:
         path: The PNG to write.
         rows: Of the label "mean", one for each training set and method.
     """
-    lines: dict[str, list[Row]] = {}
+    series: dict[str, list[Point]] = {}
+    lists: dict[str, list[Point]] = {}
     for row in sorted(rows, key=lambda row: int(row["training_cases"])):
-        lines.setdefault(row["method"], []).append(row)
-    series = {
-        method: [
-            (int(r["training_cases"]), 100 * float(r["dice_mean"]), 100 * float(r["dice_sd"] or 0)) for r in own
-        ]
-        for method, own in lines.items()
-    }  # fmt: skip
-    _draw_lines(path, series, "training cases", log=True)
+        point = (int(row["training_cases"]), 100 * float(row["dice_mean"]), 100 * float(row["dice_sd"] or 0))
+        nested = row["training_set"] == ALL or str(row["training_set"]).isdecimal()
+        (series if nested else lists).setdefault(row["method"], []).append(point)
+    label = "training cases" + (" (open: lists of their own)" if lists and series else "")
+    _draw_lines(path, series or {name: [] for name in lists}, label, log=True, alone=lists)
 
 
 def draw_validation(path: Path, part: Part, methods: Sequence[str], seeds: int) -> None:
@@ -169,21 +171,28 @@ def draw_validation(path: Path, part: Part, methods: Sequence[str], seeds: int) 
     _draw_lines(path, series, "step", log=False)
 
 
-def _draw_lines(path: Path, series: Mapping[str, Sequence[tuple[int, float, float]]], label: str, *, log: bool) -> None:
-    """Lines with error bars (x, y, standard deviation), and at their right ends the names in the order of the ends."""
+def _draw_lines(
+    path: Path, series: Mapping[str, Sequence[Point]], label: str, *, log: bool,
+    alone: Mapping[str, Sequence[Point]] | None = None,
+) -> None:  # fmt: skip
+    """Lines with error bars, points without a line, and at the right the names in the order of the lines' ends."""
+    alone = alone or {}
     plt = pyplot()
     with plt.rc_context(LETTERS):
         height = max(4.2, 0.22 * len(series) + 1)
         figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
         shown: dict[str, Any] = {}
-        for method, points in series.items():
-            style = shown.setdefault(_colour(method), itertools.cycle(("-", "--", ":", "-.")))
-            xs, ys, sds = zip(*points, strict=True)
-            axes.errorbar(
-                xs, ys, yerr=sds, color=_colour(method), ls=next(style), lw=1.5, marker=MARKERS[kind_of(method)], ms=4,
-                capsize=2, elinewidth=0.8,
-            )  # fmt: skip
-        ticks = sorted({x for points in series.values() for x, _, _ in points})
+        for method, line in series.items():
+            style = next(shown.setdefault(_colour(method), itertools.cycle(("-", "--", ":", "-."))))
+            for points, kind, inside in ((line, style, _colour(method)), (alone.get(method, ()), "", "white")):
+                if points:
+                    xs, ys, sds = zip(*points, strict=True)
+                    axes.errorbar(
+                        xs, ys, yerr=sds, color=_colour(method), ls=kind, lw=1.5, marker=MARKERS[kind_of(method)],
+                        ms=4.5, mfc=inside, capsize=2, elinewidth=0.8,
+                    )  # fmt: skip
+        last = {method: [*alone.get(method, ()), *line][-1] for method, line in series.items()}
+        ticks = sorted({x for part in (series, alone) for points in part.values() for x, _, _ in points})
         if log and len(ticks) > 1:
             axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
@@ -193,12 +202,12 @@ def _draw_lines(path: Path, series: Mapping[str, Sequence[tuple[int, float, floa
         _tidy(axes)
         figure.canvas.draw()
         low, high = axes.get_ylim()
-        ends = [points[-1][1] for points in series.values()]
+        ends = [y for _, y, _ in last.values()]
         gap = (high - low) * 12.5 / (72 * 0.8 * height)  # of letters of 9 points
         names = short_names(list(series))
-        for place, (method, points) in zip(spread(ends, gap), series.items(), strict=True):
+        for place, (method, (x, y, _)) in zip(spread(ends, gap), last.items(), strict=True):
             axes.annotate(
-                names[method], (points[-1][0], points[-1][1]), xytext=(1.06, place),
+                names[method], (x, y), xytext=(1.06, place),
                 textcoords=axes.get_yaxis_transform(), va="center", fontsize=9, color="#222222",
                 arrowprops={"arrowstyle": "-", "color": _colour(method), "lw": 0.8, "shrinkA": 1, "shrinkB": 3,
                             "relpos": (0, 0.5)},

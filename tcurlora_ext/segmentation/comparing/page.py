@@ -10,13 +10,41 @@ from tcurlora_ext.io.records import read_json
 from tcurlora_ext.segmentation.comparing.findings import comparison_sentence
 from tcurlora_ext.segmentation.comparing.settings import ALL, Part, Plan
 from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
-from tcurlora_ext.segmentation.report.cells import corrected_p, folded, number, results_table, with_interval, with_sd
+from tcurlora_ext.segmentation.report.cells import (
+    corrected_p,
+    folded,
+    hd95,
+    number,
+    results_table,
+    with_interval,
+    with_sd,
+)
 from tcurlora_ext.segmentation.report.page import data_url, render, settings_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
+
+
+def cases_of(part: Part, rows: Sequence[Row]) -> int:
+    """How many cases a run was trained on.
+
+    Args:
+        part: The run.
+        rows: Of table.csv.
+    """
+    return next(int(row["training_cases"]) for row in rows if row["training_set"] == part.name)
+
+
+def largest(parts: Sequence[Part], rows: Sequence[Row]) -> Part:
+    """The run of most training cases, which the headline and most figures are of; of several the last.
+
+    Args:
+        parts: The runs.
+        rows: Of table.csv.
+    """
+    return max(reversed(parts), key=lambda part: cases_of(part, rows))
 
 
 def title_of(part: Part, rows: Sequence[Row]) -> str:
@@ -26,7 +54,7 @@ def title_of(part: Part, rows: Sequence[Row]) -> str:
         part: The run.
         rows: Of table.csv.
     """
-    count = next(int(row["training_cases"]) for row in rows if row["training_set"] == part.name)
+    count = cases_of(part, rows)
     cases = f"{count} case{'s' if count != 1 else ''}"
     if part.name.isdecimal():
         return f"{part.name} training subject{'s' if part.name != '1' else ''} ({cases})"
@@ -57,7 +85,8 @@ def terminal_tables(plan: Plan, parts: Sequence[Part], rows: Sequence[Row], test
         cells = [
             [
                 folded(row["method"], 18), f"{row['trained_numbers']:,}",
-                with_sd(row["dice_mean"], row["dice_sd"], 100), number(row["hd95_mm_mean"]),
+                with_sd(row["dice_mean"], row["dice_sd"], 100),
+                hd95(row, number(row["hd95_mm_mean"])).replace(" (", "\n(").replace(" undefined", "\nundefined"),
                 with_interval(found.get(row["method"])), corrected_p(found.get(row["method"])),
             ]
             for row in _means(rows, part)
@@ -71,8 +100,8 @@ def _page_rows(plan: Plan, rows: Sequence[Row], tests: Mapping[str, Row]) -> lis
         [
             row["method"], f"{row['trained_numbers']:,}", with_sd(row["dice_mean"], row["dice_sd"], 100),
             with_interval(tests.get(row["method"])), corrected_p(tests.get(row["method"])),
-            with_sd(row["hd95_mm_mean"], row["hd95_mm_sd"], 1, 2), number(row["step_ms"], 1, 0), _memory(row),
-            number(row["adapter_bytes"], 1e-3, 1), str(row["warm_up_steps"] or ""),
+            hd95(row, with_sd(row["hd95_mm_mean"], row["hd95_mm_sd"], 1, 2)), number(row["step_ms"], 1, 0),
+            _memory(row), number(row["adapter_bytes"], 1e-3, 1), str(row["warm_up_steps"] or ""),
         ]
         for row in rows
     ]  # fmt: skip
@@ -129,9 +158,9 @@ def write_page(
         tests: Of tests.csv.
         figures: The title of each figure, and its file's name in the folder of the comparison without ".png".
     """
-    last, seeds = parts[-1], plan.settings.seeds
+    shown, seeds = largest(parts, rows), plan.settings.seeds
     runs = {part.name: read_json(part.out / "run.json") for part in parts}
-    means, found = _means(rows, last), _dice_tests(tests, last)
+    means, found = _means(rows, shown), _dice_tests(tests, shown)
     result = comparison_sentence(means, list(found.values()), plan.reference)
     subjects = next((f" of {test['subjects']} subjects" for test in found.values()), "")
     measured_on_gpu = any(row["gpu_peak_mib"] != "" for row in rows)
@@ -140,7 +169,7 @@ def write_page(
         result=result,
         methods=[method.name for method in plan.methods],
         source=plan.settings.data or "embedded target domain (MNI152 template)",
-        validation=f"{len(runs[last.name]['data']['val'])} validation cases{subjects}",
+        validation=f"{len(runs[shown.name]['data']['val'])} validation cases{subjects}",
         seeds=seeds,
         steps=plan.settings.steps,
         reference=plan.reference,

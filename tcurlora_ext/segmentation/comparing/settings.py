@@ -12,7 +12,8 @@ from typing import Any
 from tcurlora_ext.io.records import read_json
 from tcurlora_ext.segmentation.methods import Method
 from tcurlora_ext.segmentation.runs.finetuning import check_settings, with_rates
-from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
+from tcurlora_ext.segmentation.runs.folder import RESULT
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, read_settings
 
 ALL = "all"  # the training set of every case of the training list
 REFERENCE = "lora"  # which the other methods are tested against, where it is compared and nothing else is said
@@ -110,11 +111,36 @@ def make_plan(settings: CompareSettings, out: Path) -> Plan:
     methods = tuple(check_settings(settings))
     _check_sets(settings)
     names = [method.name for method in methods]
-    reference = settings.reference or (REFERENCE if REFERENCE in names else names[0])
-    if reference not in names:
-        raise ValueError(f"reference: found '{reference}', expected one of the methods {', '.join(names)}")
+    if settings.reference is not None and settings.reference not in names:
+        raise ValueError(f"reference: found '{settings.reference}', expected one of the methods {', '.join(names)}")
+    reference = reference_of(methods, settings.reference)
     subjects = {} if settings.subject_file is None else _read_subjects(settings.subject_file)
     return Plan(replace(settings, lr=with_rates(settings, methods).lr), out, methods, reference, subjects)
+
+
+def reference_of(methods: Sequence[Method], wanted: str | None) -> str:
+    """The method that the others are tested against: the one wanted, where it is there; else lora, or the first."""
+    names = [method.name for method in methods]
+    return next((name for name in (wanted, REFERENCE) if name in names), names[0])
+
+
+def with_earlier(settings: CompareSettings, out: Path) -> tuple[CompareSettings, str]:
+    """The settings with what the comparison in a folder has beside them, and this in words; "" where it is nothing.
+
+    Raises:
+        ValueError: The folder has a run of another command.
+    """
+    if not (out / "run.json").is_file():
+        return settings, ""
+    earlier, more = read_settings(out, "compare", CompareSettings), []
+    changes: dict[str, Any] = {"lr": {**earlier.lr, **settings.lr}, "seeds": max(earlier.seeds, settings.seeds)}
+    for field, word in (("methods", "method"), ("training_sets", "training set")):
+        before, now = getattr(earlier, field), getattr(settings, field)
+        changes[field] = tuple(dict.fromkeys([*before, *now]))
+        more += [f"{word} {name}" for name in before if name not in now]
+    if earlier.seeds > settings.seeds:
+        more.append(f"{earlier.seeds} seeds")
+    return replace(settings, **changes), ", ".join(more)
 
 
 def _check_sets(settings: CompareSettings) -> None:
@@ -139,6 +165,4 @@ def _read_subjects(path: Path) -> dict[str, str]:
 
 def finished(part: Part, methods: Sequence[Method], seeds: int) -> bool:
     """Whether every method and seed of a run has its result."""
-    return all(
-        (part.out / m.folder / f"seed{seed}" / "result.json").is_file() for m in methods for seed in range(seeds)
-    )
+    return all((part.out / m.folder / f"seed{seed}" / RESULT).is_file() for m in methods for seed in range(seeds))

@@ -33,8 +33,6 @@ class Adapted(Wrapped):
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
     width = METHOD.option(options, "width")
-    if width < 1:
-        raise ValueError(f"adapter: width is {width}, expected 1 or more")
     names = [name for name in target_layers(model) if name.rpartition(".")[2] in LAST]
     wrap(model, names, lambda name, layer: Adapted(linear(name, layer), width), spec, options)
 

@@ -41,7 +41,7 @@ def config_options(config: tcur.TCURConfig) -> dict[str, Any]:
 
 
 def with_options(config: tcur.TCURConfig, method: Method, options: MethodOptions) -> tcur.TCURConfig:
-    """A configuration with the options of a method, and the run's seed, rank and alpha where the method's are 0.
+    """A configuration with the options of a method, and the run's seed, rank and alpha where the method has none.
 
     Args:
         config: Where the method has no option for it.
@@ -53,7 +53,7 @@ def with_options(config: tcur.TCURConfig, method: Method, options: MethodOptions
     """
     names = {field.name for field in fields(config)}
     own = {name: method.option(options, name) for name in method.options if name in names}
-    own |= {name: own[name] or getattr(options, name) for name in ("rank", "alpha")}
+    own |= {name: getattr(options, name) for name in ("rank", "alpha") if own[name] is None}
     return replace(config, **own, seed=options.seed)
 
 

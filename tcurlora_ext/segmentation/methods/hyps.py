@@ -60,8 +60,6 @@ class ParallelSerial(Wrapped):
 def prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, method: Method, split: bool) -> None:
     """Put both branches into the layers that tCUR adapts."""
     rank, width = method.option(options, "rank"), method.option(options, "width")
-    if width < 1:
-        raise ValueError(f"{method.name}: width is {width}, expected 1 or more")
     wrap(
         model, target_layers(model),
         lambda name, layer: ParallelSerial(linear(name, layer, rank), rank, width, split), spec, options,

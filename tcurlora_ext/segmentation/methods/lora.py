@@ -13,7 +13,7 @@ from tcurlora_ext.segmentation.networks import NetworkSpec
 from tcurlora_ext.segmentation.packages import require_package
 from tcurlora_ext.segmentation.training import trainable
 
-from .base import Method, MethodOptions, Prepare, Task, copy_trained, read_parameters, write_parameters
+from .base import Method, MethodOptions, Prepare, Task, Unset, copy_trained, read_parameters, write_parameters
 from .by_peft import inject, layers_of, merge
 
 A, B = "lora_A", "lora_B"
@@ -25,7 +25,8 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     require_package("peft")
     from peft import LoraConfig
 
-    rank = METHOD.option(options, "rank") or options.lora_rank
+    own = METHOD.option(options, "rank")
+    rank = options.lora_rank if own is None else own
     inject(
         model, spec, options, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers_of(model, spec, options, True))
     )
@@ -88,9 +89,9 @@ def decoded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-# The best of 1e-3, 3e-3, 1e-2 and 3e-2 (which does not learn) in 100 to 120 steps on embedded subjects. Rank 0 stands
-# for that of the run's option --lora-rank.
+# The best of 1e-3, 3e-3, 1e-2 and 3e-2 (which does not learn) in 100 to 120 steps on embedded subjects. Without a
+# rank it has that of the run's option --lora-rank.
 METHOD = Method(
     "lora", "LoRA (PEFT)", _prepare, 1e-2, _save, _load, "#e69f00", adapter=True,
-    options={"rank": 0, "bits": 32, "init": ""}, standard=True, check=_check, merge=merge,
+    options={"rank": Unset(int), "bits": 32, "init": ""}, standard=True, check=_check, merge=merge,
 )  # fmt: skip

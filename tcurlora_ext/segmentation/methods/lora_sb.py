@@ -50,10 +50,7 @@ def _check(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
 
 
 def _batches(options: MethodOptions) -> int:
-    batches = int(METHOD.option(options, "batches"))
-    if batches < 1:
-        raise ValueError(f"lora-sb: batches is {batches}, expected 1 or more")
-    return batches
+    return int(METHOD.option(options, "batches"))
 
 
 def _put_in(model: nn.Module, spec: NetworkSpec, options: MethodOptions, factors: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,8 @@ from .base import Method, Unset
 # In the order of tables; others follow by name.
 _FIRST = ("head", "decoder", "full", "lora", "tcur")
 # What several methods share; every other file of this folder is a method.
+# Options of which zero, and anything below it, would leave nothing to train.
+_POSITIVE = ("rank", "alpha", "scale", "width", "batches", "step", "initial")
 _SHARED = ("base", "by_peft", "configuring", "registry", "wrapping")
 
 
@@ -80,11 +83,15 @@ def _value(method: str, option: str, text: str, default: Any) -> Any:
     kind = default.kind if isinstance(default, Unset) else str if default is None else type(default)
     if kind is str:
         return text
+    expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    expected += " above 0" if option in _POSITIVE else ""
     try:
-        return {"true": True, "false": False}[text] if kind is bool else kind(text)
+        value = {"true": True, "false": False}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise ValueError(f"method: {method}: {option} is '{text}', expected {expected}") from None
+        value = None
+    if value is None or (option in _POSITIVE and not 0 < value < math.inf):
+        raise ValueError(f"method: {method}: {option} is '{text}', expected {expected}")
+    return value
 
 
 def learning_rate(method: Method, given: Mapping[str, float]) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 import tcurlora_ext as tcur
 from tcurlora_ext.segmentation.networks import NetworkSpec, target_layers
 
-from .base import Method, MethodOptions, Prepare, Task, beside
+from .base import Method, MethodOptions, Prepare, Task, Unset, beside
 from .configuring import calibrated, config_options, inject_in_order, with_options
 from .norms import affine_of_norms
 
@@ -93,8 +93,8 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     prepare(METHOD, CONFIG, model, spec, options, task)
 
 
-# Of the learning rates only 1e-2 was tried. Rank and alpha 0 stand for the run's options --rank and --alpha.
+# Of the learning rates only 1e-2 was tried. Without rank and alpha it has those of the run.
 METHOD = Method(
     "tcur", "tCURLoRA", _prepare, 1e-2, save, load, "#d55e00", adapter=True,
-    options=options_over(CONFIG, rank=0, alpha=0.0), standard=True, merge=tcur.merge,
+    options=options_over(CONFIG, rank=Unset(int), alpha=Unset(float)), standard=True, merge=tcur.merge,
 )  # fmt: skip

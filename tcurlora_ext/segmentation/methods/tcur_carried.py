@@ -10,13 +10,14 @@ from torch import nn
 import tcurlora_ext as tcur
 from tcurlora_ext.segmentation.networks import NetworkSpec
 
-from .base import Method, MethodOptions, Task
+from .base import Method, MethodOptions, Task, Unset
 from .tcur import SUBSPACE, inject, load
 
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
     subspace = tcur.Subspace.load(Path(METHOD.option(options, "factors")))
-    rank = METHOD.option(options, "rank") or subspace.config.rank
+    own = METHOD.option(options, "rank")
+    rank = subspace.config.rank if own is None else own
     config = replace(subspace.config, rank=rank, alpha=METHOD.option(options, "alpha"), seed=options.seed)
     inject(model, config, spec, options, subspace=subspace)
     if task is not None:  # beside the adapter, which names it by its digest
@@ -30,5 +31,5 @@ def _save(model: nn.Module, path: Path, options: MethodOptions) -> None:
 
 METHOD = Method(
     "tcur-carried", "tCUR over a given subspace", _prepare, 1e-2, _save, load, "#6a51a3", adapter=True,
-    options={"factors": None, "rank": 0, "alpha": 1.0}, merge=tcur.merge,
+    options={"factors": None, "rank": Unset(int), "alpha": 1.0}, merge=tcur.merge,
 )  # fmt: skip

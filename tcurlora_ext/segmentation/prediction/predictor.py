@@ -24,6 +24,7 @@ from tcurlora_ext.segmentation.networks import (
     load_weights,
     read_weights,
 )
+from tcurlora_ext.segmentation.runs.folder import RESULT
 from tcurlora_ext.segmentation.runs.network import load_adapted
 
 PREFERRED = "tcur"
@@ -139,7 +140,7 @@ def choose_method(run: Run, method: str | None) -> tuple[str, str]:
 
 
 def _dice(run: Run, method: str, seed: int) -> float:
-    return float(read_json(run.folder / folder_name(method) / f"seed{seed}" / "result.json")["dice"])
+    return float(read_json(run.folder / folder_name(method) / f"seed{seed}" / RESULT)["dice"])
 
 
 def choose_seeds(run: Run, method: str, seeds: str | Sequence[int] | None) -> tuple[int, ...]:

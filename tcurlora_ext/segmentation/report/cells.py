@@ -28,6 +28,12 @@ def with_sd(mean: Any, sd: Any, factor: float = 1, digits: int = 1) -> str:
     return number(mean, factor, digits) + ("" if shown == DASH else f" ± {shown}")
 
 
+def hd95(row: Mapping[str, Any], shown: str) -> str:
+    """HD95 as shown, and how many values its mean leaves out: where nothing is predicted, there is no distance."""
+    undefined = int(row.get("hd95_undefined") or 0)
+    return f"{shown} ({undefined} undefined)" if undefined else shown
+
+
 def with_interval(row: Mapping[str, Any] | None, factor: float = 100, digits: int = 1) -> str:
     """A "difference" with its interval from "low" to "high", where there is one; nothing without a row."""
     if row is None:

@@ -19,7 +19,7 @@ from tcurlora_ext.segmentation.methods import METHODS, base_name
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec
 from tcurlora_ext.segmentation.packages import require_package
-from tcurlora_ext.segmentation.report.cells import folded, number, results_table, with_sd
+from tcurlora_ext.segmentation.report.cells import folded, hd95, number, results_table, with_sd
 from tcurlora_ext.segmentation.report.figures import draw_curves
 from tcurlora_ext.segmentation.report.findings import result_sentence
 from tcurlora_ext.segmentation.report.overlays import draw_overlays
@@ -90,10 +90,9 @@ def comparisons(summary: Sequence[Row]) -> list[str]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    undefined = f" ({row['hd95_undefined']} undefined)" if int(row["hd95_undefined"]) else ""
     return (
         row["method"], METHODS[base_name(row["method"])].description, f"{int(row['trained_numbers']):,}",
-        with_sd(row["dice_mean"], row["dice_sd"], 100), number(row["hd95_mm"]) + undefined,
+        with_sd(row["dice_mean"], row["dice_sd"], 100), hd95(row, number(row["hd95_mm"])),
         number(row["adapter_bytes"], 1e-3, 1), number(row["step_ms"], 1, 0),
         number(row["gpu_peak_mib"] or row["step_mib"], 1, 1), str(row["warm_up_steps"]), f"{float(row['seconds']):.0f}",
     )  # fmt: skip

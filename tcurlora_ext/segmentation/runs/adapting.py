@@ -17,10 +17,12 @@ from tcurlora_ext.segmentation.dataset.volumes import Volumes
 from tcurlora_ext.segmentation.methods import Method, MethodOptions, Task, beside
 from tcurlora_ext.segmentation.metrics import evaluation
 from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec, randomise
+from tcurlora_ext.segmentation.runs.folder import RESULT
 from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, beside_rate
 from tcurlora_ext.segmentation.runs.subjects import hold_out
 from tcurlora_ext.segmentation.terminal import Display
+from tcurlora_ext.segmentation.training.checkpoints import CHECKPOINT, METRICS
 from tcurlora_ext.segmentation.training.logs import open_logs
 
 # In result.json: the median time of a step without drawing its windows; what a step keeps for the backward pass, its
@@ -116,14 +118,24 @@ def fit(
 
 
 def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]:
-    """Train by one method and seed, save the adapter, read it back and score it; returns the row of metrics.csv."""
+    """Train by one method and seed, save the adapter, read it back and score it; returns the row of metrics.csv.
+
+    Raises:
+        Diverged: The loss is not finite. Of the seed's folder metrics.csv is left, so that it can begin anew.
+    """
     folder = job.out / method.folder / f"seed{seed}"
-    if (folder / "result.json").is_file():
+    if (folder / RESULT).is_file():
         return read_result(folder)
-    fitted = fit(
-        job, method, choice, seed, folder, job.train, title=f"{method.name}, seed {seed}",
-        validate=lambda current: evaluation.mean_dice(current, job.val, job.config),
-    )  # fmt: skip
+    try:
+        fitted = fit(
+            job, method, choice, seed, folder, job.train, title=f"{method.name}, seed {seed}",
+            validate=lambda current: evaluation.mean_dice(current, job.val, job.config),
+        )  # fmt: skip
+    except training.Diverged:
+        for path in folder.glob("*"):
+            if path.is_file() and path.name != METRICS:
+                path.unlink()
+        raise
     method.save(fitted.model, folder / "adapter.safetensors", fitted.options)
     scores = evaluation.evaluate(load_adapted(job.out, method.name, seed).to(job.device), job.val, job.config)
     write_csv(folder / "cases.csv", [
@@ -139,8 +151,8 @@ def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]
         "warm_up_steps": method.warm_up(fitted.options),
         "adapter_bytes": (folder / "adapter.safetensors").stat().st_size, **cost_of(fitted),
     }  # fmt: skip
-    write_json(folder / "result.json", row)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    write_json(folder / RESULT, row)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     job.display.say(
         f"{method.name}, seed {seed}: {fitted.trained:,} trained parameters, Dice {100 * row['dice']:.1f}, "
         f"HD95 {row['hd95_mm']:.2f} mm{_selected(fitted)}"
@@ -150,7 +162,7 @@ def adapt(job: Job, method: Method, choice: Choice, seed: int) -> dict[str, Any]
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The result of a method and seed from its folder; what an earlier version has not measured is None."""
-    result = read_json(folder / "result.json")
+    result = read_json(folder / RESULT)
     return {**result, **{name: result.get(name) for name in COST}}
 
 

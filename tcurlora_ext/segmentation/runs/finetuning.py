@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ from tcurlora_ext.segmentation.runs.pretraining import (
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.runs.subjects import hold_out, record_held_out
 from tcurlora_ext.segmentation.terminal import Display
-from tcurlora_ext.segmentation.training import check_options, describe_augmentation
+from tcurlora_ext.segmentation.training import Diverged, check_options, describe_augmentation
 from tcurlora_ext.segmentation.training.options import check_class_count
 
 EMBEDDED_CLASSES = 3
@@ -69,6 +70,8 @@ def finetune(
 
     Raises:
         ValueError, FileNotFoundError: Settings, data or weights are wrong; raised before the folder is made or changed.
+        Diverged: The loss of a method has become infinite or NaN. The others are trained first, and tables and report
+            are of them; resumed, the run tries it again, from its first step and at another rate where one is given.
     """
     display = display or Display()
     for package in ("matplotlib", "jinja2"):  # the report comes last, after all the training
@@ -109,13 +112,24 @@ def finetune(
     for line in base_warnings(out):
         display.say(line)
     choices = tuning.tune(job, methods) if settings.tune else {}
-    results = []
-    for seed in range(settings.seeds):
-        for method in methods:
-            choice = choices.get(method.name, Choice(settings.lr[method.name]))
+    results: list[dict[str, Any]] = []
+    diverged: dict[str, Diverged] = {}
+    for seed, method in itertools.product(range(settings.seeds), methods):
+        if method.name in diverged:
+            continue
+        choice = choices.get(method.name, Choice(settings.lr[method.name]))
+        try:
             results.append(adapt(job, method, choice, seed))
-            write_csv(out / "metrics.csv", results)
-    return _finish(job, methods, results)
+        except Diverged as error:
+            display.say(f"{method.name}, seed {seed}: {error}; the run goes on without this method")
+            diverged[method.name] = error
+            continue
+        write_csv(out / "metrics.csv", results)
+    left = [method for method in methods if method.name not in diverged]
+    summary = _finish(job, left, [row for row in results if row["method"] not in diverged]) if left else []
+    if diverged:
+        raise Diverged(f"{', '.join(diverged)}: not in the tables; {next(iter(diverged.values()))}")
+    return summary
 
 
 def open_job(settings: FinetuneSettings, out: Path, display: Display) -> Job:

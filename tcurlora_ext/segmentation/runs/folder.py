@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.segmentation.methods import folder_name
+from tcurlora_ext.segmentation.training.checkpoints import CHECKPOINT
 
 # Settings to which a later call with --resume may add.
 GROWING = ("methods", "seeds", "lr", "training_sets")
 # Those that make no difference to the results: a later call may have others.
 FREE = ("cache", "workers", "log", "reference", "measure", "subject_file")
+RESULT = "result.json"  # of a method and a seed: its last file
 PACKAGES = ("tcurlora_ext", "torch", "monai", "peft", "nilearn", "nibabel", "numpy", "scipy")
 
 
@@ -76,7 +79,17 @@ def check_folder(
         before = earlier.get(part)
         if part == "settings" and isinstance(before, dict):
             before = {**(defaults or {}), **before}
+            if isinstance(before.get("lr"), dict):
+                before["lr"] = {name: rate for name, rate in before["lr"].items() if _has_trained(folder, name)}
         _compare(folder / "run.json", part, before, description[part])
+
+
+def _has_trained(folder: Path, method: str) -> bool:
+    """Whether something in a run, or in the runs of a comparison, was trained at a method's rate."""
+    if method in ("head", "decoder"):  # they train beside others at their own rate
+        return True
+    files = (f"{runs}{folder_name(method)}/seed*/{name}" for runs in ("", "*/") for name in (RESULT, CHECKPOINT))
+    return any(True for pattern in files for _ in folder.glob(pattern))
 
 
 def _grown(earlier: Any, now: Any) -> bool:
@@ -93,7 +106,8 @@ def _compare(path: Path, name: str, earlier: Any, now: Any) -> None:
     if setting in FREE or (setting in GROWING and _grown(earlier, now)):
         return
     if isinstance(earlier, dict) and isinstance(now, Mapping):
-        for key in sorted(set(earlier) | set(now)):
+        # Of methods that only one of them has, there is no rate to compare.
+        for key in sorted(set(earlier) & set(now) if setting == "lr" else set(earlier) | set(now)):
             _compare(path, f"{name}.{key}", earlier.get(key), now.get(key))
     elif earlier != now:
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
-from tcurlora_ext.segmentation.methods import Method
+from tcurlora_ext.segmentation.methods import Method, Unset
 from tcurlora_ext.segmentation.metrics import evaluation
 from tcurlora_ext.segmentation.runs.adapting import Choice, Job, fit
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
@@ -54,8 +54,8 @@ def candidates(method: Method, settings: FinetuneSettings) -> list[Choice]:
     Learning rates are 1, 1/3, 3, 1/9, 9, ... times the method's. Where its rank or alpha is searched too, the
     candidates after the first are drawn from all combinations by the data's seed; fewer learning rates are needed then.
     """
-    rank = method.own.get("rank") or method.options.get("rank") or _default_rank(method, settings)
-    alpha = method.own.get("alpha") or method.options.get("alpha") or settings.alpha
+    rank = _own(method, "rank", settings.lora_rank if method.base == "lora" else settings.rank)
+    alpha = _own(method, "alpha", settings.alpha)
     values: dict[str, list[Any]] = {}
     if "rank" in settings.tune_over and "rank" in method.options and "factors" not in method.own:
         values["rank"] = list(dict.fromkeys(max(1, round(rank * factor)) for factor in _RANKS))
@@ -70,8 +70,10 @@ def candidates(method: Method, settings: FinetuneSettings) -> list[Choice]:
     return [combined[0], *(combined[1 + index] for index in sorted(drawn.tolist()))]
 
 
-def _default_rank(method: Method, settings: FinetuneSettings) -> int:
-    return settings.lora_rank if method.base == "lora" else settings.rank
+def _own(method: Method, option: str, otherwise: Any) -> Any:
+    """The value of an option of a method, given or by default; else the run's."""
+    value = method.own.get(option, method.options.get(option))
+    return otherwise if value is None or isinstance(value, Unset) else value
 
 
 def tune(job: Job, methods: Sequence[Method]) -> dict[str, Choice]:

@@ -17,6 +17,7 @@ from .plan import Best, Plan, Progress, schedule
 from .precision import Precision
 
 CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.csv"
 
 
 def save(
@@ -37,7 +38,7 @@ def save(
         for step, (loss, lr) in enumerate(measured)
         if step or step in dice
     ]
-    write_csv(folder / "metrics.csv", rows)
+    write_csv(folder / METRICS, rows)
     write_checkpoint(folder / CHECKPOINT, {
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
         "optimizer": optimizer.state_dict(), "step": progress.step, "losses": progress.losses,
