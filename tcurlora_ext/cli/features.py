@@ -135,15 +135,20 @@ def _say_contributions(rows: list[dict[str, Any]], labels: list[str], display: A
     best = sorted((row for row in rows if row["kind"] == "chosen"), key=lost, reverse=True)[:8]
     display.console.print(rich_table(
         ("stack", "side", "feature", "norm rank", "share of U", "Dice lost"),
-        [[row["stack"], row["side"], f"{row['feature']}", f"{row['norm_rank']}", f"{row['share']:.1%}",
+        [[row["stack"], row["side"], _feature(row), str(row["norm_rank"] or "-"), f"{row['share']:.1%}",
           f"{lost(row):+.2f}"] for row in best], left=(0, 1),
     ))  # fmt: skip
     for kind, words in (("chosen", "a chosen feature"), ("random", "a random direction of the core")):
         values = sorted(lost(row) for row in rows if row["kind"] == kind)
         display.say(
-            f"without {words}: {finite_mean(values):+.2f} points of Dice are lost on average, "
-            f"{values[0]:+.2f} to {values[-1]:+.2f}"
+            f"points of Dice lost without {words}: {finite_mean(values):+.2f} on average, "
+            f"{values[0]:+.2f} to {values[-1]:+.2f} (negative: won)"
         )
+
+
+def _feature(row: dict[str, Any]) -> str:
+    """The chosen feature of a slot; of learned factors, whose slots are directions, which of these."""
+    return f"direction {row['slot']}" if row["feature"] is None else str(row["feature"])
 
 
 def _say_activity(rows: list[dict[str, Any]], display: Any) -> None:
