@@ -138,7 +138,7 @@ def _pointwise(matrix: Tensor, x: Tensor) -> Tensor:
 
     It is not torch.matmul, whose order of sums depends on which of its arguments require gradients.
     """
-    return torch.bmm(matrix.expand(len(x), -1, -1), x.flatten(2)).view(len(x), len(matrix), *x.shape[2:])
+    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 
 def _delta(h: Tensor, mix: Tensor, up: Tensor | None, geometry: Geometry) -> Tensor:
@@ -191,7 +191,7 @@ class _Convolved(torch.autograd.Function):
         with stage("y += m col^T"):
             if up is None:
                 # A view, or an error: what a copy got would be lost.
-                y.view(*y.shape[:2], prod(y.shape[2:])).baddbmm_(mix.expand(len(y), -1, -1), h.flatten(2))
+                y.view(*y.shape[:2], prod(y.shape[2:])).baddbmm_(mix.expand(y.shape[0], -1, -1), h.flatten(2))
             else:
                 y += _delta(h, mix, up, geometry)
         return y, h
@@ -238,7 +238,7 @@ def _backward(ctx: Any, g: Tensor) -> Grads:
     p = g
     if transposed and (needs_mix or needs_dh):
         with stage("p = g col"):
-            shape = (len(g), len(up), *ctx.shape[2:])
+            shape = (g.shape[0], up.shape[0], *ctx.shape[2:])
             p = _gradient_of_input(g, shape, up, geometry)
     if needs_mix:
         with stage("dcore = diag(p^T h)"):

@@ -70,13 +70,12 @@ def test_a_plain_copy_is_exported_without_it(model: nn.Module, merged: bool, str
             assert_close(form.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def to_onnx(model: nn.Module, path: Path, **options: Any) -> Any:
+def to_onnx(model: nn.Module, path: Path, x: Tensor | None = None, **options: Any) -> Any:
     """A session of onnxruntime on the exported file."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    torch.onnx.export(
-        model, (images(2),), path, dynamo=True, dynamic_shapes=({0: "batch"},), external_data=False, **options
-    )
+    options = {"dynamic_shapes": ({0: "batch"},), **options}
+    torch.onnx.export(model, (images(2) if x is None else x,), path, dynamo=True, external_data=False, **options)
     return runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
@@ -120,6 +119,49 @@ def test_onnxruntime_computes_a_language_model_of_any_length(train: Callable[...
     for shape in ((2, 7), (3, 5), (1, 12)):
         tokens = torch.randint(40, shape)
         assert_close(run(session, tokens), model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+PICTURES = {0: "batch", 2: "height", 3: "width"}  # all dimensions but the channels
+
+
+@pytest.fixture
+def convolutions() -> nn.Module:
+    """Two stacks: two convolutions, of which one pads its input by itself, and two transposed ones."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.ConvTranspose2d(4, 4, 3, stride=2, output_padding=1),
+        nn.ConvTranspose2d(4, 4, 3),
+    )
+    tcur.inject(model.eval(), tcur.TCURConfig(rank=2, target_modules=["0", "1", "2", "3"]))
+    with torch.no_grad():
+        for stack in tcur.stacks(model).values():
+            stack.core.normal_()
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_convolutions_are_exported_for_any_batch_and_size(convolutions: nn.Module, plain: bool) -> None:
+    model = tcur.plain_copy(convolutions) if plain else convolutions
+    dimensions = {dim: torch.export.Dim(name, min=1, max=64) for dim, name in PICTURES.items()}
+    program = torch.export.export(model, (torch.randn(2, 4, 6, 5),), dynamic_shapes=(dimensions,))
+    for shape in ((3, 4, 6, 5), (1, 4, 8, 9)):
+        x = torch.randn(shape)
+        assert_close(program.module()(x), convolutions(x))
+
+
+def test_traced_convolutions_take_another_batch(convolutions: nn.Module) -> None:
+    traced = torch.jit.trace(tcur.plain_copy(convolutions), (torch.randn(2, 4, 6, 5),))
+    x = torch.randn(3, 4, 7, 8)
+    assert_close(traced(x), convolutions(x))
+
+
+def test_onnxruntime_computes_convolutions_of_any_batch_and_size(convolutions: nn.Module, tmp_path: Path) -> None:
+    path, x = tmp_path / "model.onnx", torch.randn(2, 4, 6, 5)
+    session = to_onnx(tcur.plain_copy(convolutions), path, x, dynamic_shapes=(PICTURES,))
+    for shape in ((3, 4, 6, 5), (1, 4, 8, 9)):
+        x = torch.randn(shape)
+        assert_close(run(session, x), convolutions(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("transform", ["identity"])
