@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tcurlora_ext as tcur
 from tcurlora_ext.adapter.model.coverage import coverage
-from tcurlora_ext.adapter.model.targets import find_targets, group
+from tcurlora_ext.adapter.model.targets import find_targets, group, reasons_by_default
 from tcurlora_ext.analysis.plan import plan, trace_calls
 
 CONFIG = tcur.TCURConfig(rank=2)
@@ -74,6 +74,13 @@ def test_the_default_adapts_all_but_stems_heads_and_what_it_cannot() -> None:
     assert found.adapted == 6
     assert found.covered.startswith("adapted: 6 of 11 convolutions, ")
     assert found.covers.to_json()["convolutions"] == 11
+
+
+def test_what_is_narrower_than_the_rank_is_told_by_its_output_channels_and_its_matrix() -> None:
+    wide = [nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.ConvTranspose2d(16, 4, 2, stride=2)]
+    narrow = [nn.ConvTranspose2d(16, 2, 2, stride=2), nn.ConvTranspose2d(3, 16, 2), nn.Conv2d(16, 2, 3), nn.Conv2d(3, 8, 1)]
+    reasons = reasons_by_default(nn.Sequential(*wide, *narrow, nn.Conv2d(3, 8, 3)), tcur.TCURConfig(rank=4))
+    assert reasons == {"0": "a stem", "1": "", "2": "", "7": "", **dict.fromkeys("3456", "narrower than the rank 4")}
 
 
 def test_stacks_are_of_one_kernel_within_a_tower() -> None:

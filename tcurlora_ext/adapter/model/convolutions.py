@@ -4,7 +4,7 @@ All are, in stacks of equal shape, but for
 
 1. the stem: the model's first convolution, and others that take the same image;
 2. heads, by their names: ``out``, ``final``, ``seg_layers``, ``heads`` and the like;
-3. convolutions narrower than the rank, such as a head of few classes;
+3. convolutions narrower than the rank: of fewer output channels, as a head of few classes, or of a smaller matrix;
 4. what cannot be adapted: several groups, or a class with a forward pass of its own.
 """
 
@@ -54,7 +54,7 @@ def left_out_among(layers: Mapping[str, nn.Module], rank: int) -> dict[str, str]
             return "a stem"
         if any(map(_HEAD.fullmatch, name.split("."))):
             return "a head"
-        if min(features_of(conv)) < rank:
+        if min(conv.out_channels, *features_of(conv)) < rank:
             return f"narrower than the rank {rank}"
         return reason_against(conv)
 
