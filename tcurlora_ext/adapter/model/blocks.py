@@ -107,9 +107,12 @@ def bypassed(model: nn.Module) -> dict[str, str]:
 
     :func:`tcurlora_ext.inject` lets them be called (``parameters.py``).
     """
-    reason = "is an nn.TransformerEncoderLayer, which in eval mode does not call its linear layers; an adapter in it"
+    reason = (
+        "its parent, an nn.TransformerEncoderLayer, reads its weights in eval mode and does not call it, and PEFT would "
+        "adapt a call; use tcurlora_ext.inject, which adapts it"
+    )
     return {
-        f"{name}.{child}".lstrip("."): f"{name or 'the model'} {reason} would do nothing"
+        f"{name}.{child}".lstrip("."): reason
         for name, module in model.named_modules()
         if isinstance(module, nn.TransformerEncoderLayer)
         for child, _ in module.named_children()

@@ -229,12 +229,20 @@ def _nothing_matches(model: nn.Module, config: TCURConfig, linear: Sequence[str]
     if wanted is not None:
         hint = "; a string is a regex for the whole name, names go into a list" if isinstance(wanted, str) else ""
         return f"target_modules {wanted!r} match none of {such_as}{hint}"
-    reasons: dict[str, str] = {}
-    for name, reason in reasons_by_default(model, config).items():
+    return f"the default adapts none of {such_as}{left_out_for(reasons_by_default(model, config))}; set target_modules"
+
+
+def left_out_for(reasons: Mapping[str, str]) -> str:
+    """The first two reasons, each with one layer that is left out for it, as they follow on a message; or "".
+
+    Args:
+        reasons: Of every layer, why it is left out; "" where it is not.
+    """
+    first: dict[str, str] = {}
+    for name, reason in reasons.items():
         if reason:
-            reasons.setdefault(reason, name)
-    why = "".join(f"; {name} is left out: {reason}" for reason, name in list(reasons.items())[:2])
-    return f"the default adapts none of {such_as}{why}; set target_modules"
+            first.setdefault(reason, name)
+    return "".join(f"; {name} is left out: {reason}" for reason, name in list(first.items())[:2])
 
 
 def warn_unused(option: str, entries: Sequence[str] | str | None, names: Sequence[str], model: nn.Module) -> list[str]:

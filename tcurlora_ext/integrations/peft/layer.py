@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded, whole
 from tcurlora_ext.adapter.layer.calls import NotesCalls
@@ -20,6 +21,16 @@ from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.slices import LayerSlices
 
 BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    """The features, or channels, (out, in) of a base layer. PEFT warns of kinds that it does not know itself."""
+    if isinstance(base, HeldParameter):
+        return base.features
+    if isinstance(base, _ConvNd):
+        return base.out_channels, base.in_channels
+    in_features, out_features = _get_in_out_features(base)
+    return out_features, in_features
 
 
 class TcurLoraLinear(NotesCalls, nn.Module, BaseTunerLayer):
@@ -57,9 +68,7 @@ class TcurLoraLinear(NotesCalls, nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        base = self.get_base_layer()
-        held = isinstance(base, HeldParameter)
-        self.out_features, self.in_features = base.features if held else _get_in_out_features(base)[::-1]
+        self.out_features, self.in_features = _features(self.get_base_layer())
         self.slices: dict[str, LayerSlices] = {}
         object.__setattr__(self, "tcurlora_core", nn.ModuleDict())
         self.register_buffer("unmerged_weight", None, persistent=False)  # W, where the base layer holds W + dW

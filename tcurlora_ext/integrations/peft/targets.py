@@ -29,7 +29,7 @@ from tcurlora_ext.adapter.model.support import (
     is_read_by_attention,
     reason_against,
 )
-from tcurlora_ext.adapter.model.targets import Target, group, is_no_name, matches, warn_unused
+from tcurlora_ext.adapter.model.targets import Target, group, is_no_name, left_out_for, matches, warn_unused
 from tcurlora_ext.adapter.options import Rank, pair_of
 
 from .config import TcurLoraConfig
@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 # PEFT adds all of a task's usual names for a head to modules_to_save, of which a model has one.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_READ = "nn.MultiheadAttention reads its weight and never calls it; use tcurlora_ext.inject, which adapts it"
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -81,12 +82,14 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
     rank = max(pair_of(config.r))
     reasons = left_out_by_default(linear, model, rank, _made_anew, bypassed(model))
     if "" not in reasons.values():
-        reasons = left_out_among({n: layer for n, layer in layers.items() if is_convolution(layer)}, rank)
+        reasons |= left_out_among({n: layer for n, layer in layers.items() if is_convolution(layer)}, rank)
     found = {name: Target(name, layers[name]).role for name, reason in reasons.items() if not reason}
     if not found:
+        reasons |= {name: _READ for name, layer in layers.items() if is_read_by_attention(layer)}
+        why = left_out_for(reasons) or "; it has no linear layer or convolution"
         raise ValueError(
-            f"Please specify `target_modules`: none of the modules of {type(model).__name__} is a linear layer in a "
-            "repeated block, or has a name that the default knows, and none is a convolution that it adapts"
+            "Please specify `target_modules`: the default adapts none of the modules of "
+            f"{type(model).__name__}{why}"
         )
     others = [name for name in layers if name not in found]
     unclear = {role for role in set(found.values()) if not role or any(matches(name, [role]) for name in others)}
@@ -215,9 +218,7 @@ def as_target(name: str, module: nn.Module, model: nn.Module, config: TcurLoraCo
     """The target for a module that the configuration names. Raises TypeError or ValueError if it cannot be adapted."""
     base = base_of(module)
     if is_read_by_attention(base):
-        raise TypeError(
-            f"{name} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it; inject adapts it"
-        )
+        raise TypeError(f"{name} cannot be adapted: {_READ}")
     if is_made_anew(base):
         raise TypeError(f"{name} cannot be adapted: {reason_against(base)}")
     if not is_supported(base, model):

@@ -51,6 +51,14 @@ def test_without_training_the_output_is_that_of_the_base_bit_for_bit(x: Tensor) 
     assert all(core.grad is not None and bool(core.grad.any()) for core in cores)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+@pytest.mark.filterwarnings("error")
+def test_all_forms_are_adapted_without_a_warning(kind: type[nn.Module]) -> None:
+    model = get_peft_model(nn.Sequential(kind(4, 6, 3)), TcurLoraConfig(r=2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    assert (layer.in_features, layer.out_features) == (4, 6)
+
+
 def test_it_saves_and_loads_bit_for_bit(x: Tensor, tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path)

@@ -101,8 +101,15 @@ def test_of_modules_that_are_not_called() -> None:
 
 
 def test_of_a_model_without_the_default_names() -> None:
-    with pytest.raises(ValueError, match="specify `target_modules`: none of the modules of Sequential"):
+    reason = "the default adapts none of the modules of Sequential; 0 is left out: outside repeated blocks"
+    with pytest.raises(ValueError, match=f"specify `target_modules`: {reason}"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), TcurLoraConfig(r=1))
+
+
+def test_of_layers_whose_parent_reads_their_weights_with_what_adapts_them() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2)
+    with pytest.raises(ValueError, match=r"layers\.0\.linear1 is left out: its parent, .*use tcurlora_ext\.inject"):
+        get_peft_model(encoder, TcurLoraConfig(r=2))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_all_linear_leaves_out_what_cannot_be_adapted_and_says_why() -> None:
 
 
 def test_an_encoder_layer_that_bypasses_its_linear_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"encoder\.linear1: encoder is an nn\.TransformerEncoderLayer"):
+    with pytest.raises(ValueError, match=r"encoder\.linear1: its parent, an nn\.TransformerEncoderLayer, .*use tcurlora_ext\.inject"):
         get_peft_model(Attending(), TcurLoraConfig(r=2, target_modules=["linear1"]))
 
 
