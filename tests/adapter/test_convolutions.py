@@ -306,6 +306,24 @@ def _file_of_three(folder: Path) -> Path:
     return tcur.save_adapter(plain, folder / "a.safetensors")
 
 
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyConv2d(4, 1), lambda: nn.LazyLinear(4)], ids=["conv", "linear"])
+def test_a_lazy_layer_is_named_until_it_has_its_weight(lazy: Any, tmp_path: Path) -> None:
+    one = nn.Conv2d(4, 4, 1) if isinstance(lazy(), nn.Conv2d) else nn.Linear(4, 4)
+    said = r"is a Lazy\w+, which has no weights before its first input; run a batch through"
+    model, config = nn.Sequential(copy.deepcopy(one), lazy()), tcur.TCURConfig(rank=2, target_modules=["0"])
+    for refused in (config, tcur.TCURConfig(rank=2)):
+        with pytest.raises(ValueError, match=f"^1 {said} the model first"):
+            tcur.inject(model, refused)
+    file = tcur.save_adapter(tcur.inject(nn.Sequential(one), config), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"^1 {said} the model first"):
+        tcur.load_adapter(model, file)
+    made = TCURConv.from_conv if isinstance(one, nn.Conv2d) else tcur.TCURLinear.from_linear
+    with pytest.raises(ValueError, match=f"^(conv|linear) {said} (conv|linear) first"):
+        made(lazy(), 2)
+    model(torch.randn(1, 4, 2, 4) if isinstance(one, nn.Linear) else torch.randn(1, 4, 2, 2))
+    tcur.load_adapter(model, file)
+
+
 def test_from_conv_refuses_groups() -> None:
     with pytest.raises(ValueError, match="it has 4 groups"):
         TCURConv.from_conv(nn.Conv1d(4, 4, 3, groups=4))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.layer.linear import TCURLayer
 from tcurlora_ext.adapter.layer.parameter import HeldParameter
+from tcurlora_ext.adapter.layer.uninitialised import refuse_uninitialised
 from tcurlora_ext.adapter.model.effect import sample
 from tcurlora_ext.adapter.model.inject import attach, learned_factors
 from tcurlora_ext.adapter.model.parameters import named_layers, reads_itself
@@ -54,7 +55,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], subspace: Subsp
         ValueError: The file is damaged, or its subspace is missing; a module or parameter is missing, quantised or of
             another shape; the base weights are not those on which the adapter was trained (unless the file holds the
             factors); a layer is merged; a parameter that trained with the model's present adapter is not in the file;
-            or the model is sharded over processes. Nothing is changed.
+            the model is sharded over processes; or a lazy layer has seen no input. Nothing is changed.
     """
     whole, adapted = model, find_adapted(model)
     file = read_adapter(path, (subspace, None if adapted is None else adapted.container.subspace))
@@ -63,6 +64,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], subspace: Subsp
         model = adapted.model
         _refuse_leftovers(adapted, file)
     refuse_sharded(model, f"load {file.path} before shard(model)")
+    refuse_uninitialised(model)
     merged = next((name for name, layer in adapted_layers(model) if layer.merged), None)
     if merged is not None:
         raise ValueError(f"{merged} is merged: call unmerge(model) before loading {file.path}")

@@ -13,6 +13,7 @@ from tcurlora_ext.adapter.stack.slices import LayerSlices
 from tcurlora_ext.operator.convolution import Geometry
 
 from .linear import TCURLayer
+from .uninitialised import refuse_uninitialised
 
 CONVOLUTIONS: tuple[type[_ConvNd], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -53,9 +54,10 @@ class TCURConv(TCURLayer):
             **options: The other options of :meth:`TCURStack.from_weights`.
 
         Raises:
-            ValueError: The layer has several groups, or a class with a forward pass of its own; or
+            ValueError: The layer has several groups, a class with a forward pass of its own, or no weight yet; or
                 :meth:`TCURStack.from_weights` refuses an argument, such as a weight that is not finite.
         """
+        refuse_uninitialised(conv, "conv")
         reason = reason_against_conv(conv)
         if reason:
             raise ValueError(f"conv cannot be adapted: {reason}")

@@ -17,6 +17,7 @@ from tcurlora_ext.adapter.stack.slices import LayerSlices
 
 from .calls import NotesCalls
 from .quantised import refuse_quantised
+from .uninitialised import refuse_uninitialised
 
 
 def _own_members(module: nn.Module) -> dict[str, Any]:
@@ -304,10 +305,11 @@ class TCURLinear(TCURLayer, nn.Linear):
             **options: The other options of :meth:`TCURStack.from_weights`.
 
         Raises:
-            ValueError: The layer is quantised, ``slices`` does not divide the output features, or
+            ValueError: The layer is quantised or has no weight yet, ``slices`` does not divide the output features, or
                 :meth:`TCURStack.from_weights` refuses an argument, such as a weight that is not finite.
         """
         refuse_quantised("linear", linear)
+        refuse_uninitialised(linear, "linear")
         layer = cls.adopt(linear)
         layer._own_stack(rank, slices, scale, options)
         return layer

@@ -18,6 +18,7 @@ from tcurlora_ext.adapter.config import DEFAULT_SPLIT, TCURConfig
 from tcurlora_ext.adapter.layer.experts import HeldExperts
 from tcurlora_ext.adapter.layer.parameter import HeldParameter
 from tcurlora_ext.adapter.layer.quantised import dequantised, is_quantised
+from tcurlora_ext.adapter.layer.uninitialised import refuse_uninitialised
 from tcurlora_ext.adapter.options import pair_of
 
 from .blocks import DEFAULT_TARGETS as DEFAULT_TARGETS  # also known by this name
@@ -164,12 +165,13 @@ def find_targets(model: nn.Module, config: TCURConfig) -> list[Target]:
     Raises:
         ValueError: No module matches; a fused projection cannot be split as ``split_fused`` says; or a module cannot
             be adapted: because it is quantised in a way that PEFT cannot read, its weight is made anew in each call, or
-            its parent does not call it. The message names it.
+            its parent does not call it; or a lazy layer has seen no input. The message names it.
 
     Warns:
         UserWarning: An entry of a list, or of ``split_fused``, names nothing that can be adapted; or modules that match
             are left out, because they are neither linear layers nor convolutions.
     """
+    refuse_uninitialised(model)
     named = dict(named_layers(model))
     linear = [name for name, module in named.items() if adapted_type(module)]
     if config.target_modules is None:

@@ -17,6 +17,7 @@ from torch import nn
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.layer.experts import HeldExperts
 from tcurlora_ext.adapter.layer.parameter import HeldParameter
+from tcurlora_ext.adapter.layer.uninitialised import refuse_uninitialised
 from tcurlora_ext.adapter.model.blocks import bypassed, left_out_by_default
 from tcurlora_ext.adapter.model.convolutions import left_out_among
 from tcurlora_ext.adapter.model.parameters import named_layers
@@ -77,6 +78,7 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
 
     Raises ValueError where the default matches no module, or where an option needs names that hold for every block.
     """
+    refuse_uninitialised(model)
     layers = {name: base_of(module) for name, module in outer_modules(model)}
     linear = {n: layer for n, layer in layers.items() if not is_convolution(layer) and is_supported(layer, model)}
     rank = max(pair_of(config.r))
@@ -112,6 +114,7 @@ def find_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
     Raises TypeError or ValueError where a module cannot be adapted; "all-linear" leaves it out with a warning. Warns of
     names in ``target_modules`` that no adapted module has.
     """
+    refuse_uninitialised(model)
     every = isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     _maybe_include_all_linear_layers(config, model)
     if every:
