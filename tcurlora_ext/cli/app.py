@@ -28,6 +28,7 @@ from tcurlora_ext.cli.plan import plan
 from tcurlora_ext.cli.predict import predict
 from tcurlora_ext.cli.pretrain import pretrain
 from tcurlora_ext.cli.to_lora import to_lora
+from tcurlora_ext.io.versions import version_of
 
 PACKAGE = Path(__file__).parents[1]
 _show_any = warnings.showwarning
@@ -74,12 +75,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(f"tcurlora {version('tcurlora_ext')}")
-        except PackageNotFoundError:
-            typer.echo("tcurlora, not installed as a package")
+        typer.echo(f"tcurlora {version_of('tcurlora_ext')}")
         raise typer.Exit
 
 

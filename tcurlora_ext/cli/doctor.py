@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from tcurlora_ext.io.table import terminal
+from tcurlora_ext.io.versions import version_of
 
 PACKAGES = ("tcurlora_ext", "torch", "triton", "nvtx", "numpy", "safetensors", "monai", "peft", "transformers")
 SEGMENTATION = ("monai", "einops", "nibabel", "nilearn", "scipy", "matplotlib", "jinja2", "pandas", "peft")
@@ -52,10 +52,8 @@ def _without_cuda() -> str:
 
 
 def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "found, but not installed as a package" if find_spec(package) else "not installed"
+    missing = "found, but not installed as a package" if find_spec(package) else "not installed"
+    return version_of(package) or missing
 
 
 def _versions() -> list[tuple[str, str]]:

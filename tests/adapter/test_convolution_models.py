@@ -78,7 +78,12 @@ def test_the_default_adapts_all_but_stems_heads_and_what_it_cannot() -> None:
 
 def test_what_is_narrower_than_the_rank_is_told_by_its_output_channels_and_its_matrix() -> None:
     wide = [nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.ConvTranspose2d(16, 4, 2, stride=2)]
-    narrow = [nn.ConvTranspose2d(16, 2, 2, stride=2), nn.ConvTranspose2d(3, 16, 2), nn.Conv2d(16, 2, 3), nn.Conv2d(3, 8, 1)]
+    narrow = [
+        nn.ConvTranspose2d(16, 2, 2, stride=2),
+        nn.ConvTranspose2d(3, 16, 2),
+        nn.Conv2d(16, 2, 3),
+        nn.Conv2d(3, 8, 1),
+    ]
     reasons = reasons_by_default(nn.Sequential(*wide, *narrow, nn.Conv2d(3, 8, 3)), tcur.TCURConfig(rank=4))
     assert reasons == {"0": "a stem", "1": "", "2": "", "7": "", **dict.fromkeys("3456", "narrower than the rank 4")}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import tcurlora_ext as tcur
 from tcurlora_ext.cli import app as module
 from tcurlora_ext.cli.app import app, main
 from tcurlora_ext.operator.backends import native
@@ -132,5 +133,5 @@ def test_doctor_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch)
 def test_version() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert done.exit_code == 0
-    assert done.output.startswith("tcurlora")
+    assert done.output == f"tcurlora {tcur.__version__}\n"
     assert module.EXTRA_HINT

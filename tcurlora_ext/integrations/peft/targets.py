@@ -90,8 +90,7 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
         reasons |= {name: _READ for name, layer in layers.items() if is_read_by_attention(layer)}
         why = left_out_for(reasons) or "; it has no linear layer or convolution"
         raise ValueError(
-            "Please specify `target_modules`: the default adapts none of the modules of "
-            f"{type(model).__name__}{why}"
+            f"Please specify `target_modules`: the default adapts none of the modules of {type(model).__name__}{why}"
         )
     others = [name for name in layers if name not in found]
     unclear = {role for role in set(found.values()) if not role or any(matches(name, [role]) for name in others)}

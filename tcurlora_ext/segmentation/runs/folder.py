@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tcurlora_ext.io.records import read_json, write_json
+from tcurlora_ext.io.versions import version_of
 from tcurlora_ext.segmentation.methods import folder_name
 from tcurlora_ext.segmentation.training.checkpoints import CHECKPOINT
 
@@ -31,15 +31,11 @@ def describe(command: str, settings: Any) -> dict[str, Any]:
             values[key] = {str(name): part for name, part in value.items()}  # as JSON has it
         else:
             values[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-    versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    versions = {
+        "python": platform.python_version(),
+        **{package: version_of(package) or "not installed" for package in PACKAGES},
+    }
     return {"command": command, "settings": values, "versions": versions, "threads": torch.get_num_threads()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def check_folder(

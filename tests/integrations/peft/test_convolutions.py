@@ -99,7 +99,9 @@ def test_what_cannot_be_adapted_is_refused_by_name() -> None:
         get_peft_model(model, TcurLoraConfig(r=2, target_modules=["1"]))
     for names in (None, ["0"]):
         with pytest.raises(ValueError, match="^1 is a LazyConv2d, which has no weights before its first input"):
-            get_peft_model(nn.Sequential(nn.Conv2d(8, 8, 3), nn.LazyConv2d(8, 3)), TcurLoraConfig(r=2, target_modules=names))
+            get_peft_model(
+                nn.Sequential(nn.Conv2d(8, 8, 3), nn.LazyConv2d(8, 3)), TcurLoraConfig(r=2, target_modules=names)
+            )
 
 
 def test_to_lora_refuses_a_mode_of_padding_and_writes_the_rest(x: Tensor, tmp_path: Path) -> None:

@@ -175,7 +175,9 @@ def test_all_linear_leaves_out_what_cannot_be_adapted_and_says_why() -> None:
 
 
 def test_an_encoder_layer_that_bypasses_its_linear_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"encoder\.linear1: its parent, an nn\.TransformerEncoderLayer, .*use tcurlora_ext\.inject"):
+    with pytest.raises(
+        ValueError, match=r"encoder\.linear1: its parent, an nn\.TransformerEncoderLayer, .*use tcurlora_ext\.inject"
+    ):
         get_peft_model(Attending(), TcurLoraConfig(r=2, target_modules=["linear1"]))
 
 
