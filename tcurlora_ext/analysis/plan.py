@@ -50,7 +50,7 @@ from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.support import is_convolution
 from tcurlora_ext.adapter.model.targets import Target, find_targets, group, watching
 from tcurlora_ext.adapter.options import WEIGHTS, positive
-from tcurlora_ext.io.table import text_table
+from tcurlora_ext.io.table import folded, text_table
 from tcurlora_ext.maths.coding import BITS, CODED_BITS
 
 from .filesize import file_bytes, stack_file_bytes
@@ -177,14 +177,16 @@ class Plan:
         return records
 
     def brief(self) -> list[list[str]]:
-        """A line of headings, then one line per record, in at most 80 columns; FLOPs are those of base and adapter."""
+        """A line of headings, then one line per record, in at most 80 columns; FLOPs are those of base and adapter.
+
+        A long name goes on in the lines of its stack.
+        """
         lines = [["stack", "form", "trained", "GFLOP", "of base", "saved MiB", "file KiB"]]
         frozen = 0.0
         for row in self.rows():
             base, flops = row["method"] == "base", row["forward"] + row["backward"]
             frozen = flops if base else frozen
             total = flops if base else frozen + flops
-            name = row["stack"] if len(row["stack"]) <= 14 else f"{row['stack'][:13]}…"
             rank = row["rank"] or {"tcur": self._shared_rank(), "lora": str(self.lora_rank)}.get(row["method"], "")
             rank = ",".join(dict.fromkeys(rank.split(",")))  # one number where c = r
             form = {"base": "frozen", "tcur": f"tCUR r={rank}", "lora": f"LoRA r={rank}"}[row["method"]]
@@ -192,7 +194,15 @@ class Plan:
                 f"{total / frozen:.3f}" if frozen else "", f"{row['saved'] / 2**20:,.2f}", f"{row['file'] / 1024:,.1f}",
             ]  # fmt: skip
             trained = "" if base else f"{row['trained']:,}"
-            lines.append([name if base else "", form.removesuffix(" r="), trained, f"{total / 1e9:,.2f}", *cells])
+            lines.append(
+                [row["stack"] if base else "", form.removesuffix(" r="), trained, f"{total / 1e9:,.2f}", *cells]
+            )
+        columns = list(zip(*lines, strict=True))
+        # On a terminal a column has up to two characters beside its text, and the table one more.
+        width = max(14, 79 - 2 * len(columns) - sum(max(map(len, column)) for column in columns[1:]))
+        for first in range(1, len(lines), 3):
+            for line, part in zip(lines[first:], folded(lines[first][0], width, 3), strict=False):
+                line[0] = part
         return lines
 
     def _shared_rank(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,28 @@ def rich_table(
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def shortened(text: str, width: int) -> str:
+    """A text of at most ``width`` characters, cut in its middle: the ends of names tell them apart."""
+    if len(text) <= width:
+        return text
+    end = (2 * width) // 3
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+
+
+def folded(name: str, width: int, lines: int) -> list[str]:
+    """A name in up to ``lines`` lines of ``width`` characters, broken behind underscores; a longer one is cut.
+
+    Args:
+        name: The name, without spaces.
+        width: Characters in a line, 4 or more.
+        lines: The most lines.
+    """
+    parts = re.findall(rf".{{1,{width}}}$|.{{1,{width - 1}}}_|.{{1,{width}}}", name)
+    if len(parts) > lines:
+        parts = re.findall(rf".{{1,{width}}}", shortened(name, lines * width))
+    return parts
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tcurlora_ext as tcur
 from tcurlora_ext.analysis.plan import Plan, plan, trace_calls
+from tcurlora_ext.io.table import text_table
 from tcurlora_ext.maths.middle import MiddleBlocks
 from tcurlora_ext.maths.transforms import TRANSFORMS
 from tcurlora_ext.maths.transforms.base import phase_table
@@ -371,6 +372,17 @@ def test_the_dtype_halves_what_is_saved_but_not_the_core() -> None:
     wide, narrow = (plan(meta(), config, TOKENS, dtype=d) for d in (torch.float32, torch.bfloat16))
     assert (narrow.tcur.saved, narrow.lora.saved) == (wide.tcur.saved // 2, wide.lora.saved // 2)
     assert (narrow.tcur.trained, narrow.dtype) == (wide.tcur.trained, "bfloat16")
+
+
+def test_the_short_table_has_whole_names_in_80_columns() -> None:
+    towers = {
+        name: nn.ModuleList([nn.Linear(8, 8) for _ in "12"]) for name in ("a_tower_of_the_encoder", "a_tower_of_text")
+    }
+    found = plan(nn.ModuleDict(towers), tcur.TCURConfig(rank=2, target_modules=["0", "1"]), 16)
+    lines = found.brief()
+    names = ["".join(line[0] for line in lines[first : first + 3]) for first in range(1, len(lines), 3)]
+    assert names == ["a_tower_of_the_encoder_8x8", "a_tower_of_text_8x8", "total"]
+    assert max(map(len, text_table(lines[0], lines[1:]).splitlines())) <= 80
 
 
 def test_text_and_rows() -> None:
