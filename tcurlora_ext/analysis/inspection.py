@@ -11,13 +11,16 @@ No (out, in) matrix is formed: ``|col B row|^2 = <col^T col B, B row row^T>``. A
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tcurlora_ext.adapter.files.format import AdapterFile
-from tcurlora_ext.adapter.model.structure import base_weights, require_adapted, stacks
+from tcurlora_ext.adapter.model.structure import adapted_layers, base_weights, require_adapted, stacks
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.maths.contract import Factors
 from tcurlora_ext.maths.folding import unfold_core
@@ -66,6 +69,9 @@ class StackInspection:
         core_norms: ``|U_l|_F`` per slice.
         core_energy: ``|U_k|^2`` per frequency; the sum is ``|U|^2``. Empty for the identity.
         base: The part that needs the base weights; None for an adapter file.
+        kernel: The size of the kernel where the layers are convolutions. Empty for others, and for an adapter file,
+            which does not say it.
+        transposed: Whether they are transposed convolutions.
     """
 
     name: str
@@ -81,6 +87,33 @@ class StackInspection:
     core_norms: list[float]
     core_energy: list[float]
     base: BaseInspection | None = None
+    kernel: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @property
+    def headings(self) -> tuple[str, str]:
+        """What the columns and the rows are."""
+        return ("input channel", "output channel") if self.kernel else ("input feature", "output feature")
+
+    @property
+    def labels(self) -> tuple[list[str], list[str]]:
+        """The chosen columns and rows by number, as "9", or with the tap of a kernel that they are, as "9, tap (0,0,1)".
+
+        A column of a convolution is a pair of an input channel and a tap, and a row of a transposed one a pair of an
+        output channel and a tap.
+        """
+        taps = prod(self.kernel)
+
+        def label(index: int) -> str:
+            channel, tap = divmod(index, taps)
+            return f"{channel}, tap ({','.join(map(str, np.unravel_index(tap, self.kernel)))})"
+
+        plain = [list(map(str, self.columns)), list(map(str, self.rows))]
+        if taps == 1:
+            return plain[0], plain[1]
+        if self.transposed:
+            return plain[0], list(map(label, self.rows))
+        return list(map(label, self.columns)), plain[1]
 
     def to_json(self) -> dict[str, Any]:
         """The inspection as lists, dicts, strings and numbers."""
@@ -111,12 +144,14 @@ def inspect_model(model: nn.Module) -> list[StackInspection]:
     found = []
     for name, stack in stacks(model).items():
         options = stack.options
+        first = next(layer for _, layer in adapted_layers(model) if layer.stack is stack)
+        kernel, transposed = (first.kernel_size, first.transposed) if isinstance(first, _ConvNd) else ((), False)
         found.append(
             StackInspection(
                 name, list(stack.names), stack.rank, options.transform, options.selection, stack.scale,
                 stack.columns.tolist(), stack.column_scores, stack.rows.tolist(), stack.row_scores,
                 *_core_norms_and_energy(stack.core_slices().double(), options.transform),
-                _against_base(stack, base_weights(model, stack)),
+                _against_base(stack, base_weights(model, stack)), kernel, transposed,
             )
         )  # fmt: skip
     return found

@@ -62,8 +62,9 @@ def _concentration(found: Sequence[StackInspection]) -> str:
 
 
 def _common(found: Sequence[StackInspection]) -> str:
-    """How much of the change all slices of a stack have in common: frequency 0."""
-    spectra = [one.core_energy if one.base is None else one.base.delta_energy for one in found]
+    """How much of the change all slices of a stack have in common, in stacks of several: frequency 0."""
+    several = [one for one in found if len(one.names) > 1]
+    spectra = [one.core_energy if one.base is None else one.base.delta_energy for one in several]
     total = sum(map(sum, spectra))
     return f"All slices of a stack have {sum(e[0] for e in spectra if e) / total:.0%} of it in common." if total else ""
 

@@ -122,7 +122,7 @@ def _show(one: StackInspection, shown: Console) -> None:
     c, r = one.rank
     shape = "" if base is None else f" of {base.shape[0]} x {base.shape[1]}"
     shown.print(
-        f"\nstack {one.name}: {len(one.names)} slices{shape}, rank (c, r) = ({c}, {r}), {one.transform}, "
+        f"\nstack {one.name}: {len(one.names)} slice{'s' if len(one.names) > 1 else ''}{shape}, rank (c, r) = ({c}, {r}), {one.transform}, "
         f"selection {one.selection}, scale {one.scale:.4g}", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -153,11 +153,15 @@ def _show_selected(one: StackInspection, shown: Console) -> None:
     selected = []
     for index in range(max(len(one.columns), len(one.rows))):
         cells = []
-        for ids, scores in ((one.columns, one.column_scores), (one.rows, one.row_scores)):
-            cells += [str(ids[index]), f"{scores[index]:.4g}"] if index < len(ids) else ["", ""]
+        for labels, scores in zip(one.labels, (one.column_scores, one.row_scores), strict=True):
+            cells += [labels[index], f"{scores[index]:.4g}"] if index < len(labels) else ["", ""]
         selected.append([str(index + 1), *cells])
-    shown.print(rich_table(("order", "input feature", "score", "output feature", "score"), selected))
-    shown.print("Every slice has the same features; [b] is the b-th block of rows of a fused module.\n", markup=False)
+    columns, rows = one.headings
+    shown.print(rich_table(("order", columns, "score", rows, "score"), selected))
+    said = "Every slice has the same features. " if len(one.names) > 1 else ""
+    if any(name.endswith("]") for name in one.names):
+        said += "[b] is the b-th block of rows of a fused module."
+    shown.print(f"{said.rstrip()}\n" if said else "", markup=False)
 
 
 def _share(part: float, parts: list[float]) -> str:

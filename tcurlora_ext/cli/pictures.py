@@ -114,20 +114,20 @@ def _scores(one: StackInspection) -> Figure:
     base = one.base
     score_name = "score" if base is None else "norm score"
     sides = (
-        (top, "input feature", one.columns, one.column_scores, None if base is None else base.column_scores),
-        (bottom, "output feature", one.rows, one.row_scores, None if base is None else base.row_scores),
+        (top, one.columns, one.column_scores, None if base is None else base.column_scores),
+        (bottom, one.rows, one.row_scores, None if base is None else base.row_scores),
     )
-    for axes, label, ids, scores, of_all in sides:
+    for (axes, ids, scores, of_all), heading, labels in zip(sides, one.headings, one.labels, strict=True):
         heights = scores if of_all is None else [of_all[index] for index in ids]
         if of_all is not None:
             axes.plot(range(len(of_all)), of_all, color=BASE, linewidth=0.8, label="all")
             axes.margins(x=0.01)
         axes.vlines(ids, 0, heights, color=SELECTED, linewidth=1.0, alpha=0.5)
         axes.plot(ids, heights, "o", color=SELECTED, markersize=4, label="selected")
-        for index, height in zip(ids, heights, strict=True):
-            axes.annotate(str(index), (index, height), xytext=(3, 3), textcoords="offset points", fontsize=7)
+        for label, index, height in zip(labels, ids, heights, strict=True):
+            axes.annotate(label, (index, height), xytext=(3, 3), textcoords="offset points", fontsize=7)
         axes.set_ylim(bottom=0, top=1.12 * max([*heights, *(of_all or ())]) or 1.0)
-        axes.set_xlabel(label)
+        axes.set_xlabel(f"{heading} and tap" if any("tap" in label for label in labels) else heading)
         axes.set_ylabel(score_name)
         axes.legend(loc="lower right", fontsize=8)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,28 @@ def test_the_file_alone_tells_all_but_the_base(tmp_path: Path, domain: str) -> N
 def test_a_plain_model_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear is not adapted"):
         inspect_model(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv3d, nn.ConvTranspose3d])
+def test_the_features_of_convolutions_are_named_by_channel_and_tap(kind: type[nn.Conv3d]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(kind(5, 4, (2, 1, 3)) for _ in "12"))
+    tcur.inject(model, tcur.TCURConfig(rank=(4, 3), scale=1.0, target_modules=["0", "1"]))
+    (stack,) = tcur.stacks(model).values()
+    (found,) = inspect_model(model)
+    assert found.headings == ("input channel", "output channel")
+    columns, rows = found.labels
+    transposed = kind is nn.ConvTranspose3d
+    with_taps, plain = (rows, columns) if transposed else (columns, rows)
+    assert plain == [str(index) for index in (found.columns if transposed else found.rows)]
+    for order, label in enumerate(with_taps):
+        channel, *tap = map(int, re.findall(r"\d+", label))
+        assert label == f"{channel}, tap ({','.join(map(str, tap))})"
+        expected = model[1].weight[(slice(None), channel, *tap)]
+        torch.testing.assert_close(stack.R[1, order] if transposed else stack.C[1, :, order], expected)
+
+
+def test_a_kernel_of_one_tap_has_channels_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(5, 4, 1))
+    (found,) = inspect_model(tcur.inject(model, tcur.TCURConfig(rank=2, target_modules=["0"])))
+    assert (found.headings, found.labels[0]) == (("input channel", "output channel"), [str(c) for c in found.columns])

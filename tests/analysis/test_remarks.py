@@ -44,6 +44,13 @@ def test_a_change_that_all_slices_share_is_common() -> None:
     assert "in common" in remarks(inspect_model(model))
 
 
+def test_stacks_of_one_slice_have_nothing_in_common() -> None:
+    model = adapted(stack_by="none")
+    for stack in tcur.stacks(model).values():
+        stack.set_core_slices(torch.ones(1, 1, 1))
+    assert "in common" not in remarks(inspect_model(model))
+
+
 def test_features_that_stand_out_and_those_that_do_not() -> None:
     assert "so that they hardly stand out" in remarks(inspect_model(trained(uniform=True)))
     assert "hardly" not in remarks(inspect_model(trained(uniform=False)))
