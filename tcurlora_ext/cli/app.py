@@ -6,6 +6,7 @@ and exit code 2. Any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -119,7 +120,19 @@ def show_warning(
         _show_any(message, category, filename, lineno, file, line)
 
 
+# What torchao, which PEFT imports where it is installed, logs at its import whether or not it is used: kernels that
+# this machine cannot load, and its own use of a function of PyTorch. Logger -> part of the message.
+NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": " is an Enum subclass "}
+
+
+def is_no_noise(record: logging.LogRecord) -> bool:
+    """Whether a log record is none of :data:`NOISE`; a filter of their loggers in the process of a command."""
+    return record.name not in NOISE or NOISE[record.name] not in record.getMessage()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and leave the process with its exit code; ``arguments`` default to those of the process."""
     warnings.showwarning = show_warning
+    for name in NOISE:
+        logging.getLogger(name).addFilter(is_no_noise)
     app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tcurlora")

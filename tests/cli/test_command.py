@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_a_warning_about_input_is_one_line(
         module.show_warning("another", category, file, 3)
         assert others.pop() == ("another", category, file, 3, None, None)
     assert capsys.readouterr().err == ""
+
+
+def test_what_torchao_logs_at_its_import_is_not_shown_and_all_else_is(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    logging.getLogger("torchao").warning("Failed to load %s: no such library", "torchao/_C.so")
+    logging.getLogger("torch.utils._pytree").warning("%s is an Enum subclass and is now natively supported", int)
+    assert caplog.messages == []
+    for name in ("torchao", "tcurlora_ext"):
+        logging.getLogger(name).warning("another")
+    logging.getLogger("tcurlora_ext").warning("Failed to load the model")
+    assert caplog.messages == ["another", "another", "Failed to load the model"]
 
 
 def test_doctor_names_versions_devices_backends_and_reasons() -> None:
