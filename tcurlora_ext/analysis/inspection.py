@@ -97,7 +97,7 @@ class StackInspection:
 
     @property
     def labels(self) -> tuple[list[str], list[str]]:
-        """The chosen columns and rows by number, as "9", or with the tap of a kernel that they are, as "9, tap (0,0,1)".
+        """The chosen columns and rows by number, as "9", or with a tap of the kernel, as "9, tap (0,0,1)".
 
         A column of a convolution is a pair of an input channel and a tap, and a row of a transposed one a pair of an
         output channel and a tap.

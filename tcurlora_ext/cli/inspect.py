@@ -120,9 +120,10 @@ def _show(one: StackInspection, shown: Console) -> None:
     """The tables of one stack: selected features, layers, frequencies."""
     base = one.base
     c, r = one.rank
+    slices = f"{len(one.names)} slices" if len(one.names) > 1 else "1 slice"
     shape = "" if base is None else f" of {base.shape[0]} x {base.shape[1]}"
     shown.print(
-        f"\nstack {one.name}: {len(one.names)} slice{'s' if len(one.names) > 1 else ''}{shape}, rank (c, r) = ({c}, {r}), {one.transform}, "
+        f"\nstack {one.name}: {slices}{shape}, rank (c, r) = ({c}, {r}), {one.transform}, "
         f"selection {one.selection}, scale {one.scale:.4g}", highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -108,8 +108,8 @@ def bypassed(model: nn.Module) -> dict[str, str]:
     :func:`tcurlora_ext.inject` lets them be called (``parameters.py``).
     """
     reason = (
-        "its parent, an nn.TransformerEncoderLayer, reads its weights in eval mode and does not call it, and PEFT would "
-        "adapt a call; use tcurlora_ext.inject, which adapts it"
+        "its parent, an nn.TransformerEncoderLayer, reads its weight in eval mode and does not call it, where an "
+        "adapter of PEFT would do nothing; use tcurlora_ext.inject, which adapts it"
     )
     return {
         f"{name}.{child}".lstrip("."): reason

@@ -98,7 +98,7 @@ def test_what_cannot_be_adapted_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="1 cannot be adapted: it has 4 groups"):
         get_peft_model(model, TcurLoraConfig(r=2, target_modules=["1"]))
     for names in (None, ["0"]):
-        with pytest.raises(ValueError, match="^1 is a LazyConv2d, which has no weights before its first input"):
+        with pytest.raises(ValueError, match=r"^1 is a LazyConv2d, which has no weights before its first input"):
             get_peft_model(
                 nn.Sequential(nn.Conv2d(8, 8, 3), nn.LazyConv2d(8, 3)), TcurLoraConfig(r=2, target_modules=names)
             )
