@@ -53,14 +53,11 @@ def shortened(text: str, width: int) -> str:
 
 
 def folded(name: str, width: int, lines: int) -> list[str]:
-    """A name in up to ``lines`` lines of ``width`` characters, broken behind underscores; a longer one is cut.
+    """A name in up to ``lines`` lines of ``width`` characters; a longer one is cut.
 
-    Args:
-        name: The name, without spaces.
-        width: Characters in a line, 4 or more.
-        lines: The most lines.
+    A line ends behind an underscore, or before a colon, hyphen or equals sign, where it can.
     """
-    parts = re.findall(rf".{{1,{width}}}$|.{{1,{width - 1}}}_|.{{1,{width}}}", name)
+    parts = re.findall(rf".{{1,{width}}}(?:$|(?<=_)|(?=[:=-]))|.{{1,{width}}}", name)
     if len(parts) > lines:
         parts = re.findall(rf".{{1,{width}}}", shortened(name, lines * width))
     return parts

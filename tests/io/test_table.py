@@ -19,6 +19,7 @@ def test_a_text_is_cut_in_its_middle() -> None:
     [
         ("16x16", 8, ["16x16"]),
         ("experts_gate_up_proj", 14, ["experts_gate_", "up_proj"]),
+        ("tcur:rank=4:seed=0", 8, ["tcur", ":rank=4", ":seed=0"]),
         ("proj_12x34", 10, ["proj_12x34"]),
         ("abcdefghij_k", 5, ["abcde", "fghij", "_k"]),
         ("a_very_long_name_of_a_stack_4x4", 6, ["a_ver…", "_a_sta", "ck_4x4"]),
