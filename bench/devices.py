@@ -7,11 +7,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tcurlora_ext.io.versions import version_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WRITTEN = (":!bench/results", ":!docs", ":!README.md")  # by measurements, plots and tables
@@ -48,7 +49,7 @@ def folder_name(name: str) -> str:
 
 def provenance(device: torch.device) -> dict[str, str]:
     """The columns device, versions and commit."""
-    found = {"device": device_name(device)} | {package: _version(package) for package in PACKAGES}
+    found = {"device": device_name(device)} | {package: version_of(package) for package in PACKAGES}
     return found | {"commit": _commit()}
 
 
@@ -60,13 +61,6 @@ def _commit() -> str:
         return "unknown"
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *WRITTEN], check=False).returncode
     return head.stdout.strip() + ("-dirty" if changed else "")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def synchronize(device: torch.device) -> None:

@@ -52,7 +52,7 @@ def shortened(text: str, width: int) -> str:
     return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
-def folded(name: str, width: int, lines: int) -> list[str]:
+def folded(name: str, width: int, lines: int = 1000) -> list[str]:
     """A name in up to ``lines`` lines of ``width`` characters; a longer one is cut.
 
     A line ends behind an underscore, or before a colon, hyphen or equals sign, where it can.

@@ -139,10 +139,21 @@ def test_tables_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) <= 80
     for heading, _, _ in MEASURES.values():
         assert heading in text
-    assert "right inferior …" in text
+    assert "right…oral gyrus" in text
     one = rows_of({name: [[0.5, 0.6]] for name in names}, labels)  # a single case has no interval
     text = "\n".join(tables(summarise_scores(one), compare_methods(one)))
     assert "- to -" not in text
+
+
+def test_of_many_methods_the_table_compares_with_one() -> None:
+    names = ("head", "tcur", "lora", "tcur:rank=2", "tcur:rank=4")
+    rows = rows_of({name: [[0.5, 0.6], [0.7, 0.1 * index]] for index, name in enumerate(names)}, ("x", "y"))
+    text = tables(summarise_scores(rows), compare_methods(rows))[-1]
+    lines = [line for line in text.splitlines() if "Dice %" in line and "surface" not in line.lower()]
+    assert len(lines) == 4
+    assert all("lora" in line for line in lines)
+    count = 4 * len(MEASURES)
+    assert text.endswith(f"\n{count} of {10 * len(MEASURES)} comparisons; all are in scores.json")
 
 
 def test_evaluate_gives_the_scores_that_the_run_took(finished_run: Path, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ Point = tuple[int, float, float]  # x, Dice in % and its standard deviation
 WIDTH = 6.4  # inches: with letters of 10 points, legible on 400 pixels
 DPI = 200
 LETTERS = {"font.size": 10.5, "axes.labelsize": 10.5, "axes.titlesize": 11, "figure.dpi": DPI}
-# Methods without an adapter, those of tCUR, and others.
+# Methods that train the head, the decoder or all, those of tCUR, and others.
 MARKERS = {"plain": "s", "tcur": "D", "other": "o"}
-KINDS = {"plain": "no adapter", "tcur": "tCUR", "other": "other adapters"}
+KINDS = {"plain": "part or whole of the network", "tcur": "tCUR", "other": "other methods"}
 
 
 def kind_of(method: str) -> str:

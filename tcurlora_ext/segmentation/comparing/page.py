@@ -12,8 +12,8 @@ from tcurlora_ext.segmentation.comparing.settings import ALL, Part, Plan
 from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
 from tcurlora_ext.segmentation.report.cells import (
     corrected_p,
-    folded,
     hd95,
+    in_lines,
     number,
     results_table,
     with_interval,
@@ -77,14 +77,14 @@ def terminal_tables(plan: Plan, parts: Sequence[Part], rows: Sequence[Row], test
     """A table of each training set, in at most 80 columns; ± is the standard deviation over seeds."""
     header = (
         "method", "trained\nparameters", "Dice %", "HD95\nmm",
-        f"Dice minus\n{folded(plan.reference, 20)}\n(95 % interval)", "p\n(Holm)",
+        f"Dice minus\n{in_lines(plan.reference, 20)}\n(95 % interval)", "p\n(Holm)",
     )  # fmt: skip
     tables = []
     for part in parts:
         found = _dice_tests(tests, part)
         cells = [
             [
-                folded(row["method"], 18), f"{row['trained_numbers']:,}",
+                in_lines(row["method"], 18), f"{row['trained_numbers']:,}",
                 with_sd(row["dice_mean"], row["dice_sd"], 100),
                 hd95(row, number(row["hd95_mm_mean"])).replace(" (", "\n(").replace(" undefined", "\nundefined"),
                 with_interval(found.get(row["method"])), corrected_p(found.get(row["method"])),

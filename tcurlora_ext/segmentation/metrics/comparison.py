@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from tcurlora_ext.io.table import text_table
+from tcurlora_ext.io.table import shortened, text_table
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 
 Row = Mapping[str, Any]
 ALL = "mean"  # stands for a label where a value is the mean over labels
 LEVEL = 0.95
 RESAMPLES = 9999
+RIVAL, SHOWN_PAIRED = "lora", 4  # of more methods, tables compare with this one alone
 
 # The column of scores.csv; heading, factor and digits in tables. Of volume errors, the absolute value is taken.
 MEASURES = {
@@ -160,10 +161,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"
-
-
 def _number(value: float, digits: int, factor: float = 1, sign: str = "") -> str:
     return "-" if math.isnan(value) else f"{factor * value:{sign}.{digits}f}"
 
@@ -182,7 +179,7 @@ def tables(summary: Sequence[Row], comparisons: Sequence[Row]) -> list[str]:
         ("method", "label", *(heading for heading, _, _ in MEASURES.values())),
         [
             [
-                _cut(method, 12), _cut(label, 16),
+                shortened(method, 12), shortened(label, 16),
                 *(_number(by_key[method, label, name]["mean"], digits, factor)
                   for name, (_, factor, digits) in MEASURES.items()),
             ]
@@ -194,7 +191,7 @@ def tables(summary: Sequence[Row], comparisons: Sequence[Row]) -> list[str]:
         ("method", "mean over labels", "mean", "95 % interval", "cases"),
         [
             [
-                _cut(row["method"], 16), heading, _number(row["mean"], digits, factor),
+                shortened(row["method"], 16), heading, _number(row["mean"], digits, factor),
                 _interval(row, digits, factor), str(row["cases"]),
             ]
             for row in summary
@@ -207,12 +204,18 @@ def tables(summary: Sequence[Row], comparisons: Sequence[Row]) -> list[str]:
 
 
 def _comparison_table(comparisons: Sequence[Row]) -> str:
+    """Every two methods; of more than four, whose pairs nobody reads, those with lora, or else with the first."""
+    names = list(dict.fromkeys(name for row in comparisons for name in (row["method"], row["other"])))
+    reference = RIVAL if RIVAL in names else names[0]
+    few = len(names) <= SHOWN_PAIRED
+    shown = [row for row in comparisons if few or reference in (row["method"], row["other"])]
     rows = []
-    for row in comparisons:
+    for row in shown:
         heading, factor, digits = MEASURES[row["measure"]]
         rows.append([
-            f"{_cut(row['method'], 10)} - {_cut(row['other'], 10)}", heading,
+            f"{shortened(row['method'], 10)} - {shortened(row['other'], 10)}", heading,
             _number(row["difference"], digits, factor, "+"), _interval(row, digits, factor, "+"),
             "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.2g}", str(row["cases"]),
         ])  # fmt: skip
-    return text_table(("difference", "of", "mean", "95 % interval", "p (Holm)", "cases"), rows, left=(0, 1))
+    table = text_table(("difference", "of", "mean", "95 % interval", "p (Holm)", "cases"), rows, left=(0, 1))
+    return table if few else f"{table}\n{len(shown)} of {len(comparisons)} comparisons; all are in scores.json"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tcurlora_ext.io.table import rich_table
+from tcurlora_ext.io.table import folded, rich_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,16 +49,9 @@ def corrected_p(row: Mapping[str, Any] | None) -> str:
     return "< 0.001" if shown != DASH and float(row["p_holm"]) < 0.001 else shown
 
 
-def folded(name: str, width: int) -> str:
-    """A name in lines of at most so many characters, which begin at colons and hyphens where that is possible."""
-    lines = [""]
-    for part in re.findall(r"[:=-]?[^:=-]*", name):
-        for start in range(0, len(part), width):
-            piece = part[start : start + width]
-            if len(lines[-1]) + len(piece) > width:
-                lines.append("")
-            lines[-1] += piece
-    return "\n".join(line for line in lines if line)
+def in_lines(name: str, width: int) -> str:
+    """A name in lines of at most so many characters."""
+    return "\n".join(folded(name, width))
 
 
 def results_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str, gap: int = 1) -> Table:

@@ -19,7 +19,7 @@ from tcurlora_ext.segmentation.methods import METHODS, base_name
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec
 from tcurlora_ext.segmentation.packages import require_package
-from tcurlora_ext.segmentation.report.cells import folded, hd95, number, results_table, with_sd
+from tcurlora_ext.segmentation.report.cells import hd95, in_lines, number, results_table, with_sd
 from tcurlora_ext.segmentation.report.figures import draw_curves
 from tcurlora_ext.segmentation.report.findings import result_sentence
 from tcurlora_ext.segmentation.report.overlays import draw_overlays
@@ -101,7 +101,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def table(summary: Sequence[Row]) -> Table:
     """The methods side by side for a terminal of 80 columns; ± is the standard deviation over seeds."""
     rows = [
-        [folded(row["method"], 18), *(re.sub(r" (?=\(|undefined)", "\n", _cells(row)[at]) for at in IN_TERMINAL)]
+        [in_lines(row["method"], 18), *(re.sub(r" (?=\(|undefined)", "\n", _cells(row)[at]) for at in IN_TERMINAL)]
         for row in summary
     ]
     header = ("method", *(HEADER[at].replace(" ", "\n", 1) for at in IN_TERMINAL))
