@@ -45,10 +45,10 @@ def test_differences_are_taken_seed_by_seed() -> None:
         ("tcur-learned:warm_up=120:bits=32", "learned r=8, 120 steps of warm-up, 32 bits an entry"),
         ("tcur-carried:factors=carried", "carried r=8"),
         ("tcur-carried:factors=whole:rank=16", "carried from whole r=16"),
-        ("adalora", "adalora"),
+        ("adalora", "AdaLoRA r=8"),
         ("pissa:rank=4", "PiSSA r=4"),
         ("hyps:width=4:rank=2", "HyPS r=2, width 4"),
-        ("adalora:rank=4", "adalora, r=4"),
+        ("adalora:rank=4", "AdaLoRA r=4"),
     ],
 )
 def test_titles(method: str, expected: str) -> None:
