@@ -179,6 +179,7 @@ def _finish(
     result = write_page(plan, parts, rows, tests, drawn)
     for printed in terminal_tables(plan, parts, rows, tests):
         display.console.print(printed)
+    display.say("± is over seeds; interval and p are over subjects, each a mean over seeds")
     display.say(result)
     display.say(f"table: {out / 'table.csv'}, cases.csv and tests.csv; report: {out / 'report.html'}")
     return rows
