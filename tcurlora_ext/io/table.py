@@ -55,9 +55,9 @@ def shortened(text: str, width: int) -> str:
 def folded(name: str, width: int, lines: int = 1000) -> list[str]:
     """A name in up to ``lines`` lines of ``width`` characters; a longer one is cut.
 
-    A line ends behind an underscore, or before a colon, hyphen or equals sign, where it can.
+    A line ends before a colon where it can, else behind an underscore or before a hyphen or equals sign.
     """
-    parts = re.findall(rf".{{1,{width}}}(?:$|(?<=_)|(?=[:=-]))|.{{1,{width}}}", name)
+    parts = re.findall(rf".{{1,{width}}}(?:$|(?=:))|.{{1,{width}}}(?:(?<=_)|(?=[=-]))|.{{1,{width}}}", name)
     if len(parts) > lines:
         parts = re.findall(rf".{{1,{width}}}", shortened(name, lines * width))
     return parts
