@@ -11,12 +11,12 @@ from typing import Any
 
 from tcurlora_ext.io.records import read_json
 from tcurlora_ext.segmentation.methods import Method
+from tcurlora_ext.segmentation.metrics.comparison import REFERENCE
 from tcurlora_ext.segmentation.runs.finetuning import check_settings, with_rates
 from tcurlora_ext.segmentation.runs.folder import RESULT
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings, read_settings
 
 ALL = "all"  # the training set of every case of the training list
-REFERENCE = "lora"  # which the other methods are tested against, where it is compared and nothing else is said
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ Row = Mapping[str, Any]
 ALL = "mean"  # stands for a label where a value is the mean over labels
 LEVEL = 0.95
 RESAMPLES = 9999
-RIVAL, SHOWN_PAIRED = "lora", 4  # of more methods, tables compare with this one alone
+REFERENCE = "lora"  # which other methods are compared with, where it is among them and nothing else is said
+SHOWN_PAIRED = 4  # of more methods, tables compare with one alone
 
 # The column of scores.csv; heading, factor and digits in tables. Of volume errors, the absolute value is taken.
 MEASURES = {
@@ -206,7 +207,7 @@ def tables(summary: Sequence[Row], comparisons: Sequence[Row]) -> list[str]:
 def _comparison_table(comparisons: Sequence[Row]) -> str:
     """Every two methods; of more than four, whose pairs nobody reads, those with lora, or else with the first."""
     names = list(dict.fromkeys(name for row in comparisons for name in (row["method"], row["other"])))
-    reference = RIVAL if RIVAL in names else names[0]
+    reference = REFERENCE if REFERENCE in names else names[0]
     few = len(names) <= SHOWN_PAIRED
     shown = [row for row in comparisons if few or reference in (row["method"], row["other"])]
     rows = []
