@@ -139,15 +139,16 @@ class Method:
         else:
             self.prepare(model, spec, options, None)
 
-    def option(self, options: MethodOptions, name: str) -> Any:
+    def option(self, options: MethodOptions, name: str, unset: Any = None) -> Any:
         """The value of one of its own options.
 
         Args:
             options: Those of a run.
             name: The option.
+            unset: The value of one that is :class:`Unset` and was not given.
         """
         default = self.options[name]
-        return options.own.get(name, None if isinstance(default, Unset) else default)
+        return options.own.get(name, unset if isinstance(default, Unset) else default)
 
 
 def base_name(name: str) -> str:

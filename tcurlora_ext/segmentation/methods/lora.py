@@ -25,8 +25,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     require_package("peft")
     from peft import LoraConfig
 
-    own = METHOD.option(options, "rank")
-    rank = options.lora_rank if own is None else own
+    rank = METHOD.option(options, "rank", options.lora_rank)
     inject(
         model, spec, options, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers_of(model, spec, options, True))
     )

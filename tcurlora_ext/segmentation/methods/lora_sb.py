@@ -43,7 +43,6 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
 
 
 def _check(model: nn.Module, spec: NetworkSpec, options: MethodOptions) -> None:
-    _batches(options)
     beside(spec, options)
     for name in target_layers(model):
         linear(name, model.get_submodule(name), METHOD.option(options, "rank"))

@@ -16,8 +16,7 @@ from .tcur import SUBSPACE, inject, load
 
 def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: Task | None = None) -> None:
     subspace = tcur.Subspace.load(Path(METHOD.option(options, "factors")))
-    own = METHOD.option(options, "rank")
-    rank = subspace.config.rank if own is None else own
+    rank = METHOD.option(options, "rank", subspace.config.rank)
     config = replace(subspace.config, rank=rank, alpha=METHOD.option(options, "alpha"), seed=options.seed)
     inject(model, config, spec, options, subspace=subspace)
     if task is not None:  # beside the adapter, which names it by its digest
