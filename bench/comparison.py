@@ -1,11 +1,13 @@
-"""Methods compared on real hippocampus MRI: the network and data of bench/hippocampus.py, through `tcurlora compare`.
+"""Methods compared through `tcurlora compare`, on real hippocampus MRI or on the embedded brains.
 
     python -m tcurlora_ext.bench.comparison WORK RESULTS --maps SYNTHSEG_MAPS --data HIPPOCAMPUS --name main \\
-        --methods head,full,lora,tcur --shots 5_subjects_seed0 --seeds 5
+        --methods head,full,lora,tcur --seeds 5
+    python -m tcurlora_ext.bench.comparison WORK RESULTS --network dynunet --name embedded-dynunet
 
-The comparison is in WORK/comparison-NAME, with a run folder for each training set. A run folder that is there already
-is taken over, and a comparison that was stopped goes on. Tests are over subjects: volumes 2k - 1 and 2k are the two
-sides of one. With --choose each method's learning rate is searched first, on other subjects (bench/rates.py).
+Networks and data are those of the two settings in bench/learned.py. The comparison is in WORK/comparison-NAME, with a
+run folder for each training set. A run folder that is there already is taken over, and a comparison that was stopped
+goes on. Tests are over subjects: volumes 2k - 1 and 2k of the hippocampus are the two sides of one. With --choose each
+method's learning rate is searched first, on other subjects (bench/rates.py).
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from rich.console import Console
 
 from tcurlora_ext.bench.entry import run_command
 from tcurlora_ext.bench.hippocampus import copy_results
-from tcurlora_ext.bench.learned import STEPS, hippocampus_setting, subject_of
-from tcurlora_ext.bench.rates import chosen_rates, search_rates
+from tcurlora_ext.bench.learned import STEPS, embedded_setting, hippocampus_setting, subject_of
+from tcurlora_ext.bench.rates import FACTORS, chosen_rates, search_rates
 from tcurlora_ext.io.records import read_csv, write_csv, write_json
 from tcurlora_ext.segmentation.comparing.comparing import compare
 from tcurlora_ext.segmentation.comparing.settings import CompareSettings
@@ -44,39 +46,50 @@ def subject_file(images: Path, path: Path) -> Path:
 def comparison(
     work: Annotated[Path, typer.Argument(metavar="WORK", help="Folder for data, the pretrained network and runs.")],
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Gets the folder comparison-NAME.")],
-    maps: Annotated[Path, typer.Option(help="SynthSeg's label maps.")],
-    data: Annotated[Path, typer.Option(help="The real data.")],
+    maps: Annotated[Path | None, typer.Option(help="SynthSeg's label maps, for hippocampus.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The real data, for hippocampus.")] = None,
     name: Annotated[str, typer.Option(help="Of the comparison.")] = "main",
-    network: Annotated[str, typer.Option(help="Pretrained on the synthetic images.")] = "vit",
+    network: Annotated[str, typer.Option(help="Pretrained on the source domain.")] = "vit",
     methods: Annotated[str, typer.Option(help="Comma separated.")] = "head,full,lora,tcur",
-    shots: Annotated[str, typer.Option(help="Numbers of subjects or lists of splits.json.")] = "5_subjects_seed0",
+    shots: Annotated[
+        str, typer.Option(help="Numbers of subjects or lists of splits.json. Default: the setting's training list.")
+    ] = "",
     seeds: Annotated[int, typer.Option(help="Runs per method.")] = 5,
     steps: Annotated[int, typer.Option(help="Of adapting.")] = STEPS,
     tune: Annotated[bool, typer.Option("--tune", help="Search learning rates on folds of the training cases.")] = False,
     trials: Annotated[int, typer.Option(help="Of each method in the search.")] = 3,
     tune_over: Annotated[str, typer.Option(help="rank, alpha or both, beside the learning rate.")] = "",
     reference: Annotated[str, typer.Option(help="The method of the tests.")] = "lora",
-    lr: Annotated[str, typer.Option(help='JSON, e.g. {"tcur": 3e-3}, beside 1e-3 of the head.')] = "{}",
+    lr: Annotated[str, typer.Option(help='JSON, e.g. {"tcur": 3e-3}, beside 1e-3 of the head on hippocampus.')] = "{}",
     choose: Annotated[
         bool, typer.Option("--choose", help="Search rates on cases that the table does not have, and write rates.csv.")
     ] = False,
+    factors: Annotated[
+        str, typer.Option(help="Trials of --choose: multiples of a method's default rate. Default: 1/3, 1 and 3.")
+    ] = "",
     measure: Annotated[bool, typer.Option("--measure", help="Measure steps side by side after the training.")] = False,
 ) -> None:
-    """Compare methods on the hippocampus setting and copy the tables."""
+    """Compare methods on real hippocampus MRI, or without --maps and --data on the embedded brains; copy the tables."""
     display = Display(Console(width=120))
-    setting = hippocampus_setting(work, maps, data, display, network)
+    if (maps is None) != (data is None):
+        raise ValueError("maps, data: expected both for hippocampus, or neither for the embedded brains")
+    if maps is None or data is None:
+        setting, subjects = embedded_setting(work, display, network), None
+    else:
+        setting = hippocampus_setting(work, maps, data, display, network)
+        subjects = subject_file(setting.target.folder / "images", work / "subjects.json")
     out, published = work / f"comparison-{name}", results / f"comparison-{name}"
     names, rates = tuple(methods.split(",")), {**setting.lr, **json.loads(lr)}
     if choose:
-        searched = search_rates(replace(setting, lr=rates), names, work / "rates" / network, steps, display)
+        trials_at = [float(factor) for factor in factors.split(",")] if factors else FACTORS
+        searched = search_rates(replace(setting, lr=rates), names, work / "rates" / network, steps, display, trials_at)
         published.mkdir(parents=True, exist_ok=True)
         write_csv(published / "rates.csv", searched)
         rates |= chosen_rates(searched)
-    subjects = subject_file(setting.target.folder / "images", work / "subjects.json")
     settings = CompareSettings(
         data=setting.target.folder, pretrained=setting.base, methods=names, seeds=seeds,
         steps=steps, lr=rates, val_list=setting.target.val,
-        training_sets=tuple(shots.split(",")), reference=reference, subject_file=subjects,
+        training_sets=tuple((shots or setting.target.train).split(",")), reference=reference, subject_file=subjects,
         tune=tune, trials=trials, tune_over=tuple(word for word in tune_over.split(",") if word), measure=measure,
     )  # fmt: skip
     compare(settings, out, display=display)

@@ -122,12 +122,16 @@ def hippocampus(
     publish(work / run, results)
 
 
+def pretrain_folder(work: Path, network: str) -> Path:
+    """Where the pretrained network of this name is."""
+    return work / ("pretrain" if network == "vit" else f"pretrain-{network}")
+
+
 def prepare(
     maps: Path, data: Path, work: Path, pretrain_steps: int, display: Display, network: str = "vit"
 ) -> tuple[Path, Path]:
     """Weights pretrained on synthetic crops, and the folder of the real data: made in WORK unless they are there."""
-    source, target = work / "source", work / "target"
-    base = work / ("pretrain" if network == "vit" else f"pretrain-{network}")
+    source, target, base = work / "source", work / "target", pretrain_folder(work, network)
     if not (source / "splits.json").is_file():
         make_source(maps, source)
     if not (base / "transformer.json").is_file():

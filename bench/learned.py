@@ -27,7 +27,7 @@ from rich.console import Console
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.learning import warmup
 from tcurlora_ext.bench.entry import run_command
-from tcurlora_ext.bench.hippocampus import make_target, prepare, publish
+from tcurlora_ext.bench.hippocampus import make_target, prepare, pretrain_folder, publish
 from tcurlora_ext.bench.reading.methods import RIVAL
 from tcurlora_ext.io.records import read_csv, read_json, write_csv, write_json
 from tcurlora_ext.maths.coding import CODED_BITS
@@ -94,10 +94,11 @@ def subject_of(name: str) -> int:
     return (int(name) + 1) // 2
 
 
-def embedded_setting(work: Path, display: Display) -> Setting:
+def embedded_setting(work: Path, display: Display, network: str = "vit") -> Setting:
     """Four and eight brains of the target domain; 19 others; and four with eight to choose on."""
-    if not (work / "pretrain" / "transformer.json").is_file():
-        pretrain(PretrainSettings(), work / "pretrain", resume=True, display=display)
+    base = pretrain_folder(work, network)
+    if not (base / "transformer.json").is_file():
+        pretrain(PretrainSettings(network=network), base, resume=True, display=display)
     cases = []
     for name, seed, train, val in (("target", 0, 4, 8), ("others", 1, 19, 1), ("choice", 2, 4, 8)):
         folder = work / "data" / name
@@ -105,7 +106,7 @@ def embedded_setting(work: Path, display: Display) -> Setting:
             write_domain(folder, "target", train, val, seed=seed)
         cases.append(Cases(folder, "train", "val"))
     target, others, choice = cases
-    return Setting(work / "pretrain" / "base.safetensors", target, others, choice, {})
+    return Setting(base / "base.safetensors", target, others, choice, {})
 
 
 def settings_of(setting: Setting, cases: Cases, methods: Sequence[str], seeds: int, steps: int) -> FinetuneSettings:

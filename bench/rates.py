@@ -1,7 +1,7 @@
 """The learning rate of each method of a comparison, searched on cases that its table does not have.
 
-Every method has the same number of trials: a third of its default rate, the rate itself, and three times it. The head's
-rate is the setting's: it trains beside each adapter, and one that it had alone would not be theirs.
+Every method has the same number of trials, at multiples of its default rate. What trains beside each adapter, the head
+or the decoder, is searched before the adapters unless the setting has its rate, and then has that rate beside them too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ FACTORS = (1 / 3, 1.0, 3.0)
 
 
 def search_rates(
-    setting: Setting, methods: Sequence[str], folder: Path, steps: int, display: Display
-) -> list[dict[str, Any]]:
+    setting: Setting, methods: Sequence[str], folder: Path, steps: int, display: Display,
+    factors: Sequence[float] = FACTORS,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Train each method at each of its rates, with seed 0, and validate it, on the setting's cases to choose on.
 
     Args:
@@ -30,27 +31,31 @@ def search_rates(
         folder: Gets a run folder for each factor and method; runs that are there are not run again.
         steps: Of every run.
         display: Says what runs.
+        factors: The trials, as multiples of a method's default rate.
 
     Returns:
         A row for each trial: `method`, `lr`, `dice` (mean over cases, from 0 to 1), and `chosen`, whether it is the
         method's best; the lowest of equally good rates.
     """
     rows: list[dict[str, Any]] = []
-    settings = settings_of(setting, setting.choice, methods, 1, steps)
-    for method, name in zip(get_methods(methods), methods, strict=True):
-        if method.name in setting.lr:
+    settings, rates = settings_of(setting, setting.choice, methods, 1, steps), dict(setting.lr)
+    named = zip(get_methods(methods), methods, strict=True)
+    for method, name in sorted(named, key=lambda pair: pair[0].adapter):
+        if method.name in rates:
             continue
         trials: list[dict[str, Any]] = []
-        for factor in FACTORS:
+        for factor in factors:
             rate = float(f"{method.lr * factor:.3g}")
             run = folder / f"{factor:.3g}" / method.folder
             if not (run / "report.html").is_file():  # the last file of a run
-                rated = replace(settings, methods=(name,), lr={**setting.lr, method.name: rate})
+                rated = replace(settings, methods=(name,), lr={**rates, method.name: rate})
                 run_methods(rated, run, display)
             (result,) = read_csv(run / "metrics.csv")
             trials.append({"method": method.name, "lr": rate, "dice": float(result["dice"])})
         best = max(trials, key=lambda trial: float(trial["dice"]))
         rows += [{**trial, "chosen": int(trial is best)} for trial in trials]
+        if not method.adapter:
+            rates[method.name] = best["lr"]
     return rows
 
 

@@ -77,3 +77,28 @@ def test_the_two_sides_are_of_one_subject_and_small_files_are_published(
     assert "`summary.csv`, measured by `python -m tcurlora_ext.bench.comparison`." in text
     run = read_json(published / "run.json")
     assert run["settings"] == {"data": "target", "pretrained": None, "methods": ["lora:init=b.safetensors"]}
+
+
+def test_without_data_the_embedded_brains_are_compared_on_their_own_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = Cases(tmp_path / "target", "train", "val")
+    setting = Setting(tmp_path / "base.safetensors", cases, cases, cases, {})
+    networks: list[str] = []
+    monkeypatch.setattr(comparison, "embedded_setting", lambda work, display, name: networks.append(name) or setting)
+    started: list[CompareSettings] = []
+    monkeypatch.setattr(comparison, "compare", lambda settings, *_, **__: started.append(settings))
+    monkeypatch.setattr(comparison, "copy_results", lambda *_: None)
+    monkeypatch.setattr(comparison, "summary", lambda _: TABLE)
+    words = [str(tmp_path / "work"), str(tmp_path / "results"), "--network", "dynunet", "--name", "b"]
+    assert comparison.main(words) == 0
+    (settings,) = started
+    assert (networks, settings.data, settings.subject_file) == (["dynunet"], cases.folder, None)
+    assert (settings.training_sets, settings.val_list) == (("train",), "val")
+
+
+def test_hippocampus_without_one_of_its_two_sources_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert comparison.main([str(tmp_path), str(tmp_path), "--maps", "m"]) != 0
+    assert "expected both for hippocampus, or neither for the embedded brains" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("peft")
 from tcurlora_ext.bench import rates
 from tcurlora_ext.bench.learned import Cases, Setting
 from tcurlora_ext.io.records import write_csv
+from tcurlora_ext.segmentation.methods import get_methods
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 from tcurlora_ext.segmentation.terminal import Display
 
@@ -47,3 +49,25 @@ def test_each_method_has_three_trials_on_the_cases_to_choose_on(
 
     assert rates.search_rates(SETTING, ["hyps", "lora:rank=1"], tmp_path, 7, Display())[3:] == rows[:3]
     assert len(started) == 6, "a run that is there was run again"
+
+
+def test_a_head_without_a_rate_is_searched_first_and_its_best_rate_stands_beside_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, float]] = []
+
+    def run(settings: FinetuneSettings, folder: Path, display: Display) -> None:
+        started.append(dict(settings.lr))
+        folder.mkdir(parents=True)
+        (method,) = settings.methods
+        write_csv(folder / "metrics.csv", [{"method": method, "dice": -settings.lr[method]}])
+
+    monkeypatch.setattr(rates, "run_methods", run)
+    setting = replace(SETTING, lr={})
+    rows = rates.search_rates(setting, ["tcur", "head"], tmp_path, 7, Display(), (0.5, 0.25))
+    head, tcur = (get_methods([name])[0].lr for name in ("head", "tcur"))
+    assert started == [
+        {"head": 0.5 * head}, {"head": 0.25 * head},
+        {"head": 0.25 * head, "tcur": 0.5 * tcur}, {"head": 0.25 * head, "tcur": 0.25 * tcur},
+    ]  # fmt: skip
+    assert rates.chosen_rates(rows) == {"head": 0.25 * head, "tcur": 0.25 * tcur}
