@@ -15,7 +15,7 @@ from tcurlora_ext.io.table import terminal
 
 Settings = TypeVar("Settings", bound=Any)
 METHODS_HELP = (
-    "all (head, decoder, full, lora, tcur), or some of these and of tcur-light, tcur-learned, tcur-carried, norms, "
+    "all (head, decoder, full, lora, tcur, tcur-learned), or some of these and of tcur-light, tcur-carried, norms, "
     "bitfit, ssf, adapter, adalora, pissa, dora, vera, psoft, unilora, lora-xs, lora-sb, lora-pt, hyps, cps, curlora "
     "with commas between; options of a method follow its name, as in lora:rank=1."
 )

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tcurlora_ext.cli.app import app
 from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.segmentation.dataset import synthetic
-from tcurlora_ext.segmentation.methods import STANDARD
+from tcurlora_ext.segmentation.methods import METHODS, STANDARD
 from tcurlora_ext.segmentation.runs import pretraining
 from tcurlora_ext.segmentation.runs.finetuning import finetune
 from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
@@ -67,7 +67,7 @@ def check_report(out: Path, methods: list[str]) -> None:
         assert base64.b64decode(src.split(",")[1]).startswith(b"\x89PNG")
     assert not re.search(r'(src|href)="(?!data:)', text)  # nothing is fetched from elsewhere
     table = text.split("</table>")[0]
-    assert re.findall(r"<tr><td class=l>(\w+)</td>", table) == methods
+    assert re.findall(r"<tr><td class=l>([\w-]+)</td>", table) == methods
 
 
 def test_the_embedded_default_in_miniature(
@@ -76,6 +76,7 @@ def test_the_embedded_default_in_miniature(
     monkeypatch.setattr(pretraining, "EMBEDDED_SUBJECTS", {"source": (2, 1), "target": (2, 1)})
     make = synthetic.make_subject
     monkeypatch.setattr(synthetic, "make_subject", lambda *key: make(*key[:3], spacing=8.0))
+    monkeypatch.setitem(METHODS["tcur-learned"].options, "warm_up", 2)
     out = tmp_path / "run"
     text = command(
         "finetune", "--output", out, "--sizes", SIZES, "--roi", 16, "--steps", 2, "--pretrain-steps", 2, "--rank", 4

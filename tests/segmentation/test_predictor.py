@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tcurlora_ext.io.records import read_json, write_json
-from tcurlora_ext.segmentation.methods import STANDARD
+from tcurlora_ext.segmentation.methods import METHODS, STANDARD
 from tcurlora_ext.segmentation.networks import NetworkConfig, build_network, save_weights
 from tcurlora_ext.segmentation.prediction.predictor import (
     choose_method,
@@ -101,14 +101,15 @@ def test_a_run_without_its_base_is_named(run: Path) -> None:
 
 
 def test_an_adapter_file_of_every_method_gives_the_network_of_its_run(
-    settings: Callable[..., FinetuneSettings], tmp_path: Path
+    settings: Callable[..., FinetuneSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(METHODS["tcur-learned"].options, "warm_up", 2)
     out = tmp_path / "run"
     finetune(settings(methods=STANDARD, steps=1, train_list="one"), out)
     image = torch.randn(1, 1, 16, 16, 16)
     for method in STANDARD:
         predictor = load_files(out / method / "seed0" / "adapter.safetensors", out / "base.safetensors")
-        assert f"({method})" in predictor.title
+        assert f"({method.removesuffix('-learned')})" in predictor.title  # a file of any form of tCUR says tcur
         assert predictor.labels == {0: "background", 1: "front", 2: "back"}
         with torch.no_grad():
             assert torch.equal(predictor.models[0](image), load_adapted(out, method)(image)), method

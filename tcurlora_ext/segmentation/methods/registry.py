@@ -13,7 +13,7 @@ from typing import Any
 from .base import Method, Unset
 
 # In the order of tables; others follow by name.
-_FIRST = ("head", "decoder", "full", "lora", "tcur")
+_FIRST = ("head", "decoder", "full", "lora", "tcur", "tcur-learned")
 # Options of which zero, and anything below it, would leave nothing to train.
 _POSITIVE = ("rank", "alpha", "scale", "width", "batches", "step", "initial")
 # What several methods share; every other file of this folder is a method.

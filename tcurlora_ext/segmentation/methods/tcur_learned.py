@@ -63,5 +63,5 @@ def _warm_up(options: MethodOptions) -> int:
 METHOD = Method(
     "tcur-learned", "tCUR over learned factors", _prepare, 1e-2, save, load, "#a50f15", adapter=True,
     options={"rank": 8, "alpha": 1.0, "bits": CODED_BITS, "warm_up": warmup.STEPS, "rows_only": False,
-             "change": ""}, warm_up=_warm_up, check=_check, merge=tcur.merge,
+             "change": ""}, warm_up=_warm_up, check=_check, standard=True, merge=tcur.merge,
 )  # fmt: skip
