@@ -13,6 +13,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from . import packed
 from .atomic import replacing
 
 # Where training programs keep a network's state inside a checkpoint; nnU-Net has the last one.
@@ -25,7 +26,7 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 
 
 def read_tensors(path: Path, expected: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a safetensors file.
+    """The metadata and the tensors of a safetensors file; what is packed in it, as if it were not.
 
     Args:
         path: The file.
@@ -36,9 +37,14 @@ def read_tensors(path: Path, expected: str) -> tuple[dict[str, str], dict[str, T
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: found no whole safetensors file, expected {expected} ({error})") from None
+    try:
+        return packed.unpack(metadata, tensors)
+    except packed.DAMAGE as error:
+        raise ValueError(f"{path}: the file is damaged where it is packed, expected {expected} ({error!r})") from None
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

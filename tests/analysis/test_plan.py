@@ -429,15 +429,16 @@ def test_files_of_learned_factors_are_those_written(options: dict[str, Any], bit
     subspace = learned(config, build(depth=8), bits=bits)
     model = tcur.inject(build(depth=8), subspace=subspace)
     for stack in tcur.stacks(model).values():
-        nn.init.normal_(stack.core)
+        for parameter in stack.parameters():  # as training leaves them
+            nn.init.normal_(parameter)
     assert expected.tcur.trained == tcur.summary(model).trained
     assert expected.learned is not None
     whole = tcur.save_adapter(model, tmp_path / "adapter.safetensors").stat().st_size
     cores = tcur.save_adapter(model, tmp_path / "cores.safetensors", include_subspace=False).stat().st_size
     alone = subspace.save(tmp_path / "subspace.safetensors").stat().st_size
-    assert expected.tcur.file == expected.learned.adapter_file == pytest.approx(whole, rel=0.03)
-    assert expected.learned.cores_file == pytest.approx(cores, rel=0.03)
-    assert expected.learned.subspace_file == pytest.approx(alone, rel=0.03)
+    assert expected.tcur.file == expected.learned.adapter_file == pytest.approx(whole, rel=0.06)
+    assert expected.learned.cores_file == pytest.approx(cores, rel=0.06)
+    assert expected.learned.subspace_file == pytest.approx(alone, rel=0.06)
     factors = sum(b.nbytes for n, b in model.named_buffers() if n.endswith((".col", ".row")))
     assert expected.tcur.factors == factors
     assert plan(meta(), tcur.TCURConfig(rank=2), TOKENS).learned is None

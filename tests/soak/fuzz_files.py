@@ -33,6 +33,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 import tcurlora_ext as tcur
+from tcurlora_ext.io.packed import unpack
 
 Network: Callable[..., nn.Module] = runpy.run_path(str(Path(__file__).parents[1] / "adapter" / "conftest.py"))[
     "Network"
@@ -50,6 +51,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"trainable": "all"},
     {"frequencies": 2},
     {"core_domain": "slice", "stack_by": "none"},
+    {"factors": "learned"},  # whose file is packed
 ]
 
 
@@ -168,6 +170,8 @@ def change_values(header: Any, tensors: dict[str, Tensor], draw: random.Random) 
     places = [draw.randrange(changed.numel())] if draw.random() < 0.7 else slice(None)
     if changed.is_floating_point():
         changed[places] = draw.choice([0.0, 1.0, 1e-45, 3e38, float("nan"), float("inf"), -float("inf"), draw.random()])
+    elif changed.dtype == torch.uint8:
+        changed[places] = draw.randrange(256)
     else:
         changed[places] = draw.choice([0, 1, -1, 7, 8, 2**31, 2**62, -(2**63)])
     tensors[name] = changed.view(tensors[name].shape)
@@ -193,7 +197,8 @@ def mutated(content: bytes, draw: random.Random) -> tuple[str, bytes]:
         return of_bytes.__name__, of_bytes(bytearray(content), draw)
     of_parts, name = OF_PARTS[number - len(OF_BYTES)], ""
     (length,) = struct.unpack("<Q", content[:8])
-    header, tensors = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["tcurlora"]), load(content)
+    metadata, tensors = unpack(json.loads(content[8 : 8 + length])["__metadata__"], load(content))
+    header = json.loads(metadata["tcurlora"])
     if draw.random() < 0.5:
         header.pop("digest", None)
         name = WITHOUT_DIGEST
@@ -212,6 +217,11 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     return state
 
 
+def _subspace(model: nn.Module, config: tcur.TCURConfig) -> tcur.Subspace:
+    x = torch.linspace(-2, 2, 2 * 5 * 6).view(2, 5, 6).sin()
+    return tcur.learn_factors(model, config, lambda network: network(x).square().mean(), 2)
+
+
 class Target:
     """An adapter file, the models that it is loaded onto, and the output that it gives."""
 
@@ -226,7 +236,9 @@ class Target:
 
     @staticmethod
     def _train(model: nn.Module, options: dict[str, Any]) -> nn.Module:
-        tcur.inject(model, tcur.TCURConfig(**{"rank": 2} | options))
+        config = tcur.TCURConfig(**{"rank": 2} | options)
+        subspace = None if config.factors == "weights" else _subspace(model, config)
+        tcur.inject(model, config, subspace=subspace)
         tcur.unfreeze(model, ["head", "norm"])
         with torch.no_grad():
             for stack in tcur.stacks(model).values():

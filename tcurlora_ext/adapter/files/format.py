@@ -68,10 +68,12 @@ def read_adapter(path: str | os.PathLike[str], subspaces: Sequence[Subspace | No
         header = dict(json.loads(metadata[HEADER]))
         stated = header.pop("digest", None)
         version, config, described = header["format"], header["config"], header["stacks"]
-        names_subspace = version == learned.FORMAT and isinstance(header["subspace"], str)
+        over_subspace = version == learned.FORMAT
+        if over_subspace and not isinstance(header["subspace"], str):
+            raise TypeError(f"subspace is {header['subspace']!r:.60}, expected a digest")
     except DAMAGE as error:
         raise ValueError(f"{path}: the adapter's description is damaged: {error!r}") from None
-    subspace = learned.find_subspace(path, header, tensors, subspaces) if names_subspace else None
+    subspace = learned.find_subspace(path, header, tensors, subspaces) if over_subspace else None
     try:
         if version == FORMAT:
             file_ = AdapterFile(path, TCURConfig.from_json(config), dict(described), tensors)

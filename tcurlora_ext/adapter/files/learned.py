@@ -1,6 +1,7 @@
 """Adapter files over learned factors: the cores of all stacks in one tensor, and the digest of their subspace.
 
 Such a file has format 2. What a file of format 1 says of each stack, its subspace says once for all adapters over it.
+Description and small tensors are packed (:mod:`tcurlora_ext.io.packed`); files written before 0.2 have them apart.
 
 Tensors:  ``cores``, all cores one after another, flat; ``scales`` (stacks,) float64; with ``factors="learned_rows"``
 ``columns`` (columns,) int64 and ``column_scores``, flat, too; ``col.<stack>`` and ``row.<stack>`` with

@@ -28,6 +28,7 @@ from tcurlora_ext.adapter.subspace.files import INSIDE
 from tcurlora_ext.adapter.subspace.files import OF_ADAPTER as HEADER
 from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.described import description
+from tcurlora_ext.io.packed import pack
 from tcurlora_ext.io.tensors import not_finite
 from tcurlora_ext.maths.fingerprint import fingerprint
 
@@ -95,7 +96,9 @@ def save_adapter(
         raise ValueError(f"{broken[0]} has NaN or infinite values, so that no model could load it; {path} is as it was")
 
     def write() -> None:
-        write_bytes(path, safetensors.torch.save(content, {HEADER: description(header, content)}))
+        text = description(header, content)
+        plain = subspace is None
+        write_bytes(path, safetensors.torch.save(content, {HEADER: text}) if plain else pack(content, HEADER, text))
 
     if sharded_parameter(model) is None:
         write()

@@ -1,4 +1,4 @@
-"""The file of a subspace: one safetensors file with a description as JSON in its header."""
+"""The file of a subspace: a safetensors file with a description as JSON, packed (:mod:`tcurlora_ext.io.packed`)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.described import description, digest
+from tcurlora_ext.io.packed import pack
 from tcurlora_ext.io.tensors import read_tensors
 from tcurlora_ext.maths.coding import BITS
 from tcurlora_ext.maths.fingerprint import PROBES
@@ -31,7 +31,7 @@ DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 def write_subspace(subspace: Subspace, path: Path) -> Path:
     """Write the file of a subspace."""
     tensors = subspace.tensors()
-    write_bytes(path, safetensors.torch.save(tensors, {HEADER: description(subspace.header(), tensors)}))
+    write_bytes(path, pack(tensors, HEADER, description(subspace.header(), tensors)))
     return path
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tcurlora_ext as tcur
+from tcurlora_ext.io.tensors import read_tensors
 
 Step = Callable[[nn.Module], Tensor]
 LEARNED = tcur.TCURConfig.preset("learned", rank=2)
@@ -42,6 +44,22 @@ def test_a_file_gives_the_same_output(
         assert other.column_scores == stack.column_scores
     again = tcur.save_adapter(loaded, tmp_path / "again.safetensors", include_subspace=inside)
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_file_that_is_not_packed_as_earlier_ones_were_loads_too(
+    network: nn.Module, base: nn.Module, subspace: tcur.Subspace, train: Callable[..., Any], x: Tensor, tmp_path: Path
+) -> None:
+    model = train(tcur.inject(network, subspace=subspace))
+    path = tcur.save_adapter(model, tmp_path / "adapter.safetensors")
+    metadata, tensors = read_tensors(path, "an adapter")
+    apart = tmp_path / "apart.safetensors"
+    save_file(tensors, apart, metadata)
+    assert apart.stat().st_size > path.stat().st_size
+    assert torch.equal(tcur.load_adapter(base, apart)(x), model(x))
+    alone = subspace.save(tmp_path / "subspace.safetensors")
+    metadata, tensors = read_tensors(alone, "a subspace")
+    save_file(tensors, apart, metadata)
+    assert tcur.Subspace.load(apart).digest == subspace.digest
 
 
 def test_options_and_ranks_other_than_the_subspaces_travel(
