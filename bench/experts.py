@@ -7,19 +7,22 @@ LoRA with ``target_parameters`` adds a dense change to the weights of all expert
 
 from __future__ import annotations
 
-import argparse
 import copy
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
 import tcurlora_ext as tcur
 from tcurlora_ext.io.table import text_table
+
+from .entry import run_command
 
 NAMES = ["experts.gate_up_proj", "experts.down_proj"]
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -33,10 +36,15 @@ def layer_of_experts(experts: int, hidden: int, intermediate: int, implementatio
         hidden: The width of the tokens.
         intermediate: The width between the experts' two products.
         implementation: That of transformers, one of ``IMPLEMENTATIONS``.
+
+    Raises:
+        ValueError: The implementation is another one.
     """
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
     config = MixtralConfig(hidden_size=hidden, intermediate_size=intermediate, num_local_experts=experts)
     config._experts_implementation = implementation
     block = MixtralSparseMoeBlock(config)
@@ -85,27 +93,34 @@ def measure(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
     return {name: median(found) for name, found in times.items()}
 
 
-def main() -> None:
-    """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"experts": 8, "hidden": 512, "intermediate": 1024, "tokens": 512, "rank": 8, "repeats": 11}
-    for option, default in sizes.items():
-        parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="eager")
-    given = parser.parse_args()
+def experts(
+    experts: Annotated[int, typer.Option(help="Of the layer.")] = 8,
+    hidden: Annotated[int, typer.Option(help="Width of the tokens.")] = 512,
+    intermediate: Annotated[int, typer.Option(help="Width between the experts' two products.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Of the batch.")] = 512,
+    rank: Annotated[int, typer.Option(help="r of every adapter.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Steps of each, of which the median is shown.")] = 11,
+    implementation: Annotated[str, typer.Option(help=f"One of {', '.join(IMPLEMENTATIONS)}.")] = "eager",
+) -> None:
+    """Measure a training step of a layer of experts: frozen, adapted, and with PEFT's LoRA in the same parameters."""
     torch.manual_seed(0)
-    plain = layer_of_experts(given.experts, given.hidden, given.intermediate, given.implementation)
-    x = torch.randn(1, given.tokens, given.hidden, requires_grad=True)
-    adapted = dict(variants(plain, given.rank))
+    plain = layer_of_experts(experts, hidden, intermediate, implementation)
+    x = torch.randn(1, tokens, hidden, requires_grad=True)
+    adapted = dict(variants(plain, rank))
     calls, trained = {}, {}
     for name, module in adapted.items():
         block = next(inner for own, inner in module.named_modules() if own.endswith("mlp"))
         parameters = [p for p in module.parameters() if p.requires_grad]
         calls[name], trained[name] = partial(step, block, parameters, x), sum(p.numel() for p in parameters)
-    found = measure(calls, given.repeats)
+    found = measure(calls, repeats)
     rows = [(name, f"{trained[name]:,}", f"{ms:.1f}", f"{ms / found['frozen']:.2f}") for name, ms in found.items()]
-    print(text_table(("", "trained", "ms", "of frozen"), rows))
+    typer.echo(text_table(("", "trained", "ms", "of frozen"), rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command."""
+    return run_command(experts, arguments, "python -m tcurlora_ext.bench.experts")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import typer
 
-from tcurlora_ext.bench import hippocampus, sanitize, scaling
+from tcurlora_ext.bench import experts, hippocampus, sanitize, scaling
 from tcurlora_ext.bench.entry import run_command
 from tcurlora_ext.bench.profile import command
 from tcurlora_ext.bench.reading import plot, tables
@@ -18,6 +18,10 @@ MAINS: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
     "scaling": (scaling.main, ("--output", "bench/results/plan/llama.csv")),
     "profile": (command.main, ("--variant", "--rank", "--tokens", "--dtype", "--mode", "--device", "--output")),
     "sanitize": (sanitize.main, ("--variant", "--device")),
+    "experts": (
+        experts.main,
+        ("--experts", "--hidden", "--intermediate", "--tokens", "--rank", "--repeats", "--implementation"),
+    ),
     "hippocampus": (
         hippocampus.main,
         ("SYNTHSEG_MAPS", "HIPPOCAMPUS", "WORK", "RESULTS", "--methods", "--seeds", "--steps", "--pretrain-steps",

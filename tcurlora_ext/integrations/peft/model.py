@@ -5,29 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from tcurlora_ext.adapter.config import TCURConfig
 from tcurlora_ext.adapter.distributed.dtensor import refuse_sharded
 from tcurlora_ext.adapter.files.lora import LoraSource
 from tcurlora_ext.adapter.layer.parameter import HeldParameter, put_parameter
-from tcurlora_ext.adapter.model.inject import build_stack
 from tcurlora_ext.adapter.model.structure import refuse_adapted
 from tcurlora_ext.adapter.model.support import is_conv1d, is_convolution
-from tcurlora_ext.adapter.model.targets import Target, placed, slice_names
-from tcurlora_ext.adapter.options import LEARNED, WEIGHTS, pair_of
+from tcurlora_ext.adapter.model.targets import placed
+from tcurlora_ext.adapter.options import WEIGHTS
 from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.stack.factors import LearnedFactors
 from tcurlora_ext.adapter.stack.slices import LayerSlices
 from tcurlora_ext.adapter.subspace import Subspace
-from tcurlora_ext.maths.selection import Selection
 
 from .config import TcurLoraConfig
 from .directions import new_subspace, require_factors, with_learned, with_subspace
@@ -39,6 +33,7 @@ from .lora import lora_source
 from .mixed import rows_for_adapters
 from .quantised import backend_of
 from .sharing import share_factors
+from .stacks import new_stack
 from .targets import (
     base_of,
     check_modules_to_save,
@@ -49,8 +44,6 @@ from .targets import (
     stack_configs,
 )
 from .weighted import weighted_sum
-
-RANDOM_CORE = 0.1  # standard deviation of the core with init_weights=False
 
 
 class TcurLoraModel(BaseTuner):
@@ -133,7 +126,7 @@ class TcurLoraModel(BaseTuner):
         groups = find_groups(model, peft_config)
         configs = stack_configs(groups, peft_config)
         subspace = new_subspace(peft_config, self.subspaces)
-        stacks = {name: _build(name, groups[name], configs[name], peft_config, on_meta, subspace) for name in groups}
+        stacks = {name: new_stack(name, groups[name], configs[name], peft_config, on_meta, subspace) for name in groups}
         if subspace is not None:
             self.subspaces[adapter_name] = subspace
         self.share_with_the_others(stacks)
@@ -348,57 +341,6 @@ class TcurLoraModel(BaseTuner):
             return super()._remove_adapter_name_from_key(key, adapter_name)
         stack, kind = tail.split(".")
         return f"{head}tcurlora_{kind}.{stack}"
-
-
-def _build(
-    name: str,
-    members: list[Target],
-    of_stack: TCURConfig,
-    config: TcurLoraConfig,
-    on_meta: bool,
-    subspace: Subspace | None,
-) -> TCURStack:
-    """Build a stack of these targets; with ``on_meta`` on the meta device, for values that are loaded later.
-
-    So are the values of learned factors where the subspace is not known yet: they are NaN.
-    """
-    if on_meta:
-        return _blank(members, of_stack).to("meta")
-    if subspace is None and of_stack.factors != WEIGHTS:
-        stack = _blank(members, of_stack)
-        stack.row.fill_(torch.nan)
-        stack.col.fill_(torch.nan)
-        # PEFT may create all parameters on meta, for values that are assigned.
-        return stack.to("meta" if stack.core.is_meta else members[0].weight.device)
-    if config.selection == "activation" and not config.calibration:
-        if config.calibration is None:
-            raise ValueError(
-                f"stack {name}: selection is 'activation' and calibration None, expected the result of "
-                "calibrate(model, config, batches)"
-            )
-        of_stack = replace(of_stack, selection="norm")  # the indices that "activation" chose are loaded afterwards
-    stack = build_stack(name, members, of_stack, calibration=config.calibration or None, subspace=subspace)
-    if not config.init_weights:
-        nn.init.normal_(stack.core, std=RANDOM_CORE)
-    return stack
-
-
-def _blank(members: list[Target], config: TCURConfig) -> TCURStack:
-    """A stack of the right shapes, built without reading the base weights."""
-    slices = sum(target.slices for target in members)
-    ones = torch.ones((), dtype=members[0].weight.dtype).expand(slices, *members[0].shape)
-    c, r = pair_of(config.rank)
-    learned, options = None, config.stack_options()
-    columns = 0 if config.factors == LEARNED else c
-    rows = r if config.factors == WEIGHTS else 0
-    if config.factors != WEIGHTS:
-        out_features, in_features = members[0].shape
-        learned = LearnedFactors(torch.ones(slices, out_features, c), torch.ones(slices, r, in_features))
-    first = Selection(torch.arange(rows), torch.arange(columns), torch.zeros(rows), torch.zeros(columns))
-    # Equal columns cannot be made orthonormal.
-    stack = TCURStack(ones, first, replace(options, orthonormal=False), slice_names(members), learned)
-    stack.options = options
-    return stack
 
 
 def _note_layout(config: TcurLoraConfig, target: nn.Module) -> None:

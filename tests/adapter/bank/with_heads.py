@@ -66,3 +66,16 @@ def filled(model: nn.Module, number: int, **options: Any) -> tcur.AdapterBank:
     exact = make() if next(model.parameters()).dtype != torch.float64 else model  # other dtypes draw other numbers
     bank.add_all({str(at): cores_for(exact, at) | own_for(at) for at in range(number)})
     return bank
+
+
+def inputs(samples: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(samples, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def one(seed: int, x: Tensor, form: str = "coupled") -> Tensor:
+    """What one adapter computes by itself, -1 for the base."""
+    return plain()(x) if seed < 0 else trained(seed, form)(x)
+
+
+def each(adapters: list[int], x: Tensor, form: str = "coupled") -> Tensor:
+    return torch.cat([one(at, x[i : i + 1], form) for i, at in enumerate(adapters)])

@@ -1,4 +1,4 @@
-"""Learned factors in PEFT: learned on its targets, saved in few bytes, shared by adapters, on a quantised base."""
+"""Learned factors in PEFT: learned on its targets, saved in few bytes, shared by adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from transformers import LlamaForCausalLM
 
 import tcurlora_ext as tcur
 from tcurlora_ext.integrations.peft import TcurLoraConfig, hotswap_adapter, learn_factors
-
-from .test_quantised import KINDS, WIDTH, plain
 
 MakeLlama = Callable[[], LlamaForCausalLM]
 OWN: dict[str, Any] = {"stack_by": "none", "transform": "identity"}
@@ -84,6 +82,15 @@ def test_learned_on_the_base_of_a_peft_model(make_llama: MakeLlama, subspace: tc
     model = get_peft_model(make_llama(), TcurLoraConfig(r=2, init_weights=False, task_type="CAUSAL_LM"))
     again = learn_factors(model, TcurLoraConfig(r=2, factors="learned"), step, steps=3)
     assert all(torch.equal(tensor, subspace.tensors()[name]) for name, tensor in again.tensors().items())
+
+
+def test_put_back_keeps_what_peft_has_frozen(make_llama: MakeLlama) -> None:
+    """The warm-up of a PeftModel's base leaves the adapters' cores trainable, and disabled adapters enabled."""
+    model = get_peft_model(make_llama(), TcurLoraConfig(r=2, task_type="CAUSAL_LM"))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    learn_factors(model, TcurLoraConfig(r=2, factors="learned"), step, steps=1)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert model.active_adapters == ["default"]
 
 
 def test_the_factors_are_those_of_the_subspace_and_the_core_trains(
@@ -351,51 +358,3 @@ def test_as_a_lora_adapter(make_llama: MakeLlama, options: dict[str, Any], token
     torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=1e-4, atol=1e-5)
     if options["factors"] == "learned" and "stack_by" in options:
         assert loaded.peft_config["default"].r == 2
-
-
-# -- a quantised base -------------------------------------------------------------------------------------------------
-
-
-def square(model: nn.Module) -> Tensor:
-    x = torch.linspace(-1, 1, 3 * WIDTH).view(3, WIDTH).sin()
-    return (model(x) - x.flip(0)).square().sum()
-
-
-@pytest.fixture(params=KINDS)
-def quantised(request: pytest.FixtureRequest) -> Callable[[], nn.Sequential]:
-    return KINDS[request.param]
-
-
-@pytest.mark.parametrize("factors", ["learned", "learned_rows"])
-@pytest.mark.parametrize("save_projection", [True, False])
-def test_on_a_quantised_copy_of_the_base(
-    quantised: Callable[[], nn.Sequential], factors: str, save_projection: bool, tmp_path: Path
-) -> None:
-    config = TcurLoraConfig(r=2, target_modules=["0", "2"], factors=factors, save_projection=save_projection, **OWN)
-    config.subspace = learn_factors(plain(), config, square, steps=6)
-    model = get_peft_model(quantised(), config)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    first = float(square(model).detach())
-    for _ in range(20):
-        optimizer.zero_grad()
-        square(model).backward()
-        optimizer.step()
-    assert float(square(model).detach()) < 0.95 * first
-    model.save_pretrained(tmp_path)
-    x = torch.randn(5, WIDTH)
-    for low_cpu_mem_usage in (True, False):
-        loaded = PeftModel.from_pretrained(
-            quantised(), tmp_path, config=None if save_projection else config, low_cpu_mem_usage=low_cpu_mem_usage
-        )
-        assert torch.equal(loaded.eval()(x), model.eval()(x))
-    with pytest.raises(ValueError, match="is quantised, and its weight cannot train"):
-        learn_factors(quantised(), config, square)
-
-
-def test_put_back_keeps_what_peft_has_frozen(make_llama: MakeLlama) -> None:
-    """The warm-up of a PeftModel's base leaves the adapters' cores trainable, and disabled adapters enabled."""
-    model = get_peft_model(make_llama(), TcurLoraConfig(r=2, task_type="CAUSAL_LM"))
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    learn_factors(model, TcurLoraConfig(r=2, factors="learned"), step, steps=1)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
-    assert model.active_adapters == ["default"]
