@@ -59,8 +59,8 @@ def unpack(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[
         raise ValueError(f"found {len(content)} packed bytes and {len(rest)} more, expected {sum(sizes)}")
     found, at = {name: tensor for name, tensor in tensors.items() if name != PACKED}, 0
     for (name, dtype, shape), size in zip(entries, sizes, strict=True):
-        part = torch.frombuffer(bytearray(content[at : at + size]), dtype=torch.uint8) if size else torch.empty(0)
-        found[name] = part.view(dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+        part = bytearray(content[at : at + size])
+        found[name] = torch.frombuffer(part, dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
         at += size
     return {**metadata, marked[0]: description}, found
 
