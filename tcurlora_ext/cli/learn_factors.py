@@ -39,6 +39,7 @@ def learn_factors(
     seed: Annotated[int, typer.Option(help="Seed of the windows and of a new head.")] = 0,
     data_seed: options.DataSeed = 0,
     device: options.Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")] = False,
 ) -> None:
     """Learn on some cases of a family in which directions an adapter for other cases of it should move the weights.
 
@@ -49,6 +50,8 @@ def learn_factors(
     from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
     from tcurlora_ext.segmentation.terminal import Display
 
+    if output.exists() and not overwrite:  # adapters of its cores alone need the subspace that is in it
+        raise ValueError(f"{output}: the file exists; expected a new one, or --overwrite")
     coupling = {"stack_by": "shape", "transform": "dft"} if coupled else {}
     base = FinetuneSettings(
         data=data[0], pretrained=pretrained, also_train=also_train, batch=batch, network=network, sizes=sizes or {},

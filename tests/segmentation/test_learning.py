@@ -58,6 +58,26 @@ def test_finetune_adapts_over_it_and_its_file_is_the_cores_alone(
     assert any(bool(stack.core.any()) for stack in tcur.stacks(model).values())
 
 
+def test_a_file_that_is_there_is_replaced_only_when_asked_and_a_run_over_it_then_stops(
+    pristine_data: Path, base: Path, subspace: Path, tmp_path: Path
+) -> None:
+    out, before = tmp_path / "run", subspace.read_bytes()
+    words = ("finetune", "--steps", 1, "--method", "head")
+    code, text = command(*words, "--data", pristine_data, "--pretrained", base, "--output", out, "--factors", subspace)
+    assert code == 0, text
+    again = ("learn-factors", "--data", pristine_data, "--pretrained", base, "--output", subspace, "--steps", 1)
+    code, text = command(*again)
+    assert code == 2
+    assert f"{subspace}: the file exists; expected a new one, or --overwrite" in text
+    assert subspace.read_bytes() == before
+    code, text = command(*again, "--rank", 2, "--overwrite")
+    assert code == 0, text
+    code, text = command("finetune", "--resume", out, "--seeds", 2)
+    assert code == 2
+    old, new = (tcur.Subspace.load(p).digest[:12] for p in (out / "tcur-carried/seed0/subspace.safetensors", subspace))
+    assert f"{subspace}: found the subspace {new}, expected {old}, over which {out / 'tcur-carried/seed0'}" in text
+
+
 def test_several_data_sets_take_turns(pristine_data: Path, base: Path, tmp_path: Path) -> None:
     second, path = tmp_path / "second", tmp_path / "family.safetensors"
     shutil.copytree(pristine_data, second)

@@ -60,8 +60,8 @@ class TcurLoraConfig(PeftConfig):
         r: Tubal rank, or (c, r): c columns and r rows of every stack.
         alpha: Multiplies the default scale rule; with 1.0 a step has the length of a step of LoRA. Without effect where
             ``scale`` is a number.
-        target_modules: None: the layers that :func:`tcurlora_ext.inject` adapts by default; else as in PEFT's LoRA:
-            names, ends of names, a regex for the whole name, or ``"all-linear"``.
+        target_modules: None: what :func:`tcurlora_ext.inject` adapts by default, experts included; else as in PEFT's
+            LoRA: names, ends of names, a regex for the whole name, or ``"all-linear"``.
         target_parameters: As in PEFT's LoRA: names, or ends of names, of parameters with all experts of a layer, such
             as ``"mlp.experts.gate_up_proj"``. With these and without ``target_modules``, they alone are adapted.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: As in PEFT's LoRA.

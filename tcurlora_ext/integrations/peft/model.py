@@ -37,8 +37,8 @@ from .stacks import new_stack
 from .targets import (
     base_of,
     check_modules_to_save,
-    default_names,
     find_groups,
+    name_defaults,
     parameter_targets,
     rank_pattern,
     stack_configs,
@@ -112,8 +112,7 @@ class TcurLoraModel(BaseTuner):
             core.requires_grad_(requires_grad)
 
     def _prepare_adapter_config(self, peft_config: TcurLoraConfig, model_config: dict[str, Any]) -> TcurLoraConfig:
-        if peft_config.target_modules is None and not peft_config.target_parameters:
-            peft_config.target_modules = default_names(self.model, peft_config)
+        name_defaults(self.model, peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: TcurLoraConfig, model: nn.Module) -> None:

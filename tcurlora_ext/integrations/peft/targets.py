@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -92,15 +92,55 @@ def default_names(model: nn.Module, config: TcurLoraConfig) -> set[str]:
         raise ValueError(
             f"Please specify `target_modules`: the default adapts none of the modules of {type(model).__name__}{why}"
         )
-    others = [name for name in layers if name not in found]
-    unclear = {role for role in set(found.values()) if not role or any(matches(name, [role]) for name in others)}
-    whole = sorted(name for name, role in found.items() if role in unclear)
+    whole, roles = _short_names(found, layers)
     if whole and (config.layers_to_transform is not None or config.layer_replication is not None):
         raise ValueError(
             "set `target_modules`: layers_to_transform and layer_replication need names that are those of one layer in "
             f"each block, which the default has not found for {', '.join(whole[:4])}"
         )
-    return {*whole, *found.values()} - unclear
+    return {*whole, *roles}
+
+
+def _short_names(found: Mapping[str, str], names: Iterable[str]) -> tuple[list[str], set[str]]:
+    """What names these modules and no other: whole names where a role does not, and the roles of all others.
+
+    Args:
+        found: The roles of the modules, by their names.
+        names: Of all modules.
+    """
+    others = [name for name in names if name not in found]
+    unclear = {role for role in set(found.values()) if not role or any(matches(name, [role]) for name in others)}
+    return sorted(name for name, role in found.items() if role in unclear), set(found.values()) - unclear
+
+
+def default_experts(model: nn.Module, config: TcurLoraConfig) -> list[str]:
+    """The entries of ``target_parameters`` for the experts adapted by default; :func:`default_names` has the modules.
+
+    With options that hold for modules of some blocks alone there are none; a warning says so.
+    """
+    held = _held_parameters(model)
+    experts = {name: base for name, base in held.items() if isinstance(base, HeldExperts)}
+    reasons = left_out_by_default(experts, model, max(pair_of(config.r)))
+    found = {name: Target(name, experts[name]).role for name, reason in reasons.items() if not reason}
+    left_out = config.exclude_modules or ()
+    left_out = left_out if isinstance(left_out, str) else sorted(left_out)
+    found = {name: role for name, role in found.items() if not matches(name, left_out)}
+    for option in ("layers_to_transform", "layer_replication"):
+        if found and getattr(config, option) is not None:
+            warnings.warn(
+                f"{option} holds for modules alone: the experts in {next(iter(found))} and {len(found) - 1} more "
+                "parameters are not adapted; name them in target_parameters",
+                stacklevel=2,
+            )
+            return []
+    whole, roles = _short_names(found, held)
+    return [*whole, *sorted(roles)]
+
+
+def _held_parameters(model: nn.Module) -> dict[str, HeldParameter]:
+    """The parameters in the place of layers, by name, without PEFT's layers around them."""
+    named = ((name, base_of(module)) for name, module in named_layers(model) if not name.endswith(".base_layer"))
+    return {name: base for name, base in named if isinstance(base, HeldParameter)}
 
 
 def _made_anew(layer: nn.Module) -> str:
@@ -135,11 +175,7 @@ def parameter_targets(model: nn.Module, config: TcurLoraConfig) -> list[Target]:
 
     Raises ValueError for an entry that names no parameter with all experts of a layer.
     """
-    every: dict[str, nn.Module] = {}
-    for name, module in named_layers(model):
-        base = base_of(module)
-        if isinstance(base, HeldParameter) and not name.endswith(".base_layer"):
-            every[name] = base
+    every = _held_parameters(model)
     entries = config.target_parameters or []
     for entry in entries:
         named = [name for name in every if matches(name, [entry])]
@@ -201,14 +237,23 @@ def _leave_out(model: nn.Module, config: TcurLoraConfig) -> None:
 
 
 def with_names(config: TcurLoraConfig, model: nn.Module) -> TcurLoraConfig:
-    """A copy of a configuration whose ``target_modules`` are given, for what finds them before an adapter is added.
+    """A copy of a configuration whose targets are given, for what finds them before an adapter is added.
 
     Raises ValueError where the default matches no module.
     """
     config = copy.copy(config)
-    if config.target_modules is None:
-        config.target_modules = default_names(model, config)
+    name_defaults(model, config)
     return config
+
+
+def name_defaults(model: nn.Module, config: TcurLoraConfig) -> None:
+    """Name in a configuration without targets what :func:`tcurlora_ext.inject` adapts by default.
+
+    Raises ValueError as :func:`default_names` does.
+    """
+    if config.target_modules is None and not config.target_parameters:
+        config.target_modules = default_names(model, config)
+        config.target_parameters = default_experts(model, config) or None
 
 
 def find_groups(model: nn.Module, config: TcurLoraConfig) -> dict[str, list[Target]]:

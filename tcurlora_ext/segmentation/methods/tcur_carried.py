@@ -20,6 +20,12 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
     config = replace(subspace.config, rank=rank, alpha=METHOD.option(options, "alpha"), seed=options.seed)
     inject(model, config, spec, options, subspace=subspace)
     if task is not None:  # beside the adapter, which names it by its digest
+        for known in sorted(task.folder.parent.glob(f"seed*/{SUBSPACE}")):  # of seeds that ran before
+            if (digest := tcur.Subspace.load(known).digest) != subspace.digest:
+                raise ValueError(
+                    f"{METHOD.option(options, 'factors')}: found the subspace {subspace.digest[:12]}, expected "
+                    f"{digest[:12]}, over which {known.parent} was trained"
+                )
         task.folder.mkdir(parents=True, exist_ok=True)
         subspace.save(task.folder / SUBSPACE)
 

@@ -68,6 +68,29 @@ def test_named_parameters_are_adapted_as_inject_adapts_them(kind: str, transform
     assert [type(module) for module in merged.modules()] == [type(module) for module in plain.modules()]
 
 
+def test_the_default_adapts_the_experts_that_inject_adapts(tmp_path: Path) -> None:
+    plain = network()
+    model = get_peft_model(copy.deepcopy(plain), TcurLoraConfig(r=2)).eval()
+    config = model.peft_config["default"]
+    assert config.target_parameters == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    by_inject = tcur.inject(copy.deepcopy(plain), tcur.TCURConfig(rank=2))
+    trained = {name for stack in tcur.stacks(by_inject).values() for name in stack.names}
+    assert {name for stack in model.base_model.stacks("default").values() for name in stack.names} == trained
+    fill(model)
+    y = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)(IDS).logits, y)
+
+
+def test_the_default_leaves_experts_out_where_they_are_excluded_or_an_option_cannot_hold_for_them() -> None:
+    model = get_peft_model(network(), TcurLoraConfig(r=2, exclude_modules=["experts.down_proj"]))
+    assert model.peft_config["default"].target_parameters == ["mlp.experts.gate_up_proj"]
+    with pytest.warns(UserWarning, match="layers_to_transform holds for modules alone: the experts in model.layers.0"):
+        model = get_peft_model(network(), TcurLoraConfig(r=2, layers_to_transform=[1]))
+    assert model.peft_config["default"].target_parameters is None
+    assert all("attn" in name for stack in model.base_model.stacks("default").values() for name in stack.names)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("transform", ["dft", "identity"])
 def test_two_adapters_add_up(implementation: str, transform: str) -> None:
