@@ -30,22 +30,24 @@ from tcurlora_ext.adapter.model.structure import (
 from tcurlora_ext.adapter.model.support import reason_against
 from tcurlora_ext.adapter.model.targets import Target, stacked_weights
 from tcurlora_ext.adapter.stack import TCURStack
-from tcurlora_ext.adapter.subspace import Subspace
+from tcurlora_ext.adapter.subspace import Subspace, opened
 from tcurlora_ext.maths.fingerprint import fingerprint, mismatch
 from tcurlora_ext.maths.selection import Selection
 
 from .format import AdapterFile, read_adapter
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], subspace: Subspace | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], subspace: Subspace | str | os.PathLike[str] | None = None
+) -> nn.Module:
     """Load an adapter file onto a model, in place. No code from the file is run.
 
     Args:
         model: A model without adapter, which is then adapted as the file says; or a model adapted with the same
             stacks, which then gets the file's values and options; or a module around such a model.
         path: A file written by :func:`save_adapter`, or its folder.
-        subspace: That of the adapter's learned factors, where the file does not hold it and the model is not adapted
-            over it.
+        subspace: That of the adapter's learned factors, or the path of its file, where the adapter's file does not
+            hold it and the model is not adapted over it.
 
     Returns:
         The model itself.
@@ -58,7 +60,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], subspace: Subsp
             the model is sharded over processes; or a lazy layer has seen no input. Nothing is changed.
     """
     whole, adapted = model, find_adapted(model)
-    file = read_adapter(path, (subspace, None if adapted is None else adapted.container.subspace))
+    file = read_adapter(path, (opened(subspace), None if adapted is None else adapted.container.subspace))
     model = unwrapped(model)
     if adapted is not None:
         model = adapted.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +17,7 @@ from tcurlora_ext.adapter.layer.quantised import is_quantised
 from tcurlora_ext.adapter.options import Rank, StackOptions, pair_of
 from tcurlora_ext.adapter.stack import TCURStack
 from tcurlora_ext.adapter.stack.factors import LearnedFactors
-from tcurlora_ext.adapter.subspace import Subspace
+from tcurlora_ext.adapter.subspace import Subspace, opened
 
 from .calibration import stack_inputs
 from .coverage import coverage
@@ -42,7 +43,7 @@ def inject(
     model: nn.Module,
     config: TCURConfig | None = None,
     calibration: Mapping[str, Tensor] | None = None,
-    subspace: Subspace | None = None,
+    subspace: Subspace | str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Adapt a model in place: all its parameters are frozen, and one core per stack is added, which trains.
 
@@ -57,7 +58,7 @@ def inject(
         config: By default that of the subspace; without one ``TCURConfig()``: the paper's selection at rank 8, in the
             linear layers of the blocks that the model repeats, or where there are none in the convolutions.
         calibration: The result of :func:`calibrate`; required by ``selection="activation"``, refused by other rules.
-        subspace: Learned factors, of :func:`learn_factors` or :meth:`Subspace.load`; required by a configuration whose
+        subspace: Learned factors, of :func:`learn_factors`, or the path of a file; required by a configuration whose
             ``factors`` are not ``"weights"``, refused by others. The rank may be lower than that which was learned.
 
     Returns:
@@ -75,6 +76,7 @@ def inject(
         UserWarning: ``target_modules`` also match modules of other kinds, which are left out; or an entry of
             a list names nothing that can be adapted.
     """
+    subspace = opened(subspace)
     config = config or (TCURConfig() if subspace is None else subspace.config)
     refuse_sharded(model, "call inject(model) before it is sharded")
     refuse_adapted(model)

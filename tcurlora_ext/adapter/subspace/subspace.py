@@ -211,6 +211,11 @@ class Subspace:
         return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 
+def opened(subspace: Subspace | str | os.PathLike[str] | None) -> Subspace | None:
+    """A subspace, given as such, by the path of its file, or not at all. Raises as :meth:`Subspace.load`."""
+    return Subspace.load(subspace) if isinstance(subspace, (str, os.PathLike)) else subspace
+
+
 def require_whole(subspace: Subspace) -> None:
     """Raise ValueError where the coded directions of a stack are not of the size that its description says."""
     name = ""

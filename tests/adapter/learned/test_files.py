@@ -46,6 +46,17 @@ def test_a_file_gives_the_same_output(
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_a_subspace_by_the_path_of_its_file(
+    network: nn.Module, base: nn.Module, subspace: tcur.Subspace, train: Callable[..., Any], x: Tensor, tmp_path: Path
+) -> None:
+    family = subspace.save(tmp_path / "family.safetensors")
+    model = train(tcur.inject(network, subspace=str(family)))
+    path = tcur.save_adapter(model, tmp_path / "adapter.safetensors", include_subspace=False)
+    assert torch.equal(tcur.load_adapter(base, path, family)(x), model(x))
+    with pytest.raises(FileNotFoundError, match="nothing: no such file of a subspace"):
+        tcur.load_adapter(base, path, "nothing")
+
+
 def test_a_file_that_is_not_packed_as_earlier_ones_were_loads_too(
     network: nn.Module, base: nn.Module, subspace: tcur.Subspace, train: Callable[..., Any], x: Tensor, tmp_path: Path
 ) -> None:
