@@ -103,7 +103,7 @@ GROUPS = (
 
 
 def learn_subspaces(setting: Setting, data: Path, work: Path, folder: Path, steps: int, display: Display) -> None:
-    """Learn what the group "carried" takes: on 19 other subjects, five others, one label, and synthetic images."""
+    """Learn what the group "carried" takes: on 16 other subjects, five others, one label, and synthetic images."""
     part = "anterior"
     cases = {
         "others": setting.others, "five": setting.choice,

@@ -66,7 +66,7 @@ class Setting:
 
 
 def hippocampus_setting(work: Path, maps: Path, data: Path, display: Display, network: str = "vit") -> Setting:
-    """Five subjects, 48 validation volumes; 19 other subjects; and five more with 24 volumes to choose on."""
+    """Five subjects, 48 validation volumes; 16 other subjects; and five more with 24 volumes to choose on."""
     base, target = prepare(maps, data, work, 600, display, network)
     path = target / "splits.json"
     splits = read_json(path)
