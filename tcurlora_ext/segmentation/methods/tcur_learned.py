@@ -13,14 +13,14 @@ from tcurlora_ext.maths.coding import CODED_BITS
 from tcurlora_ext.segmentation.networks import NetworkSpec
 from tcurlora_ext.segmentation.training import loss_step
 
-from .base import Method, MethodOptions, Task
+from .base import Method, MethodOptions, Task, Unset
 from .tcur import SUBSPACE, inject, load, prefixes_beside, save
 
 
 def learned_config(options: MethodOptions, method: Method) -> tcur.TCURConfig:
     """The configuration of an adapter over learned factors, with a method's own options."""
     return tcur.TCURConfig.preset(
-        "learned", rank=method.option(options, "rank"), alpha=method.option(options, "alpha"),
+        "learned", rank=method.option(options, "rank", options.rank), alpha=method.option(options, "alpha"),
         factors="learned_rows" if method.option(options, "rows_only") else "learned", seed=options.seed,
     )  # fmt: skip
 
@@ -62,6 +62,6 @@ def _warm_up(options: MethodOptions) -> int:
 
 METHOD = Method(
     "tcur-learned", "tCUR over learned factors", _prepare, 1e-2, save, load, "#a50f15", adapter=True,
-    options={"rank": 8, "alpha": 1.0, "bits": CODED_BITS, "warm_up": warmup.STEPS, "rows_only": False,
+    options={"rank": Unset(int), "alpha": 1.0, "bits": CODED_BITS, "warm_up": warmup.STEPS, "rows_only": False,
              "change": ""}, warm_up=_warm_up, check=_check, standard=True, merge=tcur.merge,
 )  # fmt: skip
