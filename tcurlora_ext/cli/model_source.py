@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tcurlora_ext.io.tensors import match_names, not_finite, read_weights
-from tcurlora_ext.segmentation.networks import NETWORKS, NetworkConfig, build_network
+from tcurlora_ext.segmentation.networks import NETWORKS, NetworkConfig, build_network, check_network
 
 # Channels, classes and window of a preset where --kwargs has no others.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,12 +41,14 @@ def build_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         ValueError, OSError: There is no such model; the message says what was expected.
     """
     if name in PRESETS:
-        return _on_meta(lambda: build_network(_preset(name, kwargs)))
+        config = _preset(name, kwargs)
+        check_network(config)
+        return _constructed(name, kwargs, lambda: build_network(config))
     if Path(name).exists():
         return _transformers_model(Path(name), kwargs)
     if ":" in name:
         function = _function(name, kwargs)
-        model = _on_meta(lambda: function(**kwargs))
+        model = _constructed(name, kwargs, lambda: function(**kwargs))
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name} returned a {type(model).__name__}, expected a torch.nn.Module")
         return model
@@ -108,6 +110,18 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
+def _constructed(name: str, kwargs: Mapping[str, Any], build: Any) -> Any:
+    """What `build` makes on the meta device; ValueError, which names the model, where its constructor fails."""
+    try:
+        return _on_meta(build)
+    except (ModuleNotFoundError, OSError):
+        raise  # a package or a file is missing, which the message says
+    except Exception as error:  # constructors have no common base for what they refuse
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        given = f" with {dict(kwargs)}" if kwargs else ""
+        raise ValueError(f"{name}: the model cannot be built{given} ({reason})") from error
+
+
 def _on_meta(build: Any) -> Any:
     try:
         with torch.device("meta"):
@@ -158,7 +172,7 @@ def _transformers_model(path: Path, kwargs: Mapping[str, Any]) -> nn.Module:
     architectures = getattr(config, "architectures", None) or [""]
     kind = getattr(transformers, architectures[0], None)
     build = transformers.AutoModel.from_config if kind is None else kind._from_config
-    return _on_meta(lambda: build(config))
+    return _constructed(str(file), kwargs, lambda: build(config))
 
 
 def _function(name: str, kwargs: Mapping[str, Any]) -> Any:
