@@ -6,6 +6,7 @@ tensors. Of an encoder alone, everything after it starts at random. What was tak
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from tcurlora_ext.segmentation.networks.building import (
     NetworkSpec,
     build_network,
     check_network,
+    complete_sizes,
     get_spec,
     has_prefix,
     load_weights,
@@ -109,7 +111,8 @@ def open_base(path: Path, wanted: Wanted) -> Base:
 
     Raises:
         FileNotFoundError: There is no such file or bundle.
-        ValueError: The file cannot be read, the network cannot be told, or the weights do not fit it.
+        ValueError: The file cannot be read, the network cannot be told, sizes are given that `network.json` has
+            otherwise, or the weights do not fit the network.
     """
     source = _identify(path, wanted)
     config, form = source.config, source.form
@@ -141,7 +144,9 @@ def _identify(path: Path, wanted: Wanted) -> _Source:
     tensors = read_weights(file)
     beside = file.parent / "network.json"
     if wanted.network is None and bundle is None and beside.is_file():
-        return _Source(file, tensors, NetworkConfig.read(beside), None, [], [])
+        config = NetworkConfig.read(beside)
+        _check_sizes(beside, config, wanted.sizes)
+        return _Source(file, tensors, config, None, [], [])
     if bundle is not None and wanted.network not in (bundle.network, None):
         raise ValueError(f"network: found '{wanted.network}', expected {bundle.network} as {path} has it")
     bare = {unwrapped(name): tensor for name, tensor in tensors.items()}
@@ -156,6 +161,15 @@ def _identify(path: Path, wanted: Wanted) -> _Source:
     return _Source(
         file, tensors, config, form, outside, [*([bundle.title] if bundle else []), *converted, *told]
     )  # fmt: skip
+
+
+def _check_sizes(file: Path, config: NetworkConfig, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where sizes are given that `network.json` has otherwise."""
+    own, wanted = (complete_sizes(get_spec(config.network), sizes) for sizes in (config.sizes, given))
+    other = [name for name in given if json.dumps(wanted[name]) != json.dumps(own[name])]  # a tuple is as its list
+    if other:
+        found, expected = (", ".join(f"{name} {sizes[name]}" for name in other) for sizes in (wanted, own))
+        raise ValueError(f"sizes: found {found}, expected {expected} as {file} has it for the weights, or none")
 
 
 def base_warnings(out: Path) -> list[str]:
