@@ -69,12 +69,14 @@ def load_model(name: str, kwargs: Mapping[str, Any], weights: Path) -> nn.Module
     """The model with the weights of a safetensors file or of all such files in a folder, on the CPU, in their dtype.
 
     Every parameter needs a tensor and every tensor a parameter. Of weights that are tied in the model, one is enough.
+    A preset has the sizes of `network.json` beside the weights, where that is of the same network; `kwargs` go over
+    them.
 
     Raises:
         ValueError, OSError: Of :func:`build_model`; or the weights do not fit, with the names that differ; or a
             parameter is NaN or infinite.
     """
-    model = build_model(name, kwargs)
+    model = build_model(name, {**_beside(name, weights), **kwargs})
     tensors: dict[str, torch.Tensor] = {}
     for file in _weight_files(weights):
         tensors |= read_weights(file)
@@ -99,6 +101,19 @@ def load_model(name: str, kwargs: Mapping[str, Any], weights: Path) -> nn.Module
     if broken := not_finite(dict(model.named_parameters())):
         raise ValueError(f"{weights}: found NaN or infinite values in {', '.join(broken[:4])}, expected finite weights")
     return model.eval()
+
+
+def _beside(name: str, weights: Path) -> dict[str, Any]:
+    """The sizes of a preset that `network.json` beside its weights has; none without one of the same network."""
+    file = (weights if weights.is_dir() else weights.parent) / "network.json"
+    if name not in PRESETS or not file.is_file():
+        return {}
+    config = NetworkConfig.read(file)
+    if config.network != name:
+        return {}
+    return {
+        **config.sizes, "in_channels": config.in_channels, "out_channels": config.out_channels, "roi": config.roi
+    }  # fmt: skip
 
 
 def _weight_files(path: Path) -> list[Path]:
