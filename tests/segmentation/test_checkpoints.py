@@ -109,6 +109,21 @@ def test_sizes_that_network_json_has_otherwise_are_refused(base: Path, settings:
     assert open_base(tmp_path / "base.safetensors", wanted(sizes={"filters": (4, 4, 4, 4)})).said == ()
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_another_window_than_that_of_the_base_is_named(beside: bool, base: Path, settings: Any, tmp_path: Path) -> None:
+    path = base
+    if not beside:
+        path = tmp_path / "base.safetensors"
+        path.write_bytes(base.read_bytes())
+    given = settings(pretrained=path, roi=(32, 32, 32), sizes={"num_heads": 2})
+    message = r"position_embeddings is \(1, 64, 16\), .*; roi: found 32x32x32, expected 16x16x16, with which the base"
+    with pytest.raises(ValueError, match=message):
+        finetune(given, tmp_path / "run")
+    with pytest.raises(ValueError, match="weights do not fit") as raised:
+        open_base(path, wanted(network="unetr", roi=(32, 32, 32), sizes={"num_heads": 2}))
+    assert "expected 16x16x16" not in str(raised.value)
+
+
 # -- encoders alone ---------------------------------------------------------------------------------------------------
 
 
