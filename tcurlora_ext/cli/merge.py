@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tcurlora_ext.cli import options
-from tcurlora_ext.io.table import rich_table, terminal
+from tcurlora_ext.io.table import file_size, rich_table, terminal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,8 +54,8 @@ def merge(
         title, (state, losses) = adapted.title, merged_state(adapted.require_adapter(), dtype)
         _show(losses, name)
     write_bytes(output, safetensors.torch.save(state, {"format": "pt"}))
-    size = output.stat().st_size / 2**20
-    typer.echo(f"{title}: merged in {name}, {len(state)} tensors, {size:,.1f} MiB written to {output}")
+    size = file_size(output.stat().st_size)
+    typer.echo(f"{title}: merged in {name}, {len(state)} tensors, {size} written to {output}")
 
 
 def folded_state(run: Path, method: str, seed: int, dtype: Dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
