@@ -91,7 +91,10 @@ def inspect(
 def _show_directions(subspace: Subspace, found: list[DirectionsInspection], shown: Console) -> None:
     """The table of a subspace: a line for each stack."""
     shown.print(f"\n{subspace}", highlight=False, soft_wrap=True)
-    about = ", ".join(f"{name} {value}" for name, value in subspace.about.items())
+    about = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in subspace.about.items()
+    )
     shown.print(f"{about}\n", highlight=False, markup=False, soft_wrap=True)
     lines, angles = [], any(one.left_cosines for one in found)
     for one in found:
@@ -122,9 +125,10 @@ def _show(one: StackInspection, shown: Console) -> None:
     c, r = one.rank
     slices = f"{len(one.names)} slices" if len(one.names) > 1 else "1 slice"
     shape = "" if base is None else f" of {base.shape[0]} x {base.shape[1]}"
+    features = f"selection {one.selection}" if one.columns or one.rows else "learned factors"
     shown.print(
         f"\nstack {one.name}: {slices}{shape}, rank (c, r) = ({c}, {r}), {one.transform}, "
-        f"selection {one.selection}, scale {one.scale:.4g}", highlight=False, soft_wrap=True,
+        f"{features}, scale {one.scale:.4g}", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
     if one.columns or one.rows:

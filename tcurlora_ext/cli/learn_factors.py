@@ -59,4 +59,8 @@ def learn_factors(
         fold=fold, map_labels=map_labels, data_seed=data_seed, device=device,
     )  # fmt: skip
     config = tcur.TCURConfig.preset("learned", rank=rank, **coupling)
-    learn(LearnSettings(base, config, steps, lr, bits, seed, tuple(data[1:])), output, Display(terminal()))
+    try:
+        learn(LearnSettings(base, config, steps, lr, bits, seed, tuple(data[1:])), output, Display(terminal()))
+    except KeyboardInterrupt:  # the file is written last, whole or not at all
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tcurlora_ext.cli import options
-from tcurlora_ext.io.table import rich_table, terminal
+from tcurlora_ext.io.table import file_size, rich_table, terminal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,23 +46,31 @@ def merge(
         raise ValueError(f"{output}: the file exists; expected a new one, or --overwrite")
     name = str(dtype).removeprefix("torch.")
     if method is not None and (source / "network.json").is_file() and not is_tcur(method):
-        title, state = f"{source}, {method}, seed {seed}", folded_state(source, method, seed, dtype)
+        title, (state, lost) = f"{source}, {method}, seed {seed}", folded_state(source, method, seed, dtype)
+        if lost:
+            _show({method: lost}, name, "method", "tensor")
     else:
         adapted = open_adapted(source, method, seed, model, kwargs or {}, weights, subspace)
         title, (state, losses) = adapted.title, merged_state(adapted.require_adapter(), dtype)
         _show(losses, name)
     write_bytes(output, safetensors.torch.save(state, {"format": "pt"}))
-    size = output.stat().st_size / 2**20
-    typer.echo(f"{title}: merged in {name}, {len(state)} tensors, {size:,.1f} MiB written to {output}")
+    size = file_size(output.stat().st_size)
+    typer.echo(f"{title}: merged in {name}, {len(state)} tensors, {size} written to {output}")
 
 
-def folded_state(run: Path, method: str, seed: int, dtype: Dtype) -> dict[str, Tensor]:
-    """The state of the plain network with what another method than tCUR has learned, by the names of the base.
+def folded_state(run: Path, method: str, seed: int, dtype: Dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The state of the plain network with what another method than tCUR has learned, and the rounding loss.
+
+    The method is folded in float64 and rounded once.
 
     Args:
         run: The run folder.
         method, seed: Which adapter of it.
         dtype: Of all floating-point tensors in the state.
+
+    Returns:
+        The tensors by the names of the base, on the CPU; and of each that the method changed the loss, as for
+        `merged_state`.
 
     Raises:
         ValueError: The method computes something that no weights of the plain network do; or as for `merged_state`.
@@ -70,14 +78,19 @@ def folded_state(run: Path, method: str, seed: int, dtype: Dtype) -> dict[str, T
     from tcurlora_ext.segmentation.methods import METHODS, base_name
     from tcurlora_ext.segmentation.runs.network import load_adapted, load_base
 
-    network = load_adapted(run, method, seed)
+    network = load_adapted(run, method, seed).double()
     fold = METHODS[base_name(method)].merge
     if fold is not None:
         fold(network)
-    state, expected = network.state_dict(), load_base(run).state_dict()
-    if set(state) != set(expected):
+    state, base = network.state_dict(), load_base(run).state_dict()
+    if set(state) != set(base):
         raise ValueError(f"method: {method} adds layers that no weights of the plain network replace, expected another")
-    return finite_state(state, dtype)
+    merged, losses = finite_state(state, dtype), {}
+    for name, value in state.items():
+        delta = value.double() - base[name]
+        if value.is_floating_point() and (norm := delta.norm()) > 0:
+            losses[name] = float((merged[name].double() - base[name] - delta).norm() / norm)
+    return merged, losses
 
 
 def finite_state(state: Mapping[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
@@ -127,7 +140,7 @@ def merged_state(model: nn.Module, dtype: Dtype) -> tuple[dict[str, Tensor], dic
     return finite_state(state, dtype), losses
 
 
-def _show(losses: dict[str, dict[str, float]], dtype: str) -> None:
+def _show(losses: dict[str, dict[str, float]], dtype: str, group: str = "stack", one: str = "layer") -> None:
     from tcurlora_ext.adapter.model.merge import ROUNDING_WARNING
 
     rows = []
@@ -135,11 +148,11 @@ def _show(losses: dict[str, dict[str, float]], dtype: str) -> None:
         worst = max(layers, key=lambda layer: layers[layer])
         mean = sum(layers.values()) / len(layers)
         rows.append([name, str(len(layers)), f"{mean:.3g}", f"{layers[worst]:.3g}", worst])
-    header = ("stack", "layers", "rounding loss, mean", "largest", "in layer")
+    header = (group, f"{one}s", "rounding loss, mean", "largest", f"in {one}")
     terminal().print(rich_table(header, rows, left=(0, 4)))
     largest = max(loss for layers in losses.values() for loss in layers.values())
     if largest > ROUNDING_WARNING:
         typer.echo(
-            f"warning: rounding to {dtype} changed a layer's dW by up to {largest:.0%} of its norm; float32 keeps it",
+            f"warning: rounding to {dtype} changed a {one}'s dW by up to {largest:.0%} of its norm; float32 keeps it",
             err=True,
         )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tcurlora_ext.io.tensors import match_names, not_finite, read_weights
-from tcurlora_ext.segmentation.networks import NETWORKS, NetworkConfig, build_network
+from tcurlora_ext.segmentation.networks import NETWORKS, NetworkConfig, build_network, check_network
 
 # Channels, classes and window of a preset where --kwargs has no others.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,12 +41,14 @@ def build_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         ValueError, OSError: There is no such model; the message says what was expected.
     """
     if name in PRESETS:
-        return _on_meta(lambda: build_network(_preset(name, kwargs)))
+        config = _preset(name, kwargs)
+        check_network(config)
+        return _constructed(name, kwargs, lambda: build_network(config))
     if Path(name).exists():
         return _transformers_model(Path(name), kwargs)
     if ":" in name:
         function = _function(name, kwargs)
-        model = _on_meta(lambda: function(**kwargs))
+        model = _constructed(name, kwargs, lambda: function(**kwargs))
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: {name} returned a {type(model).__name__}, expected a torch.nn.Module")
         return model
@@ -67,12 +69,14 @@ def load_model(name: str, kwargs: Mapping[str, Any], weights: Path) -> nn.Module
     """The model with the weights of a safetensors file or of all such files in a folder, on the CPU, in their dtype.
 
     Every parameter needs a tensor and every tensor a parameter. Of weights that are tied in the model, one is enough.
+    A preset has the sizes of `network.json` beside the weights, where that is of the same network; `kwargs` go over
+    them.
 
     Raises:
         ValueError, OSError: Of :func:`build_model`; or the weights do not fit, with the names that differ; or a
             parameter is NaN or infinite.
     """
-    model = build_model(name, kwargs)
+    model = build_model(name, {**_beside(name, weights), **kwargs})
     tensors: dict[str, torch.Tensor] = {}
     for file in _weight_files(weights):
         tensors |= read_weights(file)
@@ -99,6 +103,19 @@ def load_model(name: str, kwargs: Mapping[str, Any], weights: Path) -> nn.Module
     return model.eval()
 
 
+def _beside(name: str, weights: Path) -> dict[str, Any]:
+    """The sizes of a preset that `network.json` beside its weights has; none without one of the same network."""
+    file = (weights if weights.is_dir() else weights.parent) / "network.json"
+    if name not in PRESETS or not file.is_file():
+        return {}
+    config = NetworkConfig.read(file)
+    if config.network != name:
+        return {}
+    return {
+        **config.sizes, "in_channels": config.in_channels, "out_channels": config.out_channels, "roi": config.roi
+    }  # fmt: skip
+
+
 def _weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
@@ -106,6 +123,18 @@ def _weight_files(path: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{path}: found no *.safetensors in this folder, expected the base weights")
     return files
+
+
+def _constructed(name: str, kwargs: Mapping[str, Any], build: Any) -> Any:
+    """What `build` makes on the meta device; ValueError, which names the model, where its constructor fails."""
+    try:
+        return _on_meta(build)
+    except (ModuleNotFoundError, OSError):
+        raise  # a package or a file is missing, which the message says
+    except Exception as error:  # constructors have no common base for what they refuse
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        given = f" with {dict(kwargs)}" if kwargs else ""
+        raise ValueError(f"{name}: the model cannot be built{given} ({reason})") from error
 
 
 def _on_meta(build: Any) -> Any:
@@ -158,7 +187,7 @@ def _transformers_model(path: Path, kwargs: Mapping[str, Any]) -> nn.Module:
     architectures = getattr(config, "architectures", None) or [""]
     kind = getattr(transformers, architectures[0], None)
     build = transformers.AutoModel.from_config if kind is None else kind._from_config
-    return _on_meta(lambda: build(config))
+    return _constructed(str(file), kwargs, lambda: build(config))
 
 
 def _function(name: str, kwargs: Mapping[str, Any]) -> Any:

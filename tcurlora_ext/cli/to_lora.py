@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tcurlora_ext.cli import options
+from tcurlora_ext.io.table import file_size
 
 
 def to_lora(
@@ -42,8 +43,8 @@ def to_lora(
     network = adapted.require_adapter()
     to_lora(network, output, max_rank, beside=beside)
     config = json.loads((output / CONFIG).read_text())
-    size = (output / WEIGHTS).stat().st_size / 2**20
-    typer.echo(f"{adapted.title}: LoRA adapter of rank {config['r']}, {size:,.1f} MiB written to {output}")
+    size = file_size((output / WEIGHTS).stat().st_size)
+    typer.echo(f"{adapted.title}: LoRA adapter of rank {config['r']}, {size} written to {output}")
     if beside is not None:
         typer.echo(f"what was trained beside the cores, for the base to load first: {beside}")
     if config["modules_to_save"]:

@@ -44,6 +44,11 @@ def rich_table(
     return table
 
 
+def file_size(count: int) -> str:
+    """A number of bytes in MB, or in KB below 1 MB."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} KB"
+
+
 def shortened(text: str, width: int) -> str:
     """A text of at most ``width`` characters, cut in its middle: the ends of names tell them apart."""
     if len(text) <= width:

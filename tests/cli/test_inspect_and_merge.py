@@ -290,6 +290,27 @@ def test_merge_folds_other_methods(method: str, options: dict[str, float], run: 
         torch.testing.assert_close(plain(image), expected.eval()(image), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "low", "high"), [("float32", 1e-9, 1e-5), ("bfloat16", 1e-3, 1)])
+def test_merge_reports_the_rounding_of_other_methods(
+    dtype: str, low: float, high: float, run: Run, tmp_path: Path
+) -> None:
+    adapted, base = saved(run, "lora", {"rank": 2}).double(), run_module.load_base(run.folder).state_dict()
+    done = call("merge", run.folder, "--method", "lora", "--dtype", dtype, "--output", tmp_path / "m.safetensors")
+    assert done.exit_code == 0, done.output
+    assert "in tensor" in done.output
+    methods.METHODS["lora"].merge(adapted)
+    merged, losses = load_file(tmp_path / "m.safetensors"), {}
+    for name, value in adapted.state_dict().items():
+        if not torch.equal(value, base[name].double()):
+            assert torch.equal(merged[name], value.to(merged[name].dtype))
+            losses[name] = float((merged[name].double() - value).norm() / (value - base[name]).norm())
+    (line,) = (line.split() for line in done.output.splitlines() if line.strip().startswith("lora "))
+    assert line[1] == str(len(losses))
+    assert low < float(line[3]) < high
+    assert float(line[3]) == pytest.approx(max(losses.values()), rel=1e-2)
+    assert losses[line[4]] == max(losses.values())
+
+
 def test_merge_names_a_method_that_does_not_fold(run: Run, tmp_path: Path) -> None:
     saved(run, "adapter", {"width": 2})
     done = call("merge", run.folder, "--method", "adapter", "--output", tmp_path / "m.safetensors")

@@ -83,6 +83,8 @@ def test_inspect_a_subspace(made: Made) -> None:
     assert done.exit_code == 0, done.output
     assert f"subspace {made.subspace.digest[:12]}, in 2 bits, 2 stacks" in done.output
     assert "a warm-up of the whole weights, steps 4" in done.output
+    losses = [made.subspace.about[f"{name} loss"] for name in ("first", "last")]
+    assert "tasks 1, parts 1, first loss {:.4g}, last loss {:.4g}\n".format(*losses) in done.output
     assert "layers.1.mlp.fc1" in done.output
     assert "cosine" not in done.output
     content = written(made.folder / "out")
@@ -101,6 +103,8 @@ def test_inspect_adapters_over_one(made: Made) -> None:
     alone = call("inspect", "whole.safetensors", "--output", "alone")
     assert alone.exit_code == 0, alone.output
     assert "input feature" not in alone.output
+    assert "identity, learned factors, scale " in alone.output
+    assert "selection" not in alone.output
     assert f"subspace {made.subspace.digest[:12]}" in alone.output
     assert not list((made.folder / "alone").glob("*_scores.png"))
     for name, more in (("whole", []), ("cores", ["--subspace", "subspace.safetensors"])):

@@ -30,6 +30,7 @@ class Mixed(nn.Module):
         self.lm_head = nn.Linear(8, 8)
 
 def not_a_model(): return 3
+def broken(): raise RuntimeError("no\\nmodel")
 value = 5
 """
 
@@ -208,6 +209,11 @@ WRONG = {
     "no function": (["own_networks:value"], "own_networks has no function or class 'value'"),
     "wrong arguments": (["own_networks:Net", "--kwargs", '{"size": 1}'], "kwargs: own_networks:Net does not take"),
     "no model": (["own_networks:not_a_model"], "own_networks:not_a_model returned a int, expected a torch.nn.Module"),
+    "constructor": (
+        ["own_networks:broken"],
+        "error: own_networks:broken: the model cannot be built (RuntimeError: no model)\n",
+    ),
+    "constructor of a preset": (["vit", "--kwargs", '{"num_layers": "x"}'], "vit: the model cannot be built with {"),
 }
 
 
@@ -232,6 +238,19 @@ def test_a_damaged_transformers_configuration(content: str, tmp_path: Path) -> N
     done = run(str(tmp_path))
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith(f"error: {tmp_path / 'config.json'}: found no transformers configuration")
+
+
+def test_a_configuration_that_no_model_can_be_built_from(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": 60}))
+    done = run(str(tmp_path))
+    assert done.exit_code == 2, done.output
+    assert done.stderr == (
+        f"error: {file}: the model cannot be built (AssertionError: Padding_idx must be within num_embeddings)\n"
+    )
 
 
 def test_a_missing_optional_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

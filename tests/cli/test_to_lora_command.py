@@ -53,6 +53,9 @@ def test_a_run_gives_the_same_output_in_peft(run: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     # r*S of the fused qkv, a slice for each of q, k, v and out in two blocks
     assert f"tcur, seed 0: LoRA adapter of rank {3 * 8}, " in done.output
+    size = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size
+    assert size < 1e6
+    assert f", {size / 1e3:.1f} KB written to" in done.output
     assert "modules_to_save) decoder.0" in done.output
     adapted = run_module.load_adapted(run, "tcur", 0).eval()
     loaded = peft.PeftModel.from_pretrained(run_module.load_base(run), tmp_path / "lora").eval()

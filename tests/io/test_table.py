@@ -1,10 +1,15 @@
-"""Long names in narrow columns."""
+"""Long names in narrow columns, and sizes of files."""
 
 from __future__ import annotations
 
 import pytest
 
-from tcurlora_ext.io.table import folded, shortened
+from tcurlora_ext.io.table import file_size, folded, shortened
+
+
+def test_small_files_are_in_kb() -> None:
+    sizes = (0, 40, 999_900, 1_000_000, 1_234_567_890)
+    assert [file_size(size) for size in sizes] == ["0.0 KB", "0.0 KB", "999.9 KB", "1.0 MB", "1,234.6 MB"]
 
 
 def test_a_text_is_cut_in_its_middle() -> None:

@@ -96,6 +96,34 @@ def test_heads_follow_the_convention_and_are_said(tmp_path: Path) -> None:
     assert "3 attention heads are assumed, which weights do not say" in base.said
 
 
+def test_sizes_that_network_json_has_otherwise_are_refused(base: Path, settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sizes: found hidden_size 9999, expected hidden_size 16 as .*network\.json"):
+        finetune(settings(sizes={"num_heads": 2, "hidden_size": 9999}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="sizes of vit: found depth, expected among"):
+        open_base(base, wanted(sizes={"depth": 3}))
+    assert open_base(base, wanted(sizes={"num_heads": 2, "patch_size": 4})).config.sizes["hidden_size"] == 16
+    convolutions = NetworkConfig("dynunet", 1, 3, (16,) * 3, None, {"filters": [4, 4, 4, 4]})
+    convolutions.save(tmp_path / "network.json")
+    save_weights(build_network(convolutions), tmp_path / "base.safetensors")
+    assert open_base(tmp_path / "base.safetensors", wanted(sizes={"filters": (4, 4, 4, 4)})).said == ()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_another_window_than_that_of_the_base_is_named(beside: bool, base: Path, settings: Any, tmp_path: Path) -> None:
+    path = base
+    if not beside:
+        path = tmp_path / "base.safetensors"
+        path.write_bytes(base.read_bytes())
+    given = settings(pretrained=path, roi=(32, 32, 32), sizes={"num_heads": 2})
+    message = r"position_embeddings is \(1, 64, 16\), .*; roi: found 32x32x32, expected 16x16x16, with which the base"
+    with pytest.raises(ValueError, match=message):
+        finetune(given, tmp_path / "run")
+    with pytest.raises(ValueError, match="weights do not fit") as raised:
+        open_base(path, wanted(network="unetr", roi=(32, 32, 32), sizes={"num_heads": 2}))
+    assert "expected 16x16x16" not in str(raised.value)
+
+
 # -- encoders alone ---------------------------------------------------------------------------------------------------
 
 

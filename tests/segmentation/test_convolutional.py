@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,25 @@ def test_windows_and_levels_are_checked() -> None:
         check_network(NetworkConfig("dynunet", 1, 2, (6, 8, 8), None, dict(CONFIGS["dynunet"].sizes)))
     with pytest.raises(ValueError, match=r"sizes of dynunet: found .* levels, expected as many of each"):
         build_network(NetworkConfig("dynunet", 1, 2, (8, 8, 8), None, {"filters": [8, 8, 8]}))
+
+
+@pytest.mark.parametrize(
+    ("network", "sizes", "message"),
+    [
+        (
+            "dynunet", {"filters": [4, 8, 8]},
+            r"found filters of 3, strides of 4, kernel_size of 4 levels, .*; a list that is not given has its default",
+        ),
+        ("vit", {"hidden_size": 16, "num_heads": 3}, "hidden_size"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_leave_no_folder(
+    network: str, sizes: dict[str, Any], message: str, pristine_data: Path, tmp_path: Path
+) -> None:
+    settings = PretrainSettings(pristine_data, network, sizes, (16, 16, 16), steps=1)
+    with pytest.raises(ValueError, match=message):
+        pretrain(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_pretrains_adapts_and_predicts(pristine_data: Path, tmp_path: Path) -> None:

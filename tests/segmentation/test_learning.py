@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +159,23 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     assert text.startswith("error: ")
     assert message in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_says_that_nothing_was_written(
+    pristine_data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, loss_step = tmp_path / "out" / "family.safetensors", training.loss_step
+
+    def pressed(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss_step(*given)
+
+    monkeypatch.setattr(training, "loss_step", pressed)
+    words = ("learn-factors", "--data", pristine_data, "--pretrained", base, "--output", out)
+    code, text = command(*words)
+    assert (code, text.splitlines()[-1]) == (130, "interrupted; nothing was written")
+    assert not out.parent.exists()
 
 
 def test_a_subspace_of_another_network_is_refused_before_the_run(

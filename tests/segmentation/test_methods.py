@@ -183,9 +183,15 @@ def test_a_file_without_this_commands_options_is_named(
         METHODS["head"].load(load_base(base.parent), path, get_spec("vit"), METHODS["head"].prepare)
 
 
-@pytest.mark.parametrize("names", ["loar", "", "head,head", ["head", "none"]])
-def test_unknown_or_repeated_methods_are_refused(names: str | list[str]) -> None:
-    with pytest.raises(ValueError, match="expected each once of head, decoder, full, lora, tcur"):
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("loar", "'loar'"), ("", "''"), ("head,head,lora", "'head' more than once"), (["head", "none"], "'none'"),
+        ("lora,loar,head,head,tcru:rank=2", "'loar,tcru:rank=2'"), ([], "''"),
+    ],
+)  # fmt: skip
+def test_unknown_or_repeated_methods_are_named(names: str | list[str], found: str) -> None:
+    with pytest.raises(ValueError, match=f"method: found {found}, expected each once of head, decoder, full, lora"):
         get_methods(names)
 
 

@@ -50,8 +50,12 @@ def get_methods(names: str | Sequence[str], given: Mapping[str, Any] | None = No
     wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     wanted = list(STANDARD) if wanted == ["all"] else wanted
     unknown = [name for name in wanted if name.partition(":")[0] not in METHODS]
-    if unknown or not wanted or len(set(wanted)) < len(wanted):
-        raise ValueError(f"method: found '{','.join(wanted)}', expected each once of {', '.join(METHODS)} (or 'all')")
+    repeated = [name for index, name in enumerate(wanted) if name in wanted[:index]]
+    if unknown or repeated or not wanted:
+        found, times = ",".join(dict.fromkeys(unknown or repeated)), ""
+        if repeated and not unknown:
+            times = " more than once"
+        raise ValueError(f"method: found '{found}'{times}, expected each once of {', '.join(METHODS)} (or 'all')")
     methods = [_with_options(name, given or {}) for name in wanted]
     twice = [method.name for method in methods if sum(other.folder == method.folder for other in methods) > 1]
     if twice:

@@ -24,7 +24,7 @@ from tcurlora_ext.io.atomic import write_bytes
 from tcurlora_ext.io.records import read_json, write_json
 from tcurlora_ext.io.tensors import match_names, not_finite
 from tcurlora_ext.io.tensors import read_weights as read_weights  # also known by this name
-from tcurlora_ext.segmentation.networks.convolutional import FIRST, dynunet, segresnet, window_multiple
+from tcurlora_ext.segmentation.networks.convolutional import FIRST, check_levels, dynunet, segresnet, window_multiple
 from tcurlora_ext.segmentation.packages import require_package
 
 Sizes = Mapping[str, Any]
@@ -214,10 +214,12 @@ def check_network(config: NetworkConfig) -> dict[str, Any]:
     """The complete sizes of a configuration.
 
     Raises:
-        ValueError: The network or a size is unknown, or a side of the window is not a multiple of what it must be.
+        ValueError: The network or a size is unknown, lists of sizes do not fit one another, or a side of the window is
+            not a multiple of what it must be.
     """
     spec = get_spec(config.network)
     sizes = complete_sizes(spec, config.sizes)
+    check_levels(sizes)
     multiple = window_multiple(sizes, spec.multiple)
     if "patch_size" in sizes and multiple & (multiple - 1):
         raise ValueError(f"sizes of {spec.name}: found patch_size {multiple}, expected a power of two")

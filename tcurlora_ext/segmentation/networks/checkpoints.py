@@ -6,6 +6,7 @@ tensors. Of an encoder alone, everything after it starts at random. What was tak
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from tcurlora_ext.segmentation.networks.building import (
     NetworkSpec,
     build_network,
     check_network,
+    complete_sizes,
     get_spec,
     has_prefix,
     load_weights,
@@ -38,6 +40,7 @@ from tcurlora_ext.segmentation.networks.forms import (
 
 NEAR_ZERO = 0.05  # Dice before adaptation, below which a base is not for these data, or its labels are others
 UNETR_BLOCKS = 12
+PLACES = "vit.patch_embedding.position_embeddings"
 _WINDOW = (96, 96, 96)
 
 
@@ -109,7 +112,8 @@ def open_base(path: Path, wanted: Wanted) -> Base:
 
     Raises:
         FileNotFoundError: There is no such file or bundle.
-        ValueError: The file cannot be read, the network cannot be told, or the weights do not fit it.
+        ValueError: The file cannot be read, the network cannot be told, sizes are given that `network.json` has
+            otherwise, or the weights do not fit the network.
     """
     source = _identify(path, wanted)
     config, form = source.config, source.form
@@ -130,7 +134,10 @@ def open_base(path: Path, wanted: Wanted) -> Base:
         random = tuple(dict.fromkeys(name.partition(".")[0] for name in others))
         changed += _of_encoder(tensors, outside, random, spec)
         tensors = others | tensors
-    head_is_new = load_weights(model, tensors, spec, source.file) or bool(random)
+    try:
+        head_is_new = load_weights(model, tensors, spec, source.file) or bool(random)
+    except ValueError as error:
+        raise ValueError(f"{error}{_other_window(source, config, state)}") from None
     return Base(source.file, config, model, head_is_new, random, (*source.said, *changed))
 
 
@@ -141,7 +148,9 @@ def _identify(path: Path, wanted: Wanted) -> _Source:
     tensors = read_weights(file)
     beside = file.parent / "network.json"
     if wanted.network is None and bundle is None and beside.is_file():
-        return _Source(file, tensors, NetworkConfig.read(beside), None, [], [])
+        config = NetworkConfig.read(beside)
+        _check_sizes(beside, config, wanted.sizes)
+        return _Source(file, tensors, config, None, [], [])
     if bundle is not None and wanted.network not in (bundle.network, None):
         raise ValueError(f"network: found '{wanted.network}', expected {bundle.network} as {path} has it")
     bare = {unwrapped(name): tensor for name, tensor in tensors.items()}
@@ -156,6 +165,27 @@ def _identify(path: Path, wanted: Wanted) -> _Source:
     return _Source(
         file, tensors, config, form, outside, [*([bundle.title] if bundle else []), *converted, *told]
     )  # fmt: skip
+
+
+def _other_window(source: _Source, config: NetworkConfig, state: Mapping[str, Tensor]) -> str:
+    """The end of an error on weights where position embeddings are those of another window, which it names."""
+    found, expected = source.tensors.get(PLACES), state.get(PLACES)
+    if found is None or expected is None or found.shape == expected.shape:
+        return ""
+    window = source.config.roi if source.form is None else infer_window(source.tensors)
+    if window is None or window == config.roi:
+        return ""
+    own, wanted = ("x".join(map(str, roi)) for roi in (window, config.roi))
+    return f"; roi: found {wanted}, expected {own}, with which the base was trained"
+
+
+def _check_sizes(file: Path, config: NetworkConfig, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where sizes are given that `network.json` has otherwise."""
+    own, wanted = (complete_sizes(get_spec(config.network), sizes) for sizes in (config.sizes, given))
+    other = [name for name in given if json.dumps(wanted[name]) != json.dumps(own[name])]  # a tuple is as its list
+    if other:
+        found, expected = (", ".join(f"{name} {sizes[name]}" for name in other) for sizes in (wanted, own))
+        raise ValueError(f"sizes: found {found}, expected {expected} as {file} has it for the weights, or none")
 
 
 def base_warnings(out: Path) -> list[str]:
@@ -217,10 +247,10 @@ def _config(
             )
         found["num_heads"] = heads
         notes.append(f"{heads} attention heads are assumed, which weights do not say")
-    if roi is None and "vit.patch_embedding.position_embeddings" in tensors:
+    if roi is None and PLACES in tensors:
         roi = infer_window(tensors)
         if roi is None:
-            places = tensors["vit.patch_embedding.position_embeddings"].shape[1]
+            places = tensors[PLACES].shape[1]
             raise ValueError(f"{file}: found {places} patches, which are no cube; expected their window in --roi")
     config = NetworkConfig(spec.name, 1, 2, roi or _WINDOW, None, {**found, **given})
     other = {key: value for key, value in found.items() if value != spec.sizes[key] and key not in given}

@@ -19,9 +19,6 @@ def dynunet(in_channels: int, out_channels: int, roi: tuple[int, ...], sizes: Si
     from monai.networks.nets import DynUNet
 
     del roi  # one network serves every size that its strides divide
-    levels = {name: len(sizes[name]) for name in ("filters", "strides", "kernel_size")}
-    if len(set(levels.values())) > 1 or levels["filters"] < 3:
-        raise ValueError(f"sizes of dynunet: found {levels} levels, expected as many of each, 3 or more")
     net: nn.Module = DynUNet(
         3, in_channels, out_channels, sizes["kernel_size"], sizes["strides"], sizes["strides"][1:], sizes["filters"],
         res_block=bool(sizes["res_block"]),
@@ -39,6 +36,18 @@ def segresnet(in_channels: int, out_channels: int, roi: tuple[int, ...], sizes: 
         blocks_down=tuple(sizes["blocks_down"]), blocks_up=tuple(sizes["blocks_up"]),
     )  # fmt: skip
     return net
+
+
+def check_levels(sizes: Sizes) -> None:
+    """Raise ValueError where the lists of a DynUNet's complete sizes do not have as many levels each."""
+    if "filters" not in sizes:
+        return
+    levels = {name: len(sizes[name]) for name in ("filters", "strides", "kernel_size")}
+    if len(set(levels.values())) > 1 or levels["filters"] < 3:
+        raise ValueError(
+            f"sizes of dynunet: found {', '.join(f'{name} of {count}' for name, count in levels.items())} levels, "
+            "expected as many of each, 3 or more; a list that is not given has its default, so give all three"
+        )
 
 
 def window_multiple(sizes: Sizes, default: int) -> int:

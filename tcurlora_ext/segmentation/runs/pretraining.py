@@ -20,7 +20,6 @@ from tcurlora_ext.segmentation.networks import (
     NetworkConfig,
     build_network,
     check_network,
-    complete_sizes,
     get_spec,
     save_weights,
 )
@@ -133,10 +132,12 @@ def pretrain(
     check_positive(
         steps=settings.steps, batch=settings.batch, lr=settings.lr, checkpoint_every=settings.checkpoint_every
     )
-    spec, device = get_spec(settings.network), pick_device(settings.device)
+    device = pick_device(settings.device)
     check_pattern(settings.subject_pattern)
     check_options(settings, device)
-    check_network(NetworkConfig(settings.network, 1, 2, settings.roi, settings.spacing, settings.sizes))
+    config = NetworkConfig(settings.network, 1, 2, settings.roi, settings.spacing, settings.sizes)
+    config = replace(config, sizes=check_network(config))
+    build_network(config)  # raises where sizes do not fit one another, before there is a folder
     description = describe("pretrain", with_fraction(settings))
     defaults = describe("pretrain", PretrainSettings())["settings"]
     data = settings.read_data(settings.data) if settings.data is not None else None
@@ -151,8 +152,7 @@ def pretrain(
     display.say(data.division)
     record(out, "augmentation", describe_augmentation(settings.augment, settings.flips))
     record_held_out([case.name for case in data.train], settings, out, display)
-    sizes = complete_sizes(spec, settings.sizes)
-    config = NetworkConfig(settings.network, data.channels, len(data.labels), settings.roi, settings.spacing, sizes)
+    config = replace(config, in_channels=data.channels, out_channels=len(data.labels))
     model = build_network(config, settings.seed).to(device)
     train, val = (open_volumes(cases, settings.spacing, settings.cache) for cases in (data.train, data.val))
     _train(model, train, val, config, settings, out, display)
