@@ -42,6 +42,13 @@ def test_a_single_scan_has_no_interval(tmp_path: Path) -> None:
     assert result_sentence(tmp_path, ["norms", "tcur"]).endswith("20.0 points less than norms (10.0 to 30.0).")
 
 
+def test_a_warm_up_is_said(tmp_path: Path) -> None:
+    write(tmp_path, {"tcur-learned": [[0.8, 0.7]], "lora-sb": [[0.6, 0.7]]})
+    text = result_sentence(tmp_path, ["tcur-learned", "lora-sb"], {"tcur-learned": 120, "lora-sb": 1})
+    assert "adapted by tcur-learned (after a warm-up of 120 steps) agrees" in text
+    assert "more than lora-sb (after a warm-up of 1 step)" in text
+
+
 def test_scans_without_a_structure_have_no_score(tmp_path: Path) -> None:
     write(tmp_path, {"tcur": [[float("nan")]]})
     assert "there is no score" in result_sentence(tmp_path, ["tcur"])

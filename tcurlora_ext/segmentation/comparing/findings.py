@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tcurlora_ext.segmentation.methods import base_name
-from tcurlora_ext.segmentation.report.cells import number
+from tcurlora_ext.segmentation.report.cells import after_warm_up, number
 
 Row = Mapping[str, Any]
 
@@ -43,7 +43,7 @@ def _cases(row: Row) -> str:
 
 
 def _parameters(row: Row) -> str:
-    return f"{int(row['trained_numbers']):,} trained parameters"
+    return f"{int(row['trained_numbers']):,} trained parameters{after_warm_up(row)}"
 
 
 def _dice(row: Row) -> str:

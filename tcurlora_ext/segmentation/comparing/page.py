@@ -16,6 +16,7 @@ from tcurlora_ext.segmentation.report.cells import (
     in_lines,
     number,
     results_table,
+    warm_up_notes,
     with_interval,
     with_sd,
 )
@@ -91,7 +92,8 @@ def terminal_tables(plan: Plan, parts: Sequence[Part], rows: Sequence[Row], test
             ]
             for row in _means(rows, part)
         ]  # fmt: skip
-        tables.append(results_table(header, cells, title_of(part, rows)))
+        notes = warm_up_notes(_means(rows, part))
+        tables.append(results_table(header, cells, title_of(part, rows), notes=notes))
     return tables
 
 

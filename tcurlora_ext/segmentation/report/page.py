@@ -19,7 +19,14 @@ from tcurlora_ext.segmentation.methods import METHODS, base_name
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec
 from tcurlora_ext.segmentation.packages import require_package
-from tcurlora_ext.segmentation.report.cells import hd95, in_lines, number, results_table, with_sd
+from tcurlora_ext.segmentation.report.cells import (
+    hd95,
+    in_lines,
+    number,
+    results_table,
+    warm_up_notes,
+    with_sd,
+)
 from tcurlora_ext.segmentation.report.figures import draw_curves
 from tcurlora_ext.segmentation.report.findings import result_sentence
 from tcurlora_ext.segmentation.report.overlays import draw_overlays
@@ -105,7 +112,7 @@ def table(summary: Sequence[Row]) -> Table:
         for row in summary
     ]
     header = ("method", *(HEADER[at].replace(" ", "\n", 1) for at in IN_TERMINAL))
-    return results_table(header, rows, "Validation, mean over foreground classes", gap=0)
+    return results_table(header, rows, "Validation, mean over foreground classes", 0, warm_up_notes(summary))
 
 
 def before_text(out: Path) -> str:
@@ -188,7 +195,7 @@ def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str,
         steps=int(summary[0]["steps"]),
         header=HEADER,
         rows=[_cells(row) for row in summary],
-        result=result_sentence(out, methods),
+        result=result_sentence(out, methods, {row["method"]: int(row["warm_up_steps"] or 0) for row in summary}),
         findings=[*comparisons(summary), before_text(out)],
         transformer=_transformer_text(out),
         curves=data_url(out / "curves.png"),
