@@ -85,6 +85,8 @@ def test_the_sentence_says_how_far_the_subjects_can_tell() -> None:
         "(24 subjects, 95 % interval -0.2 to 3.0; may be chance) than lora with 98,338 trained parameters; the best of "
         "the 2 methods is lora with 72.7 % Dice ± 0.2 over 3 seeds (98,338 trained parameters)."
     )
+    few = {**test, "low": math.nan, "high": math.nan, "subjects": 2}
+    assert "1.2 points less (2 subjects, too few for an interval) than lora" in comparison_sentence(rows, [few], "lora")
     rows[1]["warm_up_steps"] = 120
     assert "(2,338 trained parameters, after a warm-up of 120 steps), 1.2" in comparison_sentence(rows, [test], "lora")
     assert "there is no score" in comparison_sentence([row("lora", math.nan, "")], [], "lora")

@@ -10,6 +10,7 @@ from tcurlora_ext.io.records import read_json
 from tcurlora_ext.segmentation.comparing.findings import comparison_sentence
 from tcurlora_ext.segmentation.comparing.settings import ALL, Part, Plan
 from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
+from tcurlora_ext.segmentation.metrics.comparison import FEWEST
 from tcurlora_ext.segmentation.report.cells import (
     corrected_p,
     hd95,
@@ -92,9 +93,16 @@ def terminal_tables(plan: Plan, parts: Sequence[Part], rows: Sequence[Row], test
             ]
             for row in _means(rows, part)
         ]  # fmt: skip
-        notes = warm_up_notes(_means(rows, part))
+        notes = [*_few_subjects(found), *warm_up_notes(_means(rows, part))]
         tables.append(results_table(header, cells, title_of(part, rows), notes=notes))
     return tables
+
+
+def _few_subjects(tests: Mapping[str, Row]) -> list[str]:
+    """What there is to say where the subjects are too few for the intervals of a table."""
+    counts = {int(test["subjects"]) for test in tests.values()} - {0}
+    few = max(counts, default=FEWEST)
+    return [] if few >= FEWEST else [f"{few} subject{'s are' if few != 1 else ' is'} too few for an interval"]
 
 
 def _page_rows(plan: Plan, rows: Sequence[Row], tests: Mapping[str, Row]) -> list[list[str]]:

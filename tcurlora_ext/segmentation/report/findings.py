@@ -36,7 +36,8 @@ def result_sentence(out: Path, methods: Sequence[str], warm_ups: Mapping[str, in
 
     if not dice:
         return f"On {scans}, no structure is labelled: there is no score."
-    mean = f"{100 * finite_mean(dice):.1f} % (Dice overlap{_within(interval(dice), ', 95 % interval ')})"
+    within = _within(interval(dice), ", 95 % interval ") or _few(len(dice))
+    mean = f"{100 * finite_mean(dice):.1f} % (Dice overlap{within})"
     text = f"On {scans}, the network adapted by {shown}{after(shown)} agrees with the reference labels to {mean}"
     rivals = [name for name in RIVALS if name in methods and name != shown] or [m for m in methods if m != shown][:1]
     parts = [part for rival in rivals if (part := _against(own, case_dice(out, rival), rival + after(rival)))]
@@ -67,9 +68,13 @@ def _against(own: dict[str, float], other: dict[str, float], name: str) -> str:
     more = finite_mean(differences) >= 0
     sizes = differences if more else [-value for value in differences]
     low, high = within = interval(sizes)
-    chance = ", which may be chance" if low <= 0 <= high else ""
+    chance = "; may be chance" if low <= 0 <= high else ""
     points = f"{100 * finite_mean(sizes):.1f} points {'more' if more else 'less'} than {name}"
-    return f"{points}{_within(within, ' (', ')')}{chance}"
+    return f"{points}{_within(within, ' (', f'{chance})')}"
+
+
+def _few(count: int) -> str:
+    return f"; {count} scan{'s are' if count != 1 else ' is'} too few for an interval"
 
 
 def _within(ends: tuple[float, float], before: str, after: str = "") -> str:
