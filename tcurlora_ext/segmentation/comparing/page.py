@@ -14,6 +14,7 @@ from tcurlora_ext.segmentation.metrics.comparison import FEWEST
 from tcurlora_ext.segmentation.report.cells import (
     corrected_p,
     hd95,
+    hd95_notes,
     in_lines,
     number,
     results_table,
@@ -21,7 +22,7 @@ from tcurlora_ext.segmentation.report.cells import (
     with_interval,
     with_sd,
 )
-from tcurlora_ext.segmentation.report.page import data_url, render, settings_rows
+from tcurlora_ext.segmentation.report.page import data_url, least_width, render, settings_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,21 +89,21 @@ def terminal_tables(plan: Plan, parts: Sequence[Part], rows: Sequence[Row], test
             [
                 in_lines(row["method"], 18), f"{row['trained_numbers']:,}",
                 with_sd(row["dice_mean"], row["dice_sd"], 100),
-                hd95(row, number(row["hd95_mm_mean"])).replace(" (", "\n(").replace(" undefined", "\nundefined"),
+                hd95(row, number(row["hd95_mm_mean"])),
                 with_interval(found.get(row["method"])), corrected_p(found.get(row["method"])),
             ]
             for row in _means(rows, part)
         ]  # fmt: skip
-        notes = [*_few_subjects(found), *warm_up_notes(_means(rows, part))]
-        tables.append(results_table(header, cells, title_of(part, rows), notes=notes))
+        tables.append(results_table(header, cells, title_of(part, rows), notes=_notes(_means(rows, part), found)))
     return tables
 
 
-def _few_subjects(tests: Mapping[str, Row]) -> list[str]:
-    """What there is to say where the subjects are too few for the intervals of a table."""
+def _notes(rows: Sequence[Row], tests: Mapping[str, Row]) -> list[str]:
+    """What stands below the table of a training set: which values are missing, and which methods take more steps."""
     counts = {int(test["subjects"]) for test in tests.values()} - {0}
     few = max(counts, default=FEWEST)
-    return [] if few >= FEWEST else [f"{few} subject{'s are' if few != 1 else ' is'} too few for an interval"]
+    said = [] if few >= FEWEST else [f"{few} subject{'s are' if few != 1 else ' is'} too few for an interval"]
+    return [*said, *hd95_notes(rows), *warm_up_notes(rows)]
 
 
 def _page_rows(plan: Plan, rows: Sequence[Row], tests: Mapping[str, Row]) -> list[list[str]]:
@@ -191,6 +192,7 @@ def write_page(
             {
                 "title": title_of(part, rows),
                 "rows": _page_rows(plan, _means(rows, part), _dice_tests(tests, part)),
+                "notes": _notes(_means(rows, part), _dice_tests(tests, part)),
                 "settings": settings_rows(runs[part.name]),
             }
             for part in parts
@@ -199,7 +201,7 @@ def write_page(
         side_by_side=(plan.out / "steps.csv").is_file(),
         figures=[
             {"title": title, "source": data_url(plan.out / f"{name}.png"), "alt": CAPTIONS[name],
-             "wide": name == "overlays"}
+             "least": least_width(plan.out / f"{name}.png") if name == "overlays" else 0}
             for title, name in figures
         ],
         test_header=[

@@ -28,9 +28,20 @@ def with_sd(mean: Any, sd: Any, factor: float = 1, digits: int = 1) -> str:
 
 
 def hd95(row: Mapping[str, Any], shown: str) -> str:
-    """HD95 as shown, and how many values its mean leaves out: where nothing is predicted, there is no distance."""
-    undefined = int(row.get("hd95_undefined") or 0)
-    return f"{shown} ({undefined} undefined)" if undefined else shown
+    """HD95 as shown, with a mark where its mean leaves values out: where nothing is predicted, there is no distance."""
+    return f"{shown}*" if _undefined(row) else shown
+
+
+def hd95_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the mark of :func:`hd95` stands for, where one of the rows has it."""
+    found = ", ".join(f"{row['method']} {_undefined(row):,}" for row in rows if _undefined(row))
+    if not found:
+        return []
+    return [f"* the mean leaves out labels of which nothing was predicted: {found} (of all cases and seeds)"]
+
+
+def _undefined(row: Mapping[str, Any]) -> int:
+    return int(row.get("hd95_undefined") or 0)
 
 
 def with_interval(row: Mapping[str, Any] | None, factor: float = 100, digits: int = 1) -> str:
