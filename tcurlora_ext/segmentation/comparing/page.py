@@ -61,7 +61,10 @@ def title_of(part: Part, rows: Sequence[Row]) -> str:
     cases = f"{count} case{'s' if count != 1 else ''}"
     if part.name.isdecimal():
         return f"{part.name} training subject{'s' if part.name != '1' else ''} ({cases})"
-    return f"All of the list {part.settings.train_list} ({cases})" if part.name == ALL else f"{part.name} ({cases})"
+    if part.name != ALL:
+        return f"{part.name} ({cases})"
+    chosen = part.settings.train_list  # "train" may be no list, but what a random draw leaves
+    return f"All training cases ({count})" if chosen == "train" else f"All of the list {chosen} ({cases})"
 
 
 def _means(rows: Sequence[Row], part: Part) -> list[Row]:
