@@ -187,7 +187,7 @@ def _summary(
         for folder, method in ((group.folder, name), (group.base_folder, group.base))
     )
     by_case = [finite_mean([a[case] - b[case] for a, b in zip(own, other, strict=True)]) for case in own[0]]
-    low, high = interval([value for value in by_case if not math.isnan(value)])
+    low, high = interval([value for value in by_case if not math.isnan(value)], fewest=2)
     spread = statistics.stdev(shared) if len(shared) > 1 else ""
     return row | {"difference": statistics.mean(shared), "difference_sd": spread, "low": low, "high": high}
 

@@ -29,7 +29,10 @@ def inspect(
     stack: Annotated[list[str] | None, typer.Option(help="Only the stack of this name; may be repeated.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for pictures and inspection.json. Default: inspect/ beside what is inspected."),
+        typer.Option(
+            help="Folder for pictures and inspection.json. Default: inspect/ beside a run's adapter, or inspect/NAME/ "
+            "beside the file NAME.safetensors."
+        ),
     ] = None,
     pictures: Annotated[bool, typer.Option(help="Whether to draw pictures.")] = True,
 ) -> None:
@@ -75,7 +78,9 @@ def inspect(
         shown.print(f"\n{content['remarks']}", highlight=False, markup=False)
     for one in found:
         _show(one, shown)
-    folder = output or adapted.folder / "inspect"
+    # Not for all files of a folder the same one: each would replace the pictures of the one before.
+    file = adapted.source if adapted.of_subspace else adapted.file.path if adapted.file is not None else None
+    folder = output or adapted.folder / "inspect" / ("" if file is None else file.stem)
     write_json(folder / "inspection.json", content)
     names = ["inspection.json"]
     if pictures:
@@ -144,7 +149,7 @@ def _show(one: StackInspection, shown: Console) -> None:
     norms = ("|U|",) if base is None else ("|U|", "|dW|", "|dW| / |W|")
     shown.print(rich_table(("slice", "module", *norms), layers, left=(0, 1)))
 
-    if one.core_energy:
+    if len(one.core_energy) > 1:
         shares = [[str(k), _share(energy, one.core_energy)] for k, energy in enumerate(one.core_energy)]
         if base is not None:
             shares = [[*line, _share(base.delta_energy[int(line[0])], base.delta_energy)] for line in shares]

@@ -20,10 +20,10 @@ CORE, DELTA = r"$\|U_l\|_F$", r"$\|\Delta W_l\|_F$"
 def draw(one: StackInspection) -> Iterator[tuple[str, Figure]]:
     """Pairs of a picture's kind and the picture: "layers", "frequencies", "scores".
 
-    There are no frequencies of the identity transform, and no scores where factors are learned.
+    There are no frequencies of the identity transform or of a single slice, and no scores where factors are learned.
     """
     yield "layers", _layers(one)
-    if one.core_energy:
+    if len(one.core_energy) > 1:
         yield "frequencies", _frequencies(one)
     if one.columns and one.rows:
         yield "scores", _scores(one)
@@ -90,7 +90,7 @@ def _frequencies(one: StackInspection) -> Figure:
         series.append((r"$\sum_l \|\Delta W_l\|^2$", one.base.delta_energy, SELECTED))
     count = len(one.core_energy)
     figure = _figure(
-        min(14.0, max(5.0, 2 + 0.28 * count * len(series))), 3.6, f"stack {one.name}: energy per frequency"
+        min(14.0, max(5.0, 2 + 0.28 * count * len(series))), 3.8, f"stack {one.name}: energy per frequency"
     )
     axes = figure.subplots()
     width = 0.8 / len(series)
@@ -99,7 +99,7 @@ def _frequencies(one: StackInspection) -> Figure:
         at = np.arange(count) + (index - (len(series) - 1) / 2) * width
         axes.bar(at, [100 * value / total for value in energy], width, label=label, color=colour)
     axes.margins(x=0.02)
-    axes.set_xlabel("frequency k along the slices (k = 0 is the part that all slices share)")
+    axes.set_xlabel("frequency k along the slices\n(k = 0 is the part that all slices share)")
     axes.set_ylabel("share of the energy, %")
     step = max(1, count // 30)
     axes.set_xticks(range(0, count, step))

@@ -7,7 +7,7 @@ import inspect
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -147,6 +147,20 @@ def say_unused(ctx: typer.Context, settings: Any) -> None:
         if given and not there:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             typer.echo(f"warning: {options}: no effect without {needed}", err=True)
+    unused = _rates_unused(ctx.params.get("lr"), getattr(settings, "methods", ()))
+    if unused:
+        options = ", ".join(f"--lr {name}" for name in unused)
+        typer.echo(f"warning: {options}: no effect, as no such method runs", err=True)
+
+
+def _rates_unused(rates: Any, methods: Sequence[str]) -> list[str]:
+    """The names in --lr that nothing trains by: the head or decoder beside an adapter has the rate of that name."""
+    from tcurlora_ext.segmentation.methods import METHODS
+
+    bases = {name.partition(":")[0] for name in methods}
+    if any(METHODS[name].adapter for name in bases if name in METHODS):
+        bases |= {"head", "decoder"}
+    return [name for name in rates if name.partition(":")[0] not in bases] if isinstance(rates, dict) else []
 
 
 def with_options_of(other: Callable[..., None], but: Collection[str]) -> Callable[[Command], Command]:

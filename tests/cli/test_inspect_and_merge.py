@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import tcurlora_ext as tcur
 from tcurlora_ext.cli.app import app
+from tcurlora_ext.cli.inspect import _show
 
 pytest.importorskip("monai")
 networks = pytest.importorskip("tcurlora_ext.segmentation.networks")
@@ -123,6 +126,33 @@ def test_inspect_an_adapter_file_alone(run: Run, tmp_path: Path) -> None:
     assert "|U|" in done.output
     assert "|dW|" not in done.output
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == sorted(PICTURES)
+
+
+def test_inspect_of_files_does_not_replace_what_it_wrote_of_others(run: Run) -> None:
+    folder = run.adapter.parent
+    shutil.copy(run.adapter, folder / "other.safetensors")
+    for source in (run.folder, run.adapter, folder / "other.safetensors"):
+        assert call("inspect", source, "--no-pictures").exit_code == 0
+    found = {path.relative_to(folder / "inspect").as_posix() for path in folder.rglob("inspection.json")}
+    assert found == {"inspection.json", "adapter/inspection.json", "other/inspection.json"}
+
+
+def test_the_picture_of_frequencies_is_whole_and_a_single_slice_has_none(run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    from tcurlora_ext.adapter.files.format import read_adapter
+    from tcurlora_ext.analysis.inspection import inspect_file
+    from tcurlora_ext.cli.pictures import draw
+
+    one = inspect_file(read_adapter(run.adapter))[0]
+    figure = dict(draw(one))["frequencies"]
+    figure.canvas.draw()
+    label = figure.axes[0].xaxis.label.get_window_extent()
+    assert 0 <= label.x0 < label.x1 <= figure.bbox.x1
+    single = replace(one, names=one.names[:1], core_norms=one.core_norms[:1], core_energy=one.core_energy[:1])
+    assert "frequencies" not in dict(draw(single))
+    capture = Console(file=io.StringIO(), width=200)
+    _show(single, capture)
+    assert "frequency" not in capture.file.getvalue()  # type: ignore[attr-defined]
 
 
 # -- merge ------------------------------------------------------------------------------------------------------------

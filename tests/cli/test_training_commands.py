@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_options_without_effect_are_said(
         tuning = ("finetune", "--trials", 2, "--tune-over", "rank")
         assert command(*tuning).stderr == "warning: --trials, --tune-over: no effect without --tune\n"
         assert command(*tuning, "--tune", "--subject-pattern", "(.)").stderr == ""
+
+
+def test_a_rate_of_a_method_that_does_not_run_is_said(started: list[tuple[Any, Path, bool]], tmp_path: Path) -> None:
+    said = "warning: --lr tcur, --lr decoder: no effect, as no such method runs\n"
+    rates = ("--lr", "tcur=1e-2,decoder=1,head=1")
+    assert command("finetune", "--method", "head", *rates).stderr == said
+    assert command("finetune", "--method", "tcur:rank=2", *rates).stderr == ""  # head or decoder trains beside it
+    assert command("finetune", "--method", "head", "--lr", "1").stderr == ""
+    assert len(started) == 3
+    # a rate that a resumed run has is not said again
+    folder = recorded(tmp_path / "run", "finetune", replace(EXPECTED, methods=("head",)))
+    assert command("finetune", "--resume", folder).stderr == ""
 
 
 def test_resume_takes_the_settings_from_the_folder(started: list[tuple[Any, Path, bool]], tmp_path: Path) -> None:

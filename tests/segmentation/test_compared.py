@@ -17,9 +17,12 @@ from tcurlora_ext.segmentation.comparing import figures
 from tcurlora_ext.segmentation.comparing.figures import short_names
 from tcurlora_ext.segmentation.comparing.findings import comparison_sentence
 from tcurlora_ext.segmentation.comparing.labels import spread
+from tcurlora_ext.segmentation.comparing.page import title_of
+from tcurlora_ext.segmentation.comparing.settings import Part
 from tcurlora_ext.segmentation.comparing.testing import against_reference, subject_scores
 from tcurlora_ext.segmentation.metrics.comparison import holm, paired, rank_biserial
 from tcurlora_ext.segmentation.report.cells import in_lines, number, with_sd
+from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
 
 
 def scored(dice: dict[str, list[float]], seeds: int = 1) -> list[dict[str, Any]]:
@@ -85,7 +88,20 @@ def test_the_sentence_says_how_far_the_subjects_can_tell() -> None:
         "(24 subjects, 95 % interval -0.2 to 3.0; may be chance) than lora with 98,338 trained parameters; the best of "
         "the 2 methods is lora with 72.7 % Dice ± 0.2 over 3 seeds (98,338 trained parameters)."
     )
+    few = {**test, "low": math.nan, "high": math.nan, "subjects": 2}
+    assert "1.2 points less (2 subjects, too few for an interval) than lora" in comparison_sentence(rows, [few], "lora")
+    rows[1]["warm_up_steps"] = 120
+    assert "(2,338 trained parameters, after a warm-up of 120 steps), 1.2" in comparison_sentence(rows, [test], "lora")
     assert "there is no score" in comparison_sentence([row("lora", math.nan, "")], [], "lora")
+
+
+def test_a_training_set_is_a_list_only_where_one_is_named() -> None:
+    rows = [{"training_set": "all", "training_cases": "6"}, {"training_set": "hard", "training_cases": "1"}]
+    titles = {
+        title_of(Part(name, Path(), FinetuneSettings(train_list=chosen)), rows)
+        for name, chosen in (("all", "train"), ("all", "five"), ("hard", "hard"))
+    }
+    assert titles == {"All training cases (6)", "All of the list five (6 cases)", "hard (1 case)"}
 
 
 def test_cells_of_tables() -> None:

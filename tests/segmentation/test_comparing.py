@@ -124,6 +124,7 @@ def test_the_tables_and_the_report_have_every_method_and_training_set(whole: Pat
         assert f"<h2>{title}</h2>" in text
     assert text.count("<td class=l>tcur</td>") >= 2
     said = (whole / "said.txt").read_text()
+    assert "2 subjects are too few for an interval" in said
     tables = said[said.index("1 training subject") :].partition("table:")[0]
     assert max(len(line.rstrip()) for line in tables.splitlines() if "Trained on" not in line) <= 80
 

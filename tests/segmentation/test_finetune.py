@@ -65,6 +65,7 @@ def check_report(out: Path, methods: list[str]) -> None:
     assert [src.split(",")[0] for src in parser.images] == ["data:image/png;base64"] * 2
     for src in parser.images:
         assert base64.b64decode(src.split(",")[1]).startswith(b"\x89PNG")
+    assert len(re.findall(r'<div class="scroll"><img class=wide style="min-width: [1-9]\d+rem"', text)) == 2
     assert not re.search(r'(src|href)="(?!data:)', text)  # nothing is fetched from elsewhere
     table = text.split("</table>")[0]
     assert re.findall(r"<tr><td class=l>([\w-]+)</td>", table) == methods

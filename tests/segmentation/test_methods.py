@@ -267,3 +267,12 @@ def test_a_lora_that_begins_with_another_runs_factors(
     for name, p in other.named_parameters():
         if "lora_" in name:
             assert torch.equal(p, model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("name", ["tcur-learned:rank=2:warm_up=2", "lora-sb:rank=2:batches=2"])
+def test_a_warm_up_is_said_when_it_begins(base: Path, task: Task, name: str) -> None:
+    (method,), spec, said = get_methods(name), get_spec("vit"), list[str]()
+    options = replace(OPTIONS, own=method.own)
+    for _ in range(2):  # the second time it goes on with what it has learned
+        method.prepare(load_base(base.parent), spec, options, replace(task, say=said.append))
+    assert [text.split(",")[0].rsplit(" ", 1)[0] for text in said] == ["a warm-up of 2"]

@@ -81,8 +81,8 @@ def test_the_interval_is_scipys_bootstrap_and_repeatable() -> None:
     assert (low, high) == interval(values)
     assert low == pytest.approx(np.mean(values) - error, abs=0.005)
     assert high == pytest.approx(np.mean(values) + error, abs=0.005)
-    assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
-    assert all(math.isnan(end) for end in interval([0.5]))
+    assert interval([0.5] * 5) == interval([0.5, 0.5], fewest=2) == (0.5, 0.5)
+    assert all(math.isnan(end) for end in (*interval([0.5] * 4), *interval([0.5], fewest=1)))
 
 
 def rows_of(dice: dict[str, list[list[float]]], labels: tuple[str, ...] = ("a", "b")) -> list[dict[str, object]]:
@@ -139,10 +139,12 @@ def test_tables_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) <= 80
     for heading, _, _ in MEASURES.values():
         assert heading in text
+    assert "too few" not in text
     assert "right…oral gyrus" in text
     one = rows_of({name: [[0.5, 0.6]] for name in names}, labels)  # a single case has no interval
     text = "\n".join(tables(summarise_scores(one), compare_methods(one)))
     assert "- to -" not in text
+    assert "fewer than 5 cases are too few for an interval" in text
 
 
 def test_of_many_methods_the_table_compares_with_one() -> None:

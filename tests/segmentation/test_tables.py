@@ -35,6 +35,19 @@ def test_it_fits_80_columns_with_long_names_and_large_numbers() -> None:
         assert part in text
 
 
+def test_distances_that_a_mean_leaves_out_are_counted_below() -> None:
+    text = shown([result("lora", 0), result("lora", 1), result("head", 0, hd95_undefined=0)])
+    assert (text.count("12.50*"), text.count("12.50 ")) == (1, 1)
+    assert "* the mean leaves out labels of which nothing was predicted: lora 2,468" in " ".join(text.split())
+    assert "undefined" not in text
+
+
+def test_steps_that_a_method_takes_before_the_others_are_said_below() -> None:
+    text = shown([result("lora", 0, warm_up_steps=0), result("tcur-learned", 0)])
+    assert text.splitlines()[-1].strip() == "tcur-learned: 120 steps after a warm-up of 120 steps"
+    assert "warm-up" not in shown([result("lora", 0, warm_up_steps=0)])
+
+
 def test_what_an_earlier_version_has_not_measured_is_a_dash() -> None:
     (row,) = summarise_runs([result("lora", 0, step_ms=None, step_mib=None, gpu_peak_mib=None)])
     assert (row["step_ms"], row["step_mib"]) == ("", "")

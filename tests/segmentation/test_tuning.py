@@ -12,6 +12,7 @@ import pytest
 from tcurlora_ext.io.records import read_csv, read_json
 from tcurlora_ext.segmentation.methods import get_methods
 from tcurlora_ext.segmentation.runs import tuning
+from tcurlora_ext.segmentation.runs.adapting import Choice
 from tcurlora_ext.segmentation.runs.finetuning import finetune
 from tcurlora_ext.segmentation.runs.network import load_adapted
 from tcurlora_ext.segmentation.runs.settings import FinetuneSettings
@@ -46,6 +47,20 @@ def test_rank_and_alpha_are_searched_where_a_method_has_them_by_as_many_candidat
     assert own["tcur:rank=4"][0] == {"rank": 4, "alpha": 4.0}
     assert {choice["rank"] for choice in own["tcur"]} <= {4, 8, 16}
     assert {choice["alpha"] for choice in own["tcur"]} <= {1.0, 4.0, 16.0}
+
+
+def test_what_a_search_has_found_in_words() -> None:
+    choices, on = [Choice(0.01), Choice(0.03, {"rank": 4})], "on folds of the training cases"
+    assert tuning.in_words(choices, [0.27, 0.26], 0) == (
+        f"the default was best, learning rate 0.01, of 2 candidates, with Dice 27.0 {on}"
+    )
+    assert tuning.in_words(choices, [0.26, 0.27], 1) == (
+        f"learning rate 0.03, rank 4, the best of 2 candidates, with Dice 27.0 {on}; the default, learning rate 0.01, "
+        "has 26.0"
+    )
+    diverged = tuning.in_words(choices, [float("nan"), 0.27], 1)
+    assert diverged.endswith("the default, learning rate 0.01, could not be trained")
+    assert tuning.in_words(choices[:1], [0.27], 0) == f"learning rate 0.01, the only candidate, with Dice 27.0 {on}"
 
 
 class Stopped(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tcurlora_ext.segmentation.methods import base_name
-from tcurlora_ext.segmentation.report.cells import number
+from tcurlora_ext.segmentation.report.cells import after_warm_up, number
 
 Row = Mapping[str, Any]
 
@@ -43,7 +43,7 @@ def _cases(row: Row) -> str:
 
 
 def _parameters(row: Row) -> str:
-    return f"{int(row['trained_numbers']):,} trained parameters"
+    return f"{int(row['trained_numbers']):,} trained parameters{after_warm_up(row)}"
 
 
 def _dice(row: Row) -> str:
@@ -56,7 +56,8 @@ def _difference(test: Row) -> str:
     more = float(test["difference"]) >= 0
     sign = 100 if more else -100
     low, high = sorted(sign * float(test[end]) for end in ("low", "high"))
-    within = "" if math.isnan(low) else f", 95 % interval {low:.1f} to {high:.1f}"
+    within = ", too few for an interval" if math.isnan(low) else f", 95 % interval {low:.1f} to {high:.1f}"
     chance = "; may be chance" if low <= 0 <= high else ""
+    subjects = f"{test['subjects']} subject{'s' if int(test['subjects']) != 1 else ''}"
     size = abs(100 * float(test["difference"]))
-    return f"{size:.1f} points {'more' if more else 'less'} ({test['subjects']} subjects{within}{chance})"
+    return f"{size:.1f} points {'more' if more else 'less'} ({subjects}{within}{chance})"

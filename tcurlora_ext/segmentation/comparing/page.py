@@ -10,16 +10,19 @@ from tcurlora_ext.io.records import read_json
 from tcurlora_ext.segmentation.comparing.findings import comparison_sentence
 from tcurlora_ext.segmentation.comparing.settings import ALL, Part, Plan
 from tcurlora_ext.segmentation.metrics.comparison import ALL as MEAN
+from tcurlora_ext.segmentation.metrics.comparison import FEWEST
 from tcurlora_ext.segmentation.report.cells import (
     corrected_p,
     hd95,
+    hd95_notes,
     in_lines,
     number,
     results_table,
+    warm_up_notes,
     with_interval,
     with_sd,
 )
-from tcurlora_ext.segmentation.report.page import data_url, render, settings_rows
+from tcurlora_ext.segmentation.report.page import data_url, least_width, render, settings_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +61,10 @@ def title_of(part: Part, rows: Sequence[Row]) -> str:
     cases = f"{count} case{'s' if count != 1 else ''}"
     if part.name.isdecimal():
         return f"{part.name} training subject{'s' if part.name != '1' else ''} ({cases})"
-    return f"All of the list {part.settings.train_list} ({cases})" if part.name == ALL else f"{part.name} ({cases})"
+    if part.name != ALL:
+        return f"{part.name} ({cases})"
+    chosen = part.settings.train_list  # "train" may be no list, but what a random draw leaves
+    return f"All training cases ({count})" if chosen == "train" else f"All of the list {chosen} ({cases})"
 
 
 def _means(rows: Sequence[Row], part: Part) -> list[Row]:
@@ -86,13 +92,21 @@ def terminal_tables(plan: Plan, parts: Sequence[Part], rows: Sequence[Row], test
             [
                 in_lines(row["method"], 18), f"{row['trained_numbers']:,}",
                 with_sd(row["dice_mean"], row["dice_sd"], 100),
-                hd95(row, number(row["hd95_mm_mean"])).replace(" (", "\n(").replace(" undefined", "\nundefined"),
+                hd95(row, number(row["hd95_mm_mean"])),
                 with_interval(found.get(row["method"])), corrected_p(found.get(row["method"])),
             ]
             for row in _means(rows, part)
         ]  # fmt: skip
-        tables.append(results_table(header, cells, title_of(part, rows)))
+        tables.append(results_table(header, cells, title_of(part, rows), notes=_notes(_means(rows, part), found)))
     return tables
+
+
+def _notes(rows: Sequence[Row], tests: Mapping[str, Row]) -> list[str]:
+    """What stands below the table of a training set: which values are missing, and which methods take more steps."""
+    counts = {int(test["subjects"]) for test in tests.values()} - {0}
+    few = max(counts, default=FEWEST)
+    said = [] if few >= FEWEST else [f"{few} subject{'s are' if few != 1 else ' is'} too few for an interval"]
+    return [*said, *hd95_notes(rows), *warm_up_notes(rows)]
 
 
 def _page_rows(plan: Plan, rows: Sequence[Row], tests: Mapping[str, Row]) -> list[list[str]]:
@@ -181,6 +195,7 @@ def write_page(
             {
                 "title": title_of(part, rows),
                 "rows": _page_rows(plan, _means(rows, part), _dice_tests(tests, part)),
+                "notes": _notes(_means(rows, part), _dice_tests(tests, part)),
                 "settings": settings_rows(runs[part.name]),
             }
             for part in parts
@@ -189,7 +204,7 @@ def write_page(
         side_by_side=(plan.out / "steps.csv").is_file(),
         figures=[
             {"title": title, "source": data_url(plan.out / f"{name}.png"), "alt": CAPTIONS[name],
-             "wide": name == "overlays"}
+             "least": least_width(plan.out / f"{name}.png") if name == "overlays" else 0}
             for title, name in figures
         ],
         test_header=[

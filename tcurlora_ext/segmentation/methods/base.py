@@ -62,12 +62,14 @@ class Task:
         plan: How the network will be trained on them.
         device: Where.
         folder: Of this method and seed, for what it has learned: a resumed run does not learn it again.
+        say: Told what it does before the steps of the run, in words.
     """
 
     volumes: Sequence[Volume]
     plan: Plan
     device: torch.device
     folder: Path
+    say: Callable[[str], None] = lambda text: None
 
 
 Prepare = Callable[[nn.Module, NetworkSpec, MethodOptions, Task | None], None]

@@ -37,6 +37,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
         factors = read_tensors(path, "the factors of LoRA-SB")[1]
     else:
         model.to(task.device)
+        task.say(f"a warm-up of {_batches(options):,} batches, whose gradients give the factors")
         factors = _learned(model, options, task)
         _keep(factors, path)
     _put_in(model, spec, options, factors)

@@ -37,6 +37,7 @@ def _prepare(model: nn.Module, spec: NetworkSpec, options: MethodOptions, task: 
             model, config, change.format(seed=options.seed), METHOD.option(options, "bits")
         )
     else:
+        task.say(f"a warm-up of {_warm_up(options):,} steps, which learns the factors")
         subspace = tcur.learn_factors(
             model, config, loss_step(task.volumes, task.plan), METHOD.option(options, "warm_up"),
             unfreeze=prefixes_beside(spec, options), unfreeze_lr=task.plan.beside_lr or None,

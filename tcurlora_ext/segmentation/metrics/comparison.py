@@ -17,6 +17,7 @@ Row = Mapping[str, Any]
 ALL = "mean"  # stands for a label where a value is the mean over labels
 LEVEL = 0.95
 RESAMPLES = 9999
+FEWEST = 5  # cases or subjects for an interval: of fewer, resampling makes it far too narrow
 REFERENCE = "lora"  # which other methods are compared with, where it is among them and nothing else is said
 SHOWN_PAIRED = 4  # of more methods, tables compare with one alone
 
@@ -47,18 +48,19 @@ def case_values(rows: Sequence[Row], measure: str) -> dict[tuple[str, str], dict
     return values
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float], fewest: int = FEWEST) -> tuple[float, float]:
     """The 95 % interval of a mean by SciPy's bootstrap: percentiles of the means of resampled cases.
 
     Args:
         values: One for each case, all finite. The same values always give the same interval.
+        fewest: How many there have to be, two at least.
 
     Returns:
-        NaN for fewer than two values.
+        NaN for fewer values.
     """
     from scipy.stats import bootstrap
 
-    if len(values) < 2:
+    if len(values) < max(fewest, 2):
         return math.nan, math.nan
     found = bootstrap(
         (np.asarray(values),), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile",
@@ -113,9 +115,9 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
         differences: One for each case or subject, all finite.
 
     Returns:
-        cases (how many); difference, their mean, with its 95 % bootstrap interval, low and high; rank_biserial, from
-        -1 to 1: the share of the rank sum of their sizes that belongs to differences above 0 minus that below; and p
-        of Wilcoxon's signed-rank test.
+        cases (how many); difference, their mean, with its 95 % bootstrap interval, low and high (NaN for few);
+        rank_biserial, from -1 to 1: the share of the rank sum of their sizes that belongs to differences above 0 minus
+        that below; and p of Wilcoxon's signed-rank test.
     """
     low, high = interval(differences)
     return {
@@ -167,7 +169,7 @@ def _number(value: float, digits: int, factor: float = 1, sign: str = "") -> str
 
 
 def _interval(row: Row, digits: int, factor: float, sign: str = "") -> str:
-    """The interval of a mean; a single case has none."""
+    """The interval of a mean; few cases have none."""
     low, high = (_number(row[end], digits, factor, sign) for end in ("low", "high"))
     return "-" if low == high == "-" else f"{low} to {high}"
 
@@ -201,6 +203,8 @@ def tables(summary: Sequence[Row], comparisons: Sequence[Row]) -> list[str]:
         ],
         left=(0, 1),
     )  # fmt: skip
+    if any(0 < row["cases"] < FEWEST for row in summary if row["label"] == ALL):
+        intervals += f"\nfewer than {FEWEST} cases are too few for an interval"
     return [means, intervals, *([_comparison_table(comparisons)] if comparisons else [])]
 
 

@@ -28,9 +28,20 @@ def with_sd(mean: Any, sd: Any, factor: float = 1, digits: int = 1) -> str:
 
 
 def hd95(row: Mapping[str, Any], shown: str) -> str:
-    """HD95 as shown, and how many values its mean leaves out: where nothing is predicted, there is no distance."""
-    undefined = int(row.get("hd95_undefined") or 0)
-    return f"{shown} ({undefined} undefined)" if undefined else shown
+    """HD95 as shown, with a mark where its mean leaves values out: where nothing is predicted, there is no distance."""
+    return f"{shown}*" if _undefined(row) else shown
+
+
+def hd95_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the mark of :func:`hd95` stands for, where one of the rows has it."""
+    found = ", ".join(f"{row['method']} {_undefined(row):,}" for row in rows if _undefined(row))
+    if not found:
+        return []
+    return [f"* the mean leaves out labels of which nothing was predicted: {found} (of all cases and seeds)"]
+
+
+def _undefined(row: Mapping[str, Any]) -> int:
+    return int(row.get("hd95_undefined") or 0)
 
 
 def with_interval(row: Mapping[str, Any] | None, factor: float = 100, digits: int = 1) -> str:
@@ -49,12 +60,29 @@ def corrected_p(row: Mapping[str, Any] | None) -> str:
     return "< 0.001" if shown != DASH and float(row["p_holm"]) < 0.001 else shown
 
 
+def after_warm_up(row: Mapping[str, Any], before: str = ", ") -> str:
+    """The "warm_up_steps" of a method as the end of what is said of it; nothing where it has none."""
+    steps = int(row.get("warm_up_steps") or 0)
+    return f"{before}after a warm-up of {steps:,} step{'s' if steps != 1 else ''}" if steps else ""
+
+
+def warm_up_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each method that takes more steps than the others: those before its "steps"."""
+    return [
+        f"{row['method']}: {int(row['steps']):,} steps{after_warm_up(row, ' ')}"
+        for row in rows
+        if int(row.get("warm_up_steps") or 0)
+    ]
+
+
 def in_lines(name: str, width: int) -> str:
     """A name in lines of at most so many characters."""
     return "\n".join(folded(name, width))
 
 
-def results_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str, gap: int = 1) -> Table:
+def results_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], title: str, gap: int = 1, notes: Sequence[str] = ()
+) -> Table:  # fmt: skip
     """A table for a terminal of 80 columns; cells may have several lines, and the first column is aligned left.
 
     Args:
@@ -62,7 +90,12 @@ def results_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: s
         rows: The cells.
         title: Above the table.
         gap: Spaces between columns, beside one that there always is.
+        notes: Lines below it.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.text import Text
 
-    return rich_table(header, rows, title=title, box=SIMPLE_HEAD, padding=(0, gap, 0, 0))
+    look: dict[str, Any] = {"title": title, "box": SIMPLE_HEAD, "padding": (0, gap, 0, 0)}
+    if notes:
+        look |= {"caption": Text("\n".join(notes)), "caption_justify": "left", "caption_style": ""}
+    return rich_table(header, rows, **look)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tcurlora_ext.io.records import read_csv
 from tcurlora_ext.segmentation.methods import base_name, folder_name
 from tcurlora_ext.segmentation.metrics.comparison import interval
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
+from tcurlora_ext.segmentation.report.cells import after_warm_up
 
 RIVALS = ("head", "lora")  # what the adapter is set against, where the run has them
 
 
-def result_sentence(out: Path, methods: Sequence[str]) -> str:
+def result_sentence(out: Path, methods: Sequence[str], warm_ups: Mapping[str, int] | None = None) -> str:
     """What the adapted network reaches on the validation scans, and how that compares with other methods of the run.
 
     It is about the first form of tCUR, or the first method. Intervals are 95 % bootstrap intervals over the scans, of
@@ -23,17 +24,23 @@ def result_sentence(out: Path, methods: Sequence[str]) -> str:
     Args:
         out: The run folder.
         methods: The methods of the run.
+        warm_ups: How many steps a method takes before those of the run, of those that take some.
     """
     shown = next((name for name in methods if base_name(name).startswith("tcur")), methods[0])
     own = case_dice(out, shown)
     dice = [value for value in own.values() if not math.isnan(value)]
     scans = f"{len(own)} scan{'s' if len(own) != 1 else ''} that it was not trained on"
+
+    def after(name: str) -> str:
+        return f"{warm_up})" if (warm_up := after_warm_up({"warm_up_steps": (warm_ups or {}).get(name)}, " (")) else ""
+
     if not dice:
         return f"On {scans}, no structure is labelled: there is no score."
-    mean = f"{100 * finite_mean(dice):.1f} % (Dice overlap{_within(interval(dice), ', 95 % interval ')})"
-    text = f"On {scans}, the network adapted by {shown} agrees with the reference labels to {mean}"
+    within = _within(interval(dice), ", 95 % interval ") or _few(len(dice))
+    mean = f"{100 * finite_mean(dice):.1f} % (Dice overlap{within})"
+    text = f"On {scans}, the network adapted by {shown}{after(shown)} agrees with the reference labels to {mean}"
     rivals = [name for name in RIVALS if name in methods and name != shown] or [m for m in methods if m != shown][:1]
-    parts = [part for rival in rivals if (part := _against(own, case_dice(out, rival), rival))]
+    parts = [part for rival in rivals if (part := _against(own, case_dice(out, rival), rival + after(rival)))]
     return ": ".join([text, " and ".join(parts)] if parts else [text]) + "."
 
 
@@ -61,9 +68,13 @@ def _against(own: dict[str, float], other: dict[str, float], name: str) -> str:
     more = finite_mean(differences) >= 0
     sizes = differences if more else [-value for value in differences]
     low, high = within = interval(sizes)
-    chance = ", which may be chance" if low <= 0 <= high else ""
+    chance = "; may be chance" if low <= 0 <= high else ""
     points = f"{100 * finite_mean(sizes):.1f} points {'more' if more else 'less'} than {name}"
-    return f"{points}{_within(within, ' (', ')')}{chance}"
+    return f"{points}{_within(within, ' (', f'{chance})')}"
+
+
+def _few(count: int) -> str:
+    return f"; {count} scan{'s are' if count != 1 else ' is'} too few for an interval"
 
 
 def _within(ends: tuple[float, float], before: str, after: str = "") -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,15 @@ from tcurlora_ext.segmentation.methods import METHODS, base_name
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec
 from tcurlora_ext.segmentation.packages import require_package
-from tcurlora_ext.segmentation.report.cells import hd95, in_lines, number, results_table, with_sd
+from tcurlora_ext.segmentation.report.cells import (
+    hd95,
+    hd95_notes,
+    in_lines,
+    number,
+    results_table,
+    warm_up_notes,
+    with_sd,
+)
 from tcurlora_ext.segmentation.report.figures import draw_curves
 from tcurlora_ext.segmentation.report.findings import result_sentence
 from tcurlora_ext.segmentation.report.overlays import draw_overlays
@@ -98,14 +105,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _notes(summary: Sequence[Row]) -> list[str]:
+    return [*hd95_notes(summary), *warm_up_notes(summary)]
+
+
 def table(summary: Sequence[Row]) -> Table:
     """The methods side by side for a terminal of 80 columns; ± is the standard deviation over seeds."""
-    rows = [
-        [in_lines(row["method"], 18), *(re.sub(r" (?=\(|undefined)", "\n", _cells(row)[at]) for at in IN_TERMINAL)]
-        for row in summary
-    ]
+    rows = [[in_lines(row["method"], 18), *(_cells(row)[at] for at in IN_TERMINAL)] for row in summary]
     header = ("method", *(HEADER[at].replace(" ", "\n", 1) for at in IN_TERMINAL))
-    return results_table(header, rows, "Validation, mean over foreground classes", gap=0)
+    return results_table(header, rows, "Validation, mean over foreground classes", 0, _notes(summary))
 
 
 def before_text(out: Path) -> str:
@@ -166,6 +174,12 @@ def data_url(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
+def least_width(path: Path) -> int:
+    """How wide a picture of 130 dpi has to be on a page, in rem: letters of 8 points are 9 pixels high then."""
+    pixels = int.from_bytes(path.read_bytes()[16:20], "big")  # of a PNG
+    return round(0.6 * pixels / 16)
+
+
 def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str, Sequence[Tensor]]) -> None:
     """Write curves.png, overlays.png and report.html from the files of the run in ``out``.
 
@@ -188,11 +202,13 @@ def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str,
         steps=int(summary[0]["steps"]),
         header=HEADER,
         rows=[_cells(row) for row in summary],
-        result=result_sentence(out, methods),
+        notes=_notes(summary),
+        result=result_sentence(out, methods, {row["method"]: int(row["warm_up_steps"] or 0) for row in summary}),
         findings=[*comparisons(summary), before_text(out)],
         transformer=_transformer_text(out),
         curves=data_url(out / "curves.png"),
         overlays=data_url(out / "overlays.png"),
+        widths={name: least_width(out / f"{name}.png") for name in ("curves", "overlays")},
         class_header=["method", *(f"{score}, {name}" for score in ("Dice %", "HD95 mm") for name in classes)],
         class_rows=[_class_cells(row, classes) for row in summary],
         settings=settings_rows(run),

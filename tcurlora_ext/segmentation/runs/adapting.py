@@ -103,7 +103,8 @@ def fit(
         def select(current: nn.Module) -> float:
             return evaluation.mean_dice(current, chosen, job.config)
 
-    method.prepare(model, spec, options, Task(volumes, plan, job.device, folder))
+    task = Task(volumes, plan, job.device, folder, lambda text: job.display.say(f"{title}: {text}"))
+    method.prepare(model, spec, options, task)
     model.to(job.device)
     trained = sum(parameter.numel() for parameter in training.trainable(model).values())
     named = str(folder.relative_to(job.out))

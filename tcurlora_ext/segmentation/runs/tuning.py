@@ -95,16 +95,33 @@ def tune(job: Job, methods: Sequence[Method]) -> dict[str, Choice]:
             raise ValueError(f"tune: no candidate of {method.name} could be trained: {'; '.join(sorted(notes))}")
         best = int(np.nanargmax(scores))
         found[method.name] = choices[best]
-        job.display.say(
-            f"tuned {method.name}: {_text(choices[best])}, the best of {len(choices)} candidates, with Dice "
-            f"{100 * scores[best]:.1f} on folds of the training cases; {_text(choices[0])} has {100 * scores[0]:.1f}"
-        )
+        job.display.say(f"tuned {method.name}: {in_words(choices, scores, best)}")
     run = read_json(job.out / "run.json")
     tuned = {name: {"lr": choice.lr, **choice.own} for name, choice in found.items()}
     if run.get("tuned") != tuned:  # methods may have been added
         write_json(job.out / "run.json", {**run, "tuned": tuned})
     shutil.rmtree(job.out / "tune", ignore_errors=True)
     return found
+
+
+def in_words(choices: Sequence[Choice], scores: Sequence[float], best: int) -> str:
+    """What a search has found.
+
+    Args:
+        choices: The candidates, of which the first is what the method trains with without a search.
+        scores: The Dice of each, 0 to 1.
+        best: The index of the best.
+    """
+    reached = f"with Dice {100 * scores[best]:.1f} on folds of the training cases"
+    if len(choices) == 1:
+        return f"{_text(choices[0])}, the only candidate, {reached}"
+    if best == 0:
+        return f"the default was best, {_text(choices[0])}, of {len(choices)} candidates, {reached}"
+    default = "could not be trained" if np.isnan(scores[0]) else f"has {100 * scores[0]:.1f}"
+    return (
+        f"{_text(choices[best])}, the best of {len(choices)} candidates, {reached}; the default, {_text(choices[0])}, "
+        f"{default}"
+    )
 
 
 def _text(choice: Choice) -> str:
