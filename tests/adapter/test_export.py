@@ -153,7 +153,7 @@ def test_convolutions_are_exported_for_any_batch_and_size(convolutions: nn.Modul
 def test_traced_convolutions_take_another_batch(convolutions: nn.Module) -> None:
     traced = torch.jit.trace(tcur.plain_copy(convolutions), (torch.randn(2, 4, 6, 5),))
     x = torch.randn(3, 4, 7, 8)
-    # The plain copy has W + dW in one weight: other sums, whose rounding reaches 1.1e-5.
+    # By other operations, whose rounding reached 1.1e-5.
     assert_close(traced(x), convolutions(x), rtol=1e-4, atol=1e-4)
 
 
