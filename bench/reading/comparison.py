@@ -16,13 +16,13 @@ COLUMNS = (
 
 
 def comparison_table(rows: Sequence[Row]) -> list[list[str]]:
-    """One line per method, the highest Dice first; Dice in per cent and differences in points of it.
+    """One line per method, the highest Dice first, by training set; Dice in per cent and differences in points of it.
 
     Behind ± is the standard deviation over seeds; the interval is over subjects. A dash stands for what was not
     measured.
 
     Args:
-        rows: Of the summary.csv of bench/comparison.py, for one training set.
+        rows: Of the summary.csv of bench/comparison.py. Of several training sets the number of cases comes first.
     """
     header = [
         "form", "trained parameters beside the head", "file, KB", "warm-up, steps", "step, ms", "memory of a step, MiB",
@@ -30,7 +30,10 @@ def comparison_table(rows: Sequence[Row]) -> list[list[str]]:
     ]  # fmt: skip
     head = next((int(row["trained_numbers"]) for row in rows if row["method"] == "head"), 0)
     ordered = sorted(rows, key=lambda row: -float(row["dice_mean"]))
-    return [header, *(_line(row, head) for row in ordered)]
+    if len({row["training_set"] for row in rows}) == 1:
+        return [header, *(_line(row, head) for row in ordered)]
+    ordered.sort(key=lambda row: int(row["training_cases"]))
+    return [["training cases", *header], *([row["training_cases"], *_line(row, head)] for row in ordered)]
 
 
 def _line(row: Row, head: int) -> list[str]:

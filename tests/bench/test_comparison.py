@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 
 from tcurlora_ext.bench import comparison
 from tcurlora_ext.bench.learned import Cases, Setting
+from tcurlora_ext.bench.reading.comparison import comparison_table
 from tcurlora_ext.bench.reading.tables import fill
 from tcurlora_ext.io.records import read_json, write_csv, write_json
 from tcurlora_ext.segmentation.comparing.settings import CompareSettings
@@ -102,3 +103,20 @@ def test_hippocampus_without_one_of_its_two_sources_is_refused(
 ) -> None:
     assert comparison.main([str(tmp_path), str(tmp_path), "--maps", "m"]) != 0
     assert "expected both for hippocampus, or neither for the embedded brains" in capsys.readouterr().err
+
+
+def test_a_table_of_several_training_sets_begins_with_their_cases() -> None:
+    empty = dict.fromkeys(("subjects", "difference", "low", "high", "p_holm"), "")
+    rows = [
+        {name: str(value) for name, value in {**row(method, "mean", dice, 3.0, 10), **empty, **more}.items()}
+        for method, dice, more in (
+            ("tcur", 0.75, {"training_set": "20", "training_cases": 20}),
+            ("head", 0.6, {"training_set": "10", "training_cases": 10}),
+            ("tcur", 0.7, {"training_set": "10", "training_cases": 10}),
+        )
+    ]
+    header, *lines = comparison_table(rows)
+    assert header[:2] == ["training cases", "form"]
+    assert [line[:2] for line in lines] == [
+        ["10", "paper's stacks r=8"], ["10", "output head alone"], ["20", "paper's stacks r=8"]
+    ]  # fmt: skip
