@@ -83,8 +83,13 @@ def folded_state(run: Path, method: str, seed: int, dtype: Dtype) -> tuple[dict[
     if fold is not None:
         fold(network)
     state, base = network.state_dict(), load_base(run).state_dict()
-    if set(state) != set(base):
+    if fold is None and set(state) != set(base):
         raise ValueError(f"method: {method} adds layers that no weights of the plain network replace, expected another")
+    if added := sorted(set(state) - set(base)):
+        raise ValueError(
+            f"method: {method} has {added[0]}, which the plain network has not ({len(added)} such tensors), so that no "
+            "file of its weights can hold the result; METHODS[name].merge folds it in Python"
+        )
     merged, losses = finite_state(state, dtype), {}
     for name, value in state.items():
         delta = value.double() - base[name]

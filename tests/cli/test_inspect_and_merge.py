@@ -341,11 +341,20 @@ def test_merge_reports_the_rounding_of_other_methods(
     assert losses[line[4]] == max(losses.values())
 
 
-def test_merge_names_a_method_that_does_not_fold(run: Run, tmp_path: Path) -> None:
-    saved(run, "adapter", {"width": 2})
-    done = call("merge", run.folder, "--method", "adapter", "--output", tmp_path / "m.safetensors")
+@pytest.mark.parametrize(
+    ("method", "own", "message"),
+    [
+        ("adapter", {"width": 2}, "adds layers that no weights"),
+        ("ssf", {}, "has vit.blocks.0.attn.qkv.bias, which the"),
+    ],
+)
+def test_merge_names_what_does_not_fold_into_weights(
+    method: str, own: dict[str, int], message: str, run: Run, tmp_path: Path
+) -> None:
+    saved(run, method, own)
+    done = call("merge", run.folder, "--method", method, "--output", tmp_path / "m.safetensors")
     assert done.exit_code == 2
-    assert "adapter adds layers that no weights of the plain network replace" in done.stderr
+    assert f"{method} {message}" in done.stderr
     assert not (tmp_path / "m.safetensors").exists()
 
 
