@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import safetensors.torch
@@ -38,7 +39,7 @@ _FLOAT = 0.7571627795579906  # 18 characters, as most float64 numbers between 0.
 def stack_file_bytes(name: str, members: Sequence[Target], rank: tuple[int, int], config: TCURConfig) -> int:
     """What one stack adds to the file: its tensors and its part of the header."""
     groups, ranks = {name: members}, {name: rank}
-    return file_bytes(config, groups, ranks) - _saved(_described(config, {}, {}, BITS), {}, HEADER)
+    return file_bytes(config, groups, ranks) - _saved(_described(config, {}, {}, BITS), {}, HEADER, BITS)
 
 
 def file_bytes(config: TCURConfig, groups: Groups, ranks: Ranks, bits: int | None = BITS) -> int:
@@ -53,34 +54,42 @@ def file_bytes(config: TCURConfig, groups: Groups, ranks: Ranks, bits: int | Non
     tensors = _tensors(config, groups, ranks)
     if config.factors != WEIGHTS and bits is not None:
         tensors |= {f"{INSIDE}.{name}": t for name, t in _directions(config, groups, ranks, bits).items()}
-    return _saved(_described(config, groups, ranks, bits), tensors, HEADER)
+    return _saved(_described(config, groups, ranks, bits), tensors, HEADER, bits)
 
 
 def subspace_bytes(config: TCURConfig, groups: Groups, ranks: Ranks, bits: int) -> int:
     """The file of a subspace, of :meth:`tcurlora_ext.Subspace.save`."""
     header = _subspace(config, groups, ranks, bits).header()
-    return _saved(header, _directions(config, groups, ranks, bits), OF_SUBSPACE)
+    return _saved(header, _directions(config, groups, ranks, bits), OF_SUBSPACE, bits)
 
 
-def _saved(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], key: str) -> int:
+def _saved(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], key: str, bits: int | None) -> int:
     """The bytes of a safetensors file of tensors on the meta device, with an entry in its header for each."""
     empty = {name: torch.empty(0, *tensor.shape[1:], dtype=tensor.dtype) for name, tensor in tensors.items()}
-    large = sum(tensor.nbytes for tensor in tensors.values())
-    if key == OF_SUBSPACE or header["format"] == learned.FORMAT:
-        small = {name: tensor for name, tensor in tensors.items() if tensor.nbytes < SMALL}
-        draw = torch.Generator().manual_seed(0)
-        shown = {name: _drawn(tensor, draw) for name, tensor in small.items()}
-        return len(pack(shown, key, description(header, empty))) + large - sum(t.nbytes for t in small.values())
-    return len(safetensors.torch.save(empty, {key: description(header, empty)})) + large
+    text = description(header, empty)
+    if header["format"] == FORMAT and key == HEADER:
+        return len(safetensors.torch.save(empty, {key: text})) + sum(tensor.nbytes for tensor in tensors.values())
+    draw = torch.Generator().manual_seed(0)
+    small = {name: _drawn(tensor, draw, bits) for name, tensor in tensors.items() if tensor.nbytes < SMALL}
+    return len(pack(small, key, text)) + sum(t.nbytes for name, t in tensors.items() if name not in small)
 
 
-def _drawn(tensor: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+def _drawn(tensor: torch.Tensor, draw: torch.Generator, bits: int | None) -> torch.Tensor:
     """Values that take as many bytes when they are compressed as those of such a tensor in a file."""
-    if not tensor.is_meta:
-        return tensor
     if tensor.is_floating_point():
         return torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor.dtype)
-    return torch.randint(0, 1024, tensor.shape, generator=draw, dtype=tensor.dtype)  # indices of features
+    if tensor.dtype != torch.uint8 or bits is None:
+        return torch.randint(0, 1024, tensor.shape, generator=draw, dtype=tensor.dtype)  # indices of features
+    codes = _codes(bits)
+    taken = torch.randint(len(codes), (-(-tensor.numel() // codes.shape[1]),), generator=draw)
+    return codes[taken].flatten()[: tensor.numel()]
+
+
+@cache
+def _codes(bits: int) -> torch.Tensor:
+    """Codes of directions drawn at random, a whole number of bytes each: (number, bytes)."""
+    columns = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    return coding.pack(coding.rounded(columns, bits), bits).view(-1, max(1, bits // 8))
 
 
 def _tensors(config: TCURConfig, groups: Groups, ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -105,16 +114,13 @@ def _tensors(config: TCURConfig, groups: Groups, ranks: Ranks) -> dict[str, torc
 
 
 def _directions(config: TCURConfig, groups: Groups, ranks: Ranks, bits: int) -> dict[str, torch.Tensor]:
-    """The tensors of a subspace, on the meta device; small ones with codes of directions drawn at random."""
-    found, draw = {}, torch.Generator().manual_seed(0)
+    """The tensors of a subspace, on the meta device."""
+    found = {}
     for name, members in groups.items():
         (out_features, in_features), (c, r) = members[0].shape, ranks[name]
-        for side, length, count in (("left", out_features, c), ("right", in_features, r)):
-            count *= _blocks(config, members)
-            tensor = _meta(torch.uint8, -(-length * count * bits // 8))
-            if tensor.nbytes < SMALL:
-                tensor = coding.pack(coding.rounded(torch.randn(length, count, generator=draw), bits), bits)
-            found[f"{side}.{name}"] = tensor
+        for side, entries in (("left", out_features * c), ("right", in_features * r)):
+            count = -(-_blocks(config, members) * entries * bits // 8)
+            found[f"{side}.{name}"] = _meta(torch.uint8, count)
     return found
 
 
