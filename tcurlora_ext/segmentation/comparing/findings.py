@@ -43,7 +43,9 @@ def _cases(row: Row) -> str:
 
 
 def _parameters(row: Row) -> str:
-    return f"{int(row['trained_numbers']):,} trained parameters{after_warm_up(row)}"
+    return ", ".join(
+        filter(None, (f"{int(row['trained_numbers']):,} trained parameters", after_warm_up(row.get("warm_up_steps"))))
+    )
 
 
 def _dice(row: Row) -> str:

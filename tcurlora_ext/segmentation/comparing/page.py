@@ -14,11 +14,10 @@ from tcurlora_ext.segmentation.metrics.comparison import FEWEST
 from tcurlora_ext.segmentation.report.cells import (
     corrected_p,
     hd95,
-    hd95_notes,
     in_lines,
     number,
     results_table,
-    warm_up_notes,
+    table_notes,
     with_interval,
     with_sd,
 )
@@ -106,7 +105,7 @@ def _notes(rows: Sequence[Row], tests: Mapping[str, Row]) -> list[str]:
     counts = {int(test["subjects"]) for test in tests.values()} - {0}
     few = max(counts, default=FEWEST)
     said = [] if few >= FEWEST else [f"{few} subject{'s are' if few != 1 else ' is'} too few for an interval"]
-    return [*said, *hd95_notes(rows), *warm_up_notes(rows)]
+    return [*said, *table_notes(rows)]
 
 
 def _page_rows(plan: Plan, rows: Sequence[Row], tests: Mapping[str, Row]) -> list[list[str]]:

@@ -32,14 +32,6 @@ def hd95(row: Mapping[str, Any], shown: str) -> str:
     return f"{shown}*" if _undefined(row) else shown
 
 
-def hd95_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the mark of :func:`hd95` stands for, where one of the rows has it."""
-    found = ", ".join(f"{row['method']} {_undefined(row):,}" for row in rows if _undefined(row))
-    if not found:
-        return []
-    return [f"* the mean leaves out labels of which nothing was predicted: {found} (of all cases and seeds)"]
-
-
 def _undefined(row: Mapping[str, Any]) -> int:
     return int(row.get("hd95_undefined") or 0)
 
@@ -60,19 +52,19 @@ def corrected_p(row: Mapping[str, Any] | None) -> str:
     return "< 0.001" if shown != DASH and float(row["p_holm"]) < 0.001 else shown
 
 
-def after_warm_up(row: Mapping[str, Any], before: str = ", ") -> str:
-    """The "warm_up_steps" of a method as the end of what is said of it; nothing where it has none."""
-    steps = int(row.get("warm_up_steps") or 0)
-    return f"{before}after a warm-up of {steps:,} step{'s' if steps != 1 else ''}" if steps else ""
+def after_warm_up(steps: Any) -> str:
+    """The warm-up of a method in words; nothing where it has none."""
+    count = int(steps or 0)
+    return f"after a warm-up of {count:,} step{'s' if count != 1 else ''}" if count else ""
 
 
-def warm_up_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each method that takes more steps than the others: those before its "steps"."""
-    return [
-        f"{row['method']}: {int(row['steps']):,} steps{after_warm_up(row, ' ')}"
-        for row in rows
-        if int(row.get("warm_up_steps") or 0)
-    ]
+def table_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines below a table of methods: what the mark of :func:`hd95` stands for, and which take more steps."""
+    found = ", ".join(f"{row['method']} {_undefined(row):,}" for row in rows if _undefined(row))
+    marked = f"* the mean leaves out labels of which nothing was predicted: {found} (of all cases and seeds)"
+    warm_ups = ((row, after_warm_up(row.get("warm_up_steps"))) for row in rows)
+    longer = [f"{row['method']}: {int(row['steps']):,} steps {text}" for row, text in warm_ups if text]
+    return [marked, *longer] if found else longer
 
 
 def in_lines(name: str, width: int) -> str:

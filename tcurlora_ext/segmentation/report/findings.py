@@ -32,7 +32,8 @@ def result_sentence(out: Path, methods: Sequence[str], warm_ups: Mapping[str, in
     scans = f"{len(own)} scan{'s' if len(own) != 1 else ''} that it was not trained on"
 
     def after(name: str) -> str:
-        return f"{warm_up})" if (warm_up := after_warm_up({"warm_up_steps": (warm_ups or {}).get(name)}, " (")) else ""
+        text = after_warm_up((warm_ups or {}).get(name))
+        return f" ({text})" if text else ""
 
     if not dice:
         return f"On {scans}, no structure is labelled: there is no score."

@@ -18,15 +18,7 @@ from tcurlora_ext.segmentation.methods import METHODS, base_name
 from tcurlora_ext.segmentation.metrics.evaluation import finite_mean
 from tcurlora_ext.segmentation.networks import NetworkConfig, get_spec
 from tcurlora_ext.segmentation.packages import require_package
-from tcurlora_ext.segmentation.report.cells import (
-    hd95,
-    hd95_notes,
-    in_lines,
-    number,
-    results_table,
-    warm_up_notes,
-    with_sd,
-)
+from tcurlora_ext.segmentation.report.cells import hd95, in_lines, number, results_table, table_notes, with_sd
 from tcurlora_ext.segmentation.report.figures import draw_curves
 from tcurlora_ext.segmentation.report.findings import result_sentence
 from tcurlora_ext.segmentation.report.overlays import draw_overlays
@@ -105,15 +97,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _notes(summary: Sequence[Row]) -> list[str]:
-    return [*hd95_notes(summary), *warm_up_notes(summary)]
-
-
 def table(summary: Sequence[Row]) -> Table:
     """The methods side by side for a terminal of 80 columns; ± is the standard deviation over seeds."""
     rows = [[in_lines(row["method"], 18), *(_cells(row)[at] for at in IN_TERMINAL)] for row in summary]
     header = ("method", *(HEADER[at].replace(" ", "\n", 1) for at in IN_TERMINAL))
-    return results_table(header, rows, "Validation, mean over foreground classes", 0, _notes(summary))
+    return results_table(header, rows, "Validation, mean over foreground classes", 0, table_notes(summary))
 
 
 def before_text(out: Path) -> str:
@@ -202,7 +190,7 @@ def write_report(out: Path, volumes: Sequence[Volume], predictions: Mapping[str,
         steps=int(summary[0]["steps"]),
         header=HEADER,
         rows=[_cells(row) for row in summary],
-        notes=_notes(summary),
+        notes=table_notes(summary),
         result=result_sentence(out, methods, {row["method"]: int(row["warm_up_steps"] or 0) for row in summary}),
         findings=[*comparisons(summary), before_text(out)],
         transformer=_transformer_text(out),
