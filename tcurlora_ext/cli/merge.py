@@ -83,9 +83,10 @@ def folded_state(run: Path, method: str, seed: int, dtype: Dtype) -> tuple[dict[
     if fold is not None:
         fold(network)
     state, base = network.state_dict(), load_base(run).state_dict()
-    if fold is None and set(state) != set(base):
+    added = sorted(set(state) - set(base))
+    if set(state) != set(base) and (fold is None or not added):
         raise ValueError(f"method: {method} adds layers that no weights of the plain network replace, expected another")
-    if added := sorted(set(state) - set(base)):
+    if added:
         raise ValueError(
             f"method: {method} has {added[0]}, which the plain network has not ({len(added)} such tensors), so that no "
             "file of its weights can hold the result; METHODS[name].merge folds it in Python"
