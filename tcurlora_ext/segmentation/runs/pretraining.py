@@ -137,7 +137,8 @@ def pretrain(
     check_options(settings, device)
     config = NetworkConfig(settings.network, 1, 2, settings.roi, settings.spacing, settings.sizes)
     config = replace(config, sizes=check_network(config))
-    build_network(config)  # raises where sizes do not fit one another, before there is a folder
+    with torch.device("meta"):
+        build_network(config)  # raises where sizes do not fit one another, before there is a folder
     description = describe("pretrain", with_fraction(settings))
     defaults = describe("pretrain", PretrainSettings())["settings"]
     data = settings.read_data(settings.data) if settings.data is not None else None
