@@ -155,12 +155,12 @@ def say_unused(ctx: typer.Context, settings: Any) -> None:
 
 def _rates_unused(rates: Any, methods: Sequence[str]) -> list[str]:
     """The names in --lr that nothing trains by: the head or decoder beside an adapter has the rate of that name."""
-    from tcurlora_ext.segmentation.methods import METHODS
+    from tcurlora_ext.segmentation.methods import METHODS, base_name
 
-    bases = {name.partition(":")[0] for name in methods}
+    bases = set(map(base_name, methods))
     if any(METHODS[name].adapter for name in bases if name in METHODS):
         bases |= {"head", "decoder"}
-    return [name for name in rates if name.partition(":")[0] not in bases] if isinstance(rates, dict) else []
+    return [name for name in rates if base_name(name) not in bases] if isinstance(rates, dict) else []
 
 
 def with_options_of(other: Callable[..., None], but: Collection[str]) -> Callable[[Command], Command]:

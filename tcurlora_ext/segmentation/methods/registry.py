@@ -52,9 +52,8 @@ def get_methods(names: str | Sequence[str], given: Mapping[str, Any] | None = No
     unknown = [name for name in wanted if name.partition(":")[0] not in METHODS]
     repeated = [name for index, name in enumerate(wanted) if name in wanted[:index]]
     if unknown or repeated or not wanted:
-        found, times = ",".join(dict.fromkeys(unknown or repeated)), ""
-        if repeated and not unknown:
-            times = " more than once"
+        found = ",".join(dict.fromkeys(unknown or repeated))
+        times = " more than once" if repeated and not unknown else ""
         raise ValueError(f"method: found '{found}'{times}, expected each once of {', '.join(METHODS)} (or 'all')")
     methods = [_with_options(name, given or {}) for name in wanted]
     twice = [method.name for method in methods if sum(other.folder == method.folder for other in methods) > 1]
